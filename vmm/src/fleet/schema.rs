@@ -1,0 +1,243 @@
+//! The types of the fleet file, schema 1. Unknown keys are refused everywhere.
+
+use super::units::Size;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, path::PathBuf};
+
+/// The schema number that this release reads and writes.
+pub const SCHEMA: u32 = 1;
+
+/// A fleet: all that one host runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Fleet {
+    /// The version of this format: 1.
+    pub schema: u32,
+    /// How this host runs its VMs.
+    #[serde(default)]
+    pub host: Host,
+    /// Where store paths come from.
+    pub store: Store,
+    /// The VMs, by name.
+    #[serde(default)]
+    pub vms: BTreeMap<String, Vm>,
+    /// The links, by name: which VM may connect to what. Anything else is refused.
+    #[serde(default)]
+    pub links: BTreeMap<String, Link>,
+}
+
+/// How this host runs its VMs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Host {
+    /// Hardware acceleration.
+    pub accel: Accel,
+}
+
+/// Hardware acceleration.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// KVM if `/dev/kvm` opens and the CPU shows vmx or svm, emulation otherwise.
+    #[default]
+    Auto,
+    /// KVM, or do not start.
+    Kvm,
+    /// Emulation.
+    Tcg,
+}
+
+/// Where store paths come from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Store {
+    /// Nix stores of the host, in the order in which a path is looked up.
+    pub sources: Vec<Source>,
+}
+
+/// A Nix store on the host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Source {
+    /// A store directory and its database.
+    Store(StoreSource),
+    /// A chroot store: `nix/store` and `nix/var/nix/db` below a root.
+    Root(RootSource),
+}
+
+/// A store directory and its database.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StoreSource {
+    /// The directory that holds the store paths, such as `/nix/store`.
+    pub store: PathBuf,
+    /// The directory that holds `db.sqlite`, such as `/nix/var/nix/db`.
+    pub database: PathBuf,
+}
+
+/// A chroot store.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RootSource {
+    /// The directory that holds `nix/store` and `nix/var/nix/db`.
+    pub root: PathBuf,
+}
+
+/// What a VM is for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Evaluates and hands out builds.
+    Hydra,
+    /// Signs and serves results.
+    Cache,
+    /// Builds. Its services, and so its builds, cannot open vsock.
+    Builder,
+    /// Nothing special.
+    #[default]
+    Plain,
+}
+
+/// A microVM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Vm {
+    /// What it is for.
+    #[serde(default)]
+    pub role: Role,
+    /// The number of virtual CPUs.
+    pub vcpus: u32,
+    /// Its memory.
+    pub memory: Size,
+    /// The kernel image: a path in a source, or any other absolute path on the host.
+    pub kernel: PathBuf,
+    /// The directory of the kernel's modules (`lib/modules/VERSION`), from which Lair builds the initramfs.
+    pub modules: PathBuf,
+    /// The system's own init, in the view. Without it the agent runs the services listed here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub init: Option<PathBuf>,
+    /// Added to the kernel's command line.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub cmdline: String,
+    /// Store paths whose closure is the VM's view.
+    pub roots: Vec<PathBuf>,
+    /// A store path of the view whose `bin` is the guest's PATH and whose `etc` becomes its `/etc`; for VMs without `init`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<PathBuf>,
+    /// What makes the guest's `/nix/store` writable. Without it the store is read-only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Overlay>,
+    /// Disks, made and formatted on first use.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<Volume>,
+    /// The network card.
+    #[serde(default)]
+    pub network: Network,
+    /// Secrets, by name, and the files on the host that hold them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub credentials: BTreeMap<String, PathBuf>,
+    /// Programs that the agent keeps running; for VMs without `init`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<Service>,
+    /// Whether `laird` starts the VM by itself.
+    #[serde(default = "yes")]
+    pub autostart: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// What makes a guest's `/nix/store` writable.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Overlay {
+    /// Writes go to memory, at most this much, and are gone with the guest.
+    Tmpfs(Size),
+    /// Writes go to the volume of this name.
+    Volume(String),
+}
+
+/// A disk of a VM: a file on the host with an ext4 file system.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Volume {
+    /// Its name: at most 20 letters, digits and hyphens.
+    pub name: String,
+    /// Its size. The file is sparse.
+    pub size: Size,
+    /// Where the guest mounts it.
+    pub mount: PathBuf,
+}
+
+/// A VM's network card.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    /// None: links only.
+    #[default]
+    None,
+}
+
+/// A program that the agent keeps running.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Service {
+    /// Its name in logs and events.
+    pub name: String,
+    /// The program, an absolute path, and its arguments.
+    pub command: Vec<String>,
+    /// Added to its environment.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub environment: BTreeMap<String, String>,
+    /// What accepts connections once it is up: a unix socket's path or `ADDRESS:PORT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready: Option<String>,
+}
+
+/// A permission to connect.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    /// Who may connect: VMs, or `host`.
+    pub from: Vec<String>,
+    /// Where the connecting side finds it besides `/run/lair/links/NAME`: a loopback `ADDRESS:PORT` (in the guest, or on the
+    /// host for links from `host`) or, on the host, a unix socket's path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<String>,
+    /// What is reached.
+    pub to: Target,
+}
+
+/// What a link reaches.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Target {
+    /// A VM.
+    Vm(VmTarget),
+    /// A unix socket of the host.
+    Host(HostTarget),
+}
+
+/// A port of a VM.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VmTarget {
+    /// The VM's name.
+    pub vm: String,
+    /// The vsock port.
+    pub port: u32,
+    /// What the agent dials behind the port: a unix socket's path or `ADDRESS:PORT`. Without it, a program in the guest
+    /// listens on the vsock port itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connect: Option<String>,
+}
+
+/// A unix socket of the host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HostTarget {
+    /// The socket's path.
+    pub host: PathBuf,
+}

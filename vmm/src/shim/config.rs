@@ -1,0 +1,96 @@
+//! What `laird` writes for one VM's shim. The shim reads it at its start and when told to reload.
+
+use lair_guest::wire::message::{IncomingLink, OutgoingLink};
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, path::PathBuf};
+
+/// The configuration of one VM's shim.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShimConfig {
+    /// The VM's name.
+    pub vm: String,
+    /// The hybrid vsock socket: `CONNECT PORT` reaches the guest; what the guest connects to appears at this path
+    /// with `_PORT` appended, where the shim listens.
+    pub vsock: PathBuf,
+    /// The hypervisor's console socket, to which the shim connects.
+    pub console: PathBuf,
+    /// The console log. It is at most [`Self::console_limit`] bytes; the file before it has `.1` appended.
+    pub console_log: PathBuf,
+    /// The size at which the console log is rotated, in bytes.
+    pub console_limit: u64,
+    /// The audit log of the VM's links and sessions: JSON lines, appended.
+    pub audit_log: PathBuf,
+    /// Where the shim listens.
+    pub sockets: ShimSockets,
+    /// Links that the guest may open.
+    pub outgoing: Vec<Outgoing>,
+    /// Links that end in the guest.
+    pub incoming: Vec<Incoming>,
+    /// Credentials, by name, and the files that hold them.
+    pub credentials: BTreeMap<String, PathBuf>,
+}
+
+/// The shim's listening sockets: one for each kind of client, so that directory rights keep them apart.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShimSockets {
+    /// For `laird`: [`super::protocol::Control`].
+    pub control: PathBuf,
+    /// For operators with a ticket: [`super::protocol::SessionOpen`].
+    pub session: PathBuf,
+    /// For the other VMs' shims: [`super::protocol::Dial`].
+    pub dial: PathBuf,
+}
+
+/// A link that the guest may open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Outgoing {
+    /// What the guest is told about it.
+    pub link: OutgoingLink,
+    /// What it reaches.
+    pub to: OutgoingTarget,
+}
+
+/// What an outgoing link reaches.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum OutgoingTarget {
+    /// Another VM, by way of its shim's dial socket.
+    Vm {
+        /// The VM's name, for the audit log.
+        vm: String,
+        /// [`ShimSockets::dial`] of that VM.
+        dial: PathBuf,
+    },
+    /// A unix socket of the host.
+    Host {
+        /// The socket's path.
+        socket: PathBuf,
+    },
+}
+
+/// A link that ends in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Incoming {
+    /// The link's name.
+    pub name: String,
+    /// The vsock port in the guest.
+    pub port: u32,
+    /// What the agent dials behind the port. `None`: a program in the guest listens on the port, and speaks no frames.
+    pub connect: Option<String>,
+    /// The VMs that may connect; `host` for the host.
+    pub from: Vec<String>,
+    /// Where the shim listens on the host, for links from `host`: a loopback `ADDRESS:PORT` or a unix socket's path.
+    pub host_listen: Option<String>,
+}
+
+impl Incoming {
+    /// What the agent needs to know: nothing if a program in the guest listens by itself.
+    pub fn for_agent(&self) -> Option<IncomingLink> {
+        let connect = self.connect.clone()?;
+        Some(IncomingLink { name: self.name.clone(), port: self.port, connect })
+    }
+}

@@ -1,0 +1,162 @@
+//! What is said on the shim's three sockets: [frames](lair_guest::wire::frame), messages first.
+
+use lair_guest::wire::message::{Answer, Ask, Exec};
+use serde::{Deserialize, Serialize};
+
+/// `laird` to shim, on the control socket. Every request has one [`ControlReply`]; [`Control::Watch`] has one after
+/// each change until the connection ends.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "control", rename_all = "snake_case")]
+pub enum Control {
+    /// The shim's state, once.
+    Status,
+    /// The shim's state, now and after each change.
+    Watch,
+    /// Allows one session.
+    Grant(Grant),
+    /// Asks the guest's agent.
+    Ask {
+        /// The request.
+        ask: Ask,
+    },
+    /// Reads the configuration again and tells the agent.
+    Reload,
+    /// Ends the shim, with all its links and sessions.
+    Stop,
+}
+
+/// Shim to `laird`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum ControlReply {
+    /// The shim's state.
+    Status(ShimStatus),
+    /// Done.
+    Done,
+    /// What the guest's agent answered.
+    Answer {
+        /// Its answer.
+        answer: Answer,
+    },
+    /// It could not be done, for this reason.
+    Failed {
+        /// For the operator.
+        reason: String,
+    },
+}
+
+/// The state of a VM as its shim sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShimStatus {
+    /// The VM's name.
+    pub vm: String,
+    /// The guest's agent.
+    pub agent: AgentState,
+    /// Whether the console is connected.
+    pub console: bool,
+    /// Console bytes since the shim's start.
+    pub console_bytes: u64,
+    /// Every link of the VM, in the order of its configuration.
+    pub links: Vec<LinkCounters>,
+}
+
+/// The guest's agent, as the shim sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum AgentState {
+    /// There is no control channel.
+    Absent,
+    /// The control channel is open, services are starting.
+    Connected {
+        /// The guest kernel's boot id.
+        boot_id: String,
+    },
+    /// All services are up.
+    Ready {
+        /// The guest kernel's boot id.
+        boot_id: String,
+        /// From the guest kernel's start to ready, in milliseconds.
+        uptime_ms: u64,
+    },
+}
+
+/// What went over one link, in the direction in which it is opened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkCounters {
+    /// The link's name.
+    pub link: String,
+    /// Who opens it: a VM or `host`.
+    pub from: String,
+    /// What it reaches: a VM, or a socket's path on the host.
+    pub to: String,
+    /// Connections opened.
+    pub connections: u64,
+    /// Connections that are open now.
+    pub open: u64,
+    /// Connections refused.
+    pub refused: u64,
+    /// Bytes from the side that opened.
+    pub bytes_out: u64,
+    /// Bytes to the side that opened.
+    pub bytes_in: u64,
+}
+
+/// Permission for one session, given by `laird` after it has authorised and audited it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Grant {
+    /// 64 hexadecimal digits, good for one use.
+    pub ticket: String,
+    /// Until when, milliseconds since 1970.
+    pub expires_unix_ms: u64,
+    /// Who it was given to, for the audit log.
+    pub uid: u32,
+    /// What it is for.
+    pub session: Session,
+}
+
+/// What a session does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Session {
+    /// Runs a command in the guest. The client's frames and the agent's pass unchanged.
+    Exec(Exec),
+    /// Connects to a vsock port of the guest. [`lair_guest::wire::frame::Kind::Data`] both ways.
+    Connect {
+        /// The port.
+        port: u32,
+    },
+}
+
+/// What an operator's client says first on the session socket. The answer is a
+/// [`lair_guest::wire::message::LinkReply`], then the session's frames.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SessionOpen {
+    /// [`Grant::ticket`].
+    pub ticket: String,
+}
+
+/// What another VM's shim says on the dial socket. The answer is a [`DialReply`], sent with the connected
+/// descriptor (SCM_RIGHTS) if the link is open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dial {
+    /// The link.
+    pub link: String,
+    /// The VM that opens it.
+    pub from: String,
+}
+
+/// The answer to [`Dial`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "dial", rename_all = "snake_case")]
+pub enum DialReply {
+    /// The descriptor is a connection to the guest's port.
+    Connected {
+        /// Whether the agent is behind it, and speaks frames.
+        framed: bool,
+    },
+    /// The link is not open to that VM, or nothing answers.
+    Refused {
+        /// For the audit log and the guest that asked.
+        reason: String,
+    },
+}
