@@ -1,0 +1,5 @@
+//! What the host is and has: its processes, its programs, its facts.
+
+pub mod facts;
+pub mod process;
+pub mod tools;
