@@ -10,6 +10,7 @@ use std::{
     os::{fd::OwnedFd, unix::fs::OpenOptionsExt, unix::process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{Mutex, PoisonError},
 };
 use tokio::io::unix::AsyncFd;
 
@@ -59,7 +60,7 @@ pub struct Process {
     id: ProcessId,
     pidfd: AsyncFd<OwnedFd>,
     /// Only a parent learns the exit status, and must collect it.
-    child: Option<Child>,
+    child: Mutex<Option<Child>>,
 }
 
 impl Process {
@@ -86,7 +87,7 @@ impl Process {
         let pid = child.id().cast_signed();
         let pidfd = open_pidfd(pid)?;
         let start_time = start_time(pid)?;
-        Ok(Self { id: ProcessId { pid, start_time }, pidfd, child: Some(child) })
+        Ok(Self { id: ProcessId { pid, start_time }, pidfd, child: Mutex::new(Some(child)) })
     }
 
     /// Finds a process again that an earlier `laird` started.
@@ -96,7 +97,7 @@ impl Process {
         if start_time(id.pid)? != id.start_time {
             return Err(ProcessError::Gone(id));
         }
-        Ok(Self { id, pidfd, child: None })
+        Ok(Self { id, pidfd, child: Mutex::new(None) })
     }
 
     /// What identifies the process.
@@ -113,11 +114,11 @@ impl Process {
     }
 
     /// Waits until the process has ended; says how, in words.
-    pub async fn ended(&mut self) -> String {
+    pub async fn ended(&self) -> String {
         if self.pidfd.readable().await.is_err() {
             return "cannot be watched".into();
         }
-        match self.child.as_mut().map(Child::try_wait) {
+        match self.child.lock().unwrap_or_else(PoisonError::into_inner).as_mut().map(Child::try_wait) {
             Some(Ok(Some(status))) => match (status.code(), status.signal()) {
                 (Some(code), _) => format!("exited with status {code}"),
                 (None, Some(signal)) => match Signal::try_from(signal) {
@@ -138,7 +139,11 @@ fn open_pidfd(pid: i32) -> Result<AsyncFd<OwnedFd>, ProcessError> {
         return Err(watch(io::ErrorKind::InvalidInput.into()));
     };
     let fd = pidfd_open(number, PidfdFlags::empty()).map_err(|e| watch(e.into()))?;
-    AsyncFd::register(fd).map_err(watch)
+    #[expect(
+        deprecated,
+        reason = "unsound only for types that lie about their descriptor; an OwnedFd does not"
+    )]
+    AsyncFd::new(fd).map_err(watch)
 }
 
 fn start_time(pid: i32) -> Result<u64, ProcessError> {
@@ -182,7 +187,7 @@ mod tests {
     #[tokio::test]
     async fn a_child_tells_how_it_ended_and_where_it_wrote() {
         let directory = tempfile::tempdir().unwrap();
-        let mut process = Process::spawn(&shell("echo out; echo err >&2; exit 3", directory.path())).unwrap();
+        let process = Process::spawn(&shell("echo out; echo err >&2; exit 3", directory.path())).unwrap();
         assert_eq!(process.ended().await, "exited with status 3");
         assert_eq!(std::fs::read_to_string(directory.path().join("log")).unwrap(), "out\nerr\n");
     }
@@ -190,7 +195,7 @@ mod tests {
     #[tokio::test]
     async fn hv9_a_process_is_adopted_only_with_its_start_time() {
         let directory = tempfile::tempdir().unwrap();
-        let mut process = Process::spawn(&shell("exec sleep 60", directory.path())).unwrap();
+        let process = Process::spawn(&shell("exec sleep 60", directory.path())).unwrap();
         let id = process.id();
         let adopted = Process::adopt(id).unwrap();
         let other = ProcessId { start_time: id.start_time + 1, ..id };

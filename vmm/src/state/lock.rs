@@ -4,7 +4,7 @@ use nix::fcntl::{Flock, FlockArg};
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -33,10 +33,17 @@ pub fn lock(run_dir: &Path) -> Result<Lock, LockError> {
         .mode(0o600)
         .open(&path)
         .map_err(|e| LockError::Io(path.clone(), e))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map(Lock).map_err(|(_, errno)| match errno {
+    let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
         nix::errno::Errno::EWOULDBLOCK => LockError::Held(run_dir.to_owned()),
-        other => LockError::Io(path, other.into()),
-    })
+        other => LockError::Io(path.clone(), other.into()),
+    })?;
+    // For people who look; it is the lock that counts.
+    let pid = format!("{}\n", std::process::id());
+    locked
+        .set_len(0)
+        .and_then(|()| locked.write_all_at(pid.as_bytes(), 0))
+        .map_err(|e| LockError::Io(path, e))?;
+    Ok(Lock(locked))
 }
 
 #[cfg(test)]
