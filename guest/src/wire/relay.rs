@@ -284,7 +284,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::cell::Cell;
-    use tokio::io::{DuplexStream, ReadHalf, WriteHalf, duplex, split};
+    use tokio::{
+        io::{DuplexStream, ReadHalf, WriteHalf, duplex, split},
+        task::JoinHandle,
+    };
 
     type TestEnd = End<ReadHalf<DuplexStream>, WriteHalf<DuplexStream>>;
 
@@ -293,11 +296,11 @@ mod tests {
         End { reader, writer, form }
     }
 
+    /// The result, and the bytes counted each way.
+    type Outcome = (Result<(), RelayError>, u64, u64);
+
     /// A relay between two forms; what the test holds are the far ends.
-    fn start(
-        opener: Form,
-        target: Form,
-    ) -> (DuplexStream, DuplexStream, tokio::task::JoinHandle<(Result<(), RelayError>, u64, u64)>) {
+    fn start(opener: Form, target: Form) -> (DuplexStream, DuplexStream, JoinHandle<Outcome>) {
         let (near_opener, far_opener) = duplex(4096);
         let (near_target, far_target) = duplex(4096);
         let task = tokio::spawn(async move {
