@@ -30,6 +30,7 @@ use lair_guest::wire::{
 };
 use std::{
     collections::{BTreeMap, HashMap},
+    path::PathBuf,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -156,28 +157,28 @@ fn is_boot_id(text: &str) -> bool {
 /// The credentials as their files are now. One that cannot be read is left out, and said: the guest waits for it.
 async fn credentials(shim: &Shim) -> BTreeMap<String, String> {
     let files = shim.credentials();
-    if files.is_empty() {
-        return BTreeMap::new();
-    }
-    let read = tokio::task::spawn_blocking(move || {
-        let mut left = limits::CREDENTIAL_BYTES;
-        let read = |(name, path)| match files::read(path, left) {
-            Ok(bytes) => {
-                left = left.saturating_sub(bytes.len());
-                Ok((String::clone(name), BASE64.encode(bytes)))
-            }
-            Err(error) => Err(format!("Credential {name} is left out: {}", chain(&error))),
-        };
-        files.iter().map(read).collect::<Vec<_>>()
-    });
-    let mut found = BTreeMap::new();
-    for credential in read.await.unwrap_or_default() {
-        match credential {
-            Ok((name, secret)) => drop(found.insert(name, secret)),
-            Err(text) => shim.notes.say(&text),
-        }
+    let read = tokio::task::spawn_blocking(move || read_credentials(&files));
+    let (found, missing) = read.await.unwrap_or_default();
+    if !missing.is_empty() {
+        shim.notes.say(&format!("Credentials are left out: {}", missing.join("; ")));
     }
     found
+}
+
+/// The credentials in base64, and why others are not among them.
+fn read_credentials(files: &BTreeMap<String, PathBuf>) -> (BTreeMap<String, String>, Vec<String>) {
+    let mut left = limits::CREDENTIAL_BYTES;
+    let (mut found, mut missing) = (BTreeMap::new(), Vec::new());
+    for (name, path) in files {
+        match files::read(path, left) {
+            Ok(bytes) => {
+                left = left.saturating_sub(bytes.len());
+                found.insert(name.clone(), BASE64.encode(bytes));
+            }
+            Err(error) => missing.push(format!("{name}: {}", chain(&error))),
+        }
+    }
+    (found, missing)
 }
 
 /// Serves one channel until it ends.

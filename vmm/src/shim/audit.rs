@@ -14,7 +14,10 @@ use std::{
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -38,6 +41,8 @@ pub(super) enum Subject {
     Session,
     /// Refusals above the rate, without a line of their own.
     Refusals { suppressed: u64 },
+    /// Records that found the queue to the disk full.
+    Lost { lost: u64 },
 }
 
 /// Whether it was allowed.
@@ -119,13 +124,15 @@ impl Attempt {
 pub(super) struct Audit {
     worker: Worker<Record>,
     refusals: Arc<Mutex<Rate>>,
+    lost: Arc<AtomicU64>,
 }
 
 impl Audit {
     /// Opens the log at `path` for the VM `vm`.
     pub(super) fn start(path: PathBuf, vm: String) -> io::Result<Self> {
         let refusals = Arc::new(Mutex::new(Rate::new(limits::REFUSALS)));
-        let rate = refusals.clone();
+        let lost = Arc::new(AtomicU64::new(0));
+        let (rate, missed) = (refusals.clone(), lost.clone());
         let mut log = Log::new(path);
         let worker = Worker::start("audit", QUEUE, move |work| {
             let ended = matches!(work, Work::End);
@@ -135,18 +142,28 @@ impl Audit {
             let mut rate = rate.lock().unwrap_or_else(PoisonError::into_inner);
             let suppressed = if ended { rate.rest() } else { rate.suppressed(Instant::now()) };
             drop(rate);
-            if let Some(suppressed) = suppressed {
-                let subject = Subject::Refusals { suppressed };
-                let attempt = Attempt { subject, from: vm.clone(), to: vm.clone(), uid: None };
-                log.append(&attempt.record(Verdict::Refused, Outcome::default()));
+            let lost = Some(missed.swap(0, Relaxed)).filter(|lost| *lost > 0);
+            let counts = [
+                suppressed.map(|suppressed| (Subject::Refusals { suppressed }, Verdict::Refused)),
+                lost.map(|lost| (Subject::Lost { lost }, Verdict::Allowed)),
+            ];
+            for (subject, verdict) in counts.into_iter().flatten() {
+                let attempt = Attempt { subject, from: vm.clone(), to: String::new(), uid: None };
+                log.append(&attempt.record(verdict, Outcome::default()));
             }
         })?;
-        Ok(Self { worker, refusals })
+        Ok(Self { worker, refusals, lost })
+    }
+
+    fn send(&self, record: Record) {
+        if !self.worker.send(record) {
+            self.lost.fetch_add(1, Relaxed);
+        }
     }
 
     /// Records the end of an allowed connection or session.
     pub(super) fn ended(&self, attempt: Attempt, outcome: Outcome) {
-        self.worker.send(attempt.record(Verdict::Allowed, outcome));
+        self.send(attempt.record(Verdict::Allowed, outcome));
     }
 
     /// Records a refusal, or counts it.
@@ -154,7 +171,7 @@ impl Audit {
         let admitted = self.refusals.lock().unwrap_or_else(PoisonError::into_inner).admit(Instant::now());
         if admitted {
             let outcome = Outcome { reason: Some(reason), ..Outcome::default() };
-            self.worker.send(attempt.record(Verdict::Refused, outcome));
+            self.send(attempt.record(Verdict::Refused, outcome));
         }
     }
 

@@ -35,7 +35,7 @@ impl ConsoleLog {
     pub(super) fn start(path: PathBuf, limit: u64) -> io::Result<Self> {
         let shown = path.display().to_string();
         let mut ring = Ring::new(path, limit);
-        let worker = Worker::start("console", QUEUE, move |work| {
+        let worker = Worker::start("console", QUEUE, move |work: Work<Vec<u8>>| {
             if let Work::Item(bytes) = work
                 && let Err(error) = ring.append(&bytes)
             {

@@ -16,6 +16,9 @@ use tokio::{
     net::UnixStream,
 };
 
+/// The most descriptors in one message (unix(7)).
+const SCM_MAX_FD: usize = 253;
+
 /// Sends one message and, with it, a descriptor if there is one.
 pub(super) async fn send<T: Serialize>(
     to: &mut UnixStream,
@@ -78,8 +81,9 @@ async fn read_exact(
 }
 
 fn read_some(from: &UnixStream, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    // Room for four: what a peer sends beyond that, the kernel closes (MSG_CTRUNC).
-    let mut space = nix::cmsg_space!([std::os::fd::RawFd; 4]);
+    // Room for all that one message can carry: of a truncated one, nix does not tell the descriptors that did come,
+    // and they would stay open for ever.
+    let mut space = nix::cmsg_space!([std::os::fd::RawFd; SCM_MAX_FD]);
     let mut parts = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
     let message = recvmsg::<()>(from.as_raw_fd(), &mut parts, Some(&mut space), flags)?;
@@ -129,8 +133,8 @@ mod tests {
         let payload = frame::header(Kind::Message, 2).unwrap();
         // Other tests of this process open and close descriptors too: many rounds make a leak stand out.
         let before = open_fds();
-        for _ in 0..200 {
-            let fds = [file.as_raw_fd(); 10];
+        for _ in 0..20 {
+            let fds = [file.as_raw_fd(); SCM_MAX_FD];
             let rights = [ControlMessage::ScmRights(&fds)];
             let parts = [IoSlice::new(&payload), IoSlice::new(b"\"\"")];
             sendmsg::<()>(a.as_raw_fd(), &parts, &rights, MsgFlags::empty(), None).unwrap();

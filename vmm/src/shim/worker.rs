@@ -1,10 +1,9 @@
 //! A thread that does what may block: writes to disks and to standard error. The queue to it is bounded; what
-//! finds it full is dropped and counted, so that neither a full disk nor a hung one reaches a connection.
+//! finds it full is the caller's to count, so that neither a full disk nor a hung one reaches a connection.
 
 use std::{
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering::Relaxed},
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     thread,
@@ -28,7 +27,6 @@ pub(super) enum Work<T> {
 pub(super) struct Worker<T> {
     queue: Mutex<Option<SyncSender<T>>>,
     ended: Mutex<Receiver<()>>,
-    dropped: AtomicU64,
 }
 
 impl<T: Send + 'static> Worker<T> {
@@ -51,22 +49,13 @@ impl<T: Send + 'static> Worker<T> {
             work(Work::End);
             drop(end);
         })?;
-        Ok(Self { queue: Mutex::new(Some(queue)), ended: Mutex::new(ended), dropped: AtomicU64::new(0) })
+        Ok(Self { queue: Mutex::new(Some(queue)), ended: Mutex::new(ended) })
     }
 
     /// Hands over one item; `false` if the queue is full.
     pub(super) fn send(&self, item: T) -> bool {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = queue.as_ref().is_some_and(|queue| queue.try_send(item).is_ok());
-        if !sent {
-            self.dropped.fetch_add(1, Relaxed);
-        }
-        sent
-    }
-
-    /// Items dropped since the last call.
-    pub(super) fn take_dropped(&self) -> u64 {
-        self.dropped.swap(0, Relaxed)
+        queue.as_ref().is_some_and(|queue| queue.try_send(item).is_ok())
     }
 
     /// Lets the thread finish what is queued, and waits for that, `limit` long at most.
@@ -80,10 +69,14 @@ impl<T: Send + 'static> Worker<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::{Arc, mpsc::channel};
+    use std::sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+        mpsc::channel,
+    };
 
     #[test]
-    fn a_worker_that_hangs_drops_and_counts() {
+    fn a_worker_that_hangs_takes_no_more() {
         let (go, wait) = channel::<()>();
         let done = Arc::new(AtomicU64::new(0));
         let seen = done.clone();
@@ -96,7 +89,6 @@ mod tests {
         .unwrap();
         let sent = u64::try_from((0..100).filter(|_| worker.send(())).count()).unwrap();
         assert!((2..=3).contains(&sent), "{sent}");
-        assert_eq!(worker.take_dropped(), 100 - sent);
         drop(go);
         worker.finish(Duration::from_secs(10));
         assert_eq!(done.load(Relaxed), sent);
