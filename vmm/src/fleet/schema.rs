@@ -66,6 +66,24 @@ pub enum Source {
     Root(RootSource),
 }
 
+impl Source {
+    /// The directory that holds the store paths.
+    pub fn store_dir(&self) -> PathBuf {
+        match self {
+            Self::Store(source) => source.store.clone(),
+            Self::Root(source) => source.root.join("nix/store"),
+        }
+    }
+
+    /// The directory that holds `db.sqlite`.
+    pub fn database_dir(&self) -> PathBuf {
+        match self {
+            Self::Store(source) => source.database.clone(),
+            Self::Root(source) => source.root.join("nix/var/nix/db"),
+        }
+    }
+}
+
 /// A store directory and its database.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
