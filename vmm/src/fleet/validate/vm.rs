@@ -1,0 +1,247 @@
+//! Checks of one VM.
+
+use super::{HOST, Unique, Verdict, file};
+use crate::fleet::{
+    limits::{HostFacts, MEMORY_MIN, MEMORY_STEP, VCPUS_MAX},
+    names,
+    problem::{Finding, Path, Spot, listed, nearest, quoted},
+    schema::{Overlay, Service, Vm, Volume},
+    units::Size,
+};
+
+/// The most volumes: each takes a slot of the PCI bus.
+const VOLUMES_MAX: usize = 16;
+
+/// The most roots, services, arguments, variables or credentials.
+const LIST_MAX: usize = 1024;
+
+/// Sizes of volumes: what ext4 can be made on, and what a mistyped unit exceeds.
+const VOLUME_SIZES: (Size, Size) = (Size(16 << 20), Size(256 << 40));
+
+/// The longest addition to a kernel's command line. The kernel reads 2048 bytes with the final NUL, of which Lair needs some.
+const CMDLINE_MAX: usize = 1792;
+
+/// Words of a kernel's command line that decide how Lair starts and watches a guest.
+const RESERVED_WORDS: [&str; 10] =
+    ["--", "console", "init", "initrd", "noinitrd", "panic", "rdinit", "reboot", "root", "rootfstype"];
+
+/// Directories that a volume would hide from what Lair put there.
+const RESERVED_MOUNTS: [&str; 6] = ["/dev", "/nix/store", "/proc", "/run/lair", "/sys", "/lair"];
+
+pub(super) fn check(name: &str, vm: &Vm, path: &Path, host: &HostFacts, verdict: &mut Verdict) {
+    verdict.key(path, names::name(name, names::NAME_MAX));
+    if name == HOST {
+        verdict.error(Finding::at_key(
+            path,
+            format!("no VM can be called \"{HOST}\"; links mean the host by it"),
+        ));
+    }
+    processors(vm.vcpus, &path.key("vcpus"), host, verdict);
+    verdict.value(&path.key("memory"), memory(vm.memory, host));
+    verdict.value(&path.key("kernel"), file(&vm.kernel));
+    verdict.value(&path.key("modules"), file(&vm.modules));
+    verdict.value(&path.key("cmdline"), cmdline(&vm.cmdline));
+    view(vm, path, verdict);
+    volumes(&vm.volumes, &path.key("volumes"), verdict);
+    overlay(vm, &path.key("overlay"), verdict);
+    let credentials = path.key("credentials");
+    verdict.value(&credentials, count(vm.credentials.len()));
+    for (name, source) in vm.credentials.iter().take(LIST_MAX) {
+        verdict.key(&credentials.key(name), names::credential(name));
+        verdict.value(&credentials.key(name), file(source));
+    }
+    services(&vm.services, &path.key("services"), verdict);
+}
+
+fn count(length: usize) -> Result<(), String> {
+    if length <= LIST_MAX {
+        Ok(())
+    } else {
+        Err(format!("has {length} entries; at most {LIST_MAX} are allowed"))
+    }
+}
+
+fn processors(vcpus: u32, path: &Path, host: &HostFacts, verdict: &mut Verdict) {
+    if !(1..=VCPUS_MAX).contains(&vcpus) {
+        verdict.error(Finding::at(path, format!("{vcpus} virtual CPUs; 1 to {VCPUS_MAX} are allowed")));
+    } else if vcpus > host.cpus {
+        let message = format!(
+            "{vcpus} virtual CPUs are more than the host's {}; they will wait for each other",
+            host.cpus
+        );
+        verdict.warnings.push(Finding::at(path, message));
+    }
+}
+
+fn memory(memory: Size, host: &HostFacts) -> Result<(), String> {
+    if memory < MEMORY_MIN || memory > host.memory {
+        return Err(format!(
+            "{memory} of memory; {MEMORY_MIN} to {} are allowed, all that the host has",
+            host.memory
+        ));
+    }
+    if !memory.0.is_multiple_of(MEMORY_STEP.0) {
+        return Err(format!("{memory} of memory; a multiple of {MEMORY_STEP} is needed"));
+    }
+    Ok(())
+}
+
+fn cmdline(text: &str) -> Result<(), String> {
+    if text.len() > CMDLINE_MAX {
+        return Err(format!("has {} bytes; at most {CMDLINE_MAX} are allowed", text.len()));
+    }
+    if !text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        return Err("has a line break, another control character or a letter outside of ASCII".into());
+    }
+    if !text.bytes().filter(|byte| *byte == b'"').count().is_multiple_of(2) {
+        return Err("has an opening quote without a closing one".into());
+    }
+    // As the kernel does: a quote may begin a word, and - and _ are one. A blank in quotes ends a word only here, which
+    // refuses rather too much.
+    for word in text.split(' ') {
+        let key = word.trim_matches('"').split('=').next().unwrap_or_default().replace('_', "-");
+        if RESERVED_WORDS.contains(&key.as_str()) {
+            return Err(format!("sets \"{key}\"; Lair sets {} itself", listed(RESERVED_WORDS)));
+        }
+    }
+    Ok(())
+}
+
+/// What is seen of the store.
+fn view(vm: &Vm, path: &Path, verdict: &mut Verdict) {
+    let roots = path.key("roots");
+    verdict.value(&roots, count(vm.roots.len()));
+    if vm.roots.is_empty() {
+        verdict.error(Finding::at(&roots, "is empty; name at least one store path"));
+    }
+    for (index, root) in vm.roots.iter().take(LIST_MAX).enumerate() {
+        verdict.value(&roots.index(index), names::whole_store_path(&root.to_string_lossy()));
+    }
+    if let Some(init) = &vm.init {
+        verdict.value(&path.key("init"), names::store_path(&init.to_string_lossy()).map(|_| ()));
+        for (key, given) in [("profile", vm.profile.is_some()), ("services", !vm.services.is_empty())] {
+            if given {
+                let message = "is for VMs without \"init\", whose agent runs services; here the system does";
+                verdict.error(Finding::at_key(&path.key(key), message).first(Spot::Key(path.key("init"))));
+            }
+        }
+    }
+    if let Some(profile) = &vm.profile {
+        verdict.value(&path.key("profile"), names::whole_store_path(&profile.to_string_lossy()));
+    }
+}
+
+fn volumes(volumes: &[Volume], path: &Path, verdict: &mut Verdict) {
+    if volumes.len() > VOLUMES_MAX {
+        verdict.error(Finding::at(
+            path,
+            format!("has {} volumes; at most {VOLUMES_MAX} are allowed", volumes.len()),
+        ));
+    }
+    let (mut names, mut mounts) = (Unique::new(), Unique::new());
+    for (index, volume) in volumes.iter().enumerate().take(VOLUMES_MAX) {
+        let path = path.index(index);
+        let (name_path, mount_path) = (path.key("name"), path.key("mount"));
+        verdict.value(&name_path, names::name(&volume.name, names::VOLUME_NAME_MAX));
+        if let Some(first) = names.insert(&volume.name, &name_path) {
+            let message = format!("another volume of this VM is called {}", quoted(&volume.name));
+            verdict.error(Finding::at(&name_path, message).first(Spot::Value(first)));
+        }
+        let (least, most) = VOLUME_SIZES;
+        if !(least..=most).contains(&volume.size) {
+            let message = format!("{} for a volume; {least} to {most} are allowed", volume.size);
+            verdict.error(Finding::at(&path.key("size"), message));
+        }
+        verdict.value(&mount_path, mount(&volume.mount));
+        if let Some(first) = mounts.insert(&volume.mount, &mount_path) {
+            let message = "another volume of this VM is mounted there";
+            verdict.error(Finding::at(&mount_path, message).first(Spot::Value(first)));
+        }
+    }
+}
+
+fn mount(path: &std::path::Path) -> Result<(), String> {
+    file(path)?;
+    let hides =
+        |reserved: &&str| path.starts_with(reserved) || std::path::Path::new(reserved).starts_with(path);
+    match RESERVED_MOUNTS.iter().find(|reserved| hides(reserved)) {
+        Some(reserved) => Err(format!(
+            "{} would hide or be hidden by {reserved}, which Lair mounts",
+            quoted(&path.to_string_lossy())
+        )),
+        None => Ok(()),
+    }
+}
+
+fn overlay(vm: &Vm, path: &Path, verdict: &mut Verdict) {
+    match &vm.overlay {
+        None => {}
+        Some(Overlay::Tmpfs(size)) => {
+            let least = Size(1 << 20);
+            if *size < least || *size > vm.memory {
+                let memory = vm.memory;
+                let message =
+                    format!("{size} in memory; {least} to {memory} are allowed, the memory of the VM");
+                verdict.error(Finding::at(&path.key("tmpfs"), message));
+            }
+        }
+        Some(Overlay::Volume(name)) => {
+            let names = || vm.volumes.iter().map(|volume| volume.name.as_str());
+            if !names().any(|volume| volume == name) {
+                verdict.error(unknown(&path.key("volume"), "this VM has no volume", name, names().collect()));
+            }
+        }
+    }
+}
+
+/// `name` is none of `names`.
+pub(super) fn unknown(path: &Path, what: &str, name: &str, names: Vec<&str>) -> Finding {
+    let meant = nearest(name, names.iter().copied());
+    let meant = meant.map(|near| format!("; did you mean {}?", quoted(near))).unwrap_or_default();
+    let finding = Finding::at(path, format!("{what} {}{meant}", quoted(name)));
+    match names.len() {
+        0 => finding.hint("there is none at all"),
+        1..=20 => finding.hint(format!("there are: {}", listed(names))),
+        more => finding.hint(format!("there are {more}")),
+    }
+}
+
+fn services(services: &[Service], path: &Path, verdict: &mut Verdict) {
+    verdict.value(path, count(services.len()));
+    let mut names = Unique::new();
+    for (index, service) in services.iter().enumerate().take(LIST_MAX) {
+        let path = path.index(index);
+        let name_path = path.key("name");
+        verdict.value(&name_path, names::name(&service.name, names::NAME_MAX));
+        if let Some(first) = names.insert(&service.name, &name_path) {
+            let message = format!("another service of this VM is called {}", quoted(&service.name));
+            verdict.error(Finding::at(&name_path, message).first(Spot::Value(first)));
+        }
+        command(&service.command, &path.key("command"), verdict);
+        let environment = path.key("environment");
+        verdict.value(&environment, count(service.environment.len()));
+        for (name, value) in service.environment.iter().take(LIST_MAX) {
+            verdict.key(&environment.key(name), names::variable(name));
+            verdict.value(&environment.key(name), no_nul(value));
+        }
+        if let Some(ready) = &service.ready {
+            verdict.value(&path.key("ready"), names::endpoint(ready));
+        }
+    }
+}
+
+fn command(command: &[String], path: &Path, verdict: &mut Verdict) {
+    verdict.value(path, count(command.len()));
+    match command.first() {
+        None => verdict.error(Finding::at(path, "is empty; name a program")),
+        Some(program) => verdict.value(&path.index(0), names::path(program)),
+    }
+    for (index, argument) in command.iter().enumerate().take(LIST_MAX).skip(1) {
+        verdict.value(&path.index(index), no_nul(argument));
+    }
+}
+
+/// Programs take anything but this.
+fn no_nul(text: &str) -> Result<(), String> {
+    if text.contains('\0') { Err("has a NUL character in it".into()) } else { Ok(()) }
+}
