@@ -1,26 +1,42 @@
-//! Views on disk: the closure of a VM's roots, its registration, both under the view's id.
+//! Views on disk: the closure of a VM's roots and its registration, below a directory named by the view's id.
 
 use super::plan::Generation;
 use crate::{
-    fleet::schema::{Source, Vm},
+    fleet::{
+        schema::{Source, Vm},
+        view,
+    },
     state::{
         dirs::{self, DirsError},
         file::{self, WriteError},
     },
 };
-use std::path::{Path, PathBuf};
+use lair_virtiofs::{
+    store::{
+        self,
+        closure::{ClosureError, closure},
+        path::{PathError, StorePath},
+        registration::registration,
+    },
+    view::View,
+};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
 /// Why a generation cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerationError {
+    /// A root is no store path.
+    #[error("roots: cannot use {0}")]
+    Root(PathBuf, #[source] PathError),
+    /// The closure cannot be computed.
+    #[error("Cannot compute the closure of roots")]
+    Closure(#[from] ClosureError),
     /// A path of the fleet file is not in the view.
-    #[error("{key} {path} is not in the closure of the roots; add its store path to roots")]
-    Outside {
-        /// The key.
-        key: &'static str,
-        /// The path.
-        path: PathBuf,
-    },
+    #[error(transparent)]
+    Outside(#[from] view::Outside),
     /// The directory cannot be used.
     #[error(transparent)]
     Dirs(#[from] DirsError),
@@ -29,8 +45,33 @@ pub enum GenerationError {
     Write(#[from] WriteError),
 }
 
-/// Computes the view of `vm` and writes it below `directory`, unless it is there already.
+/// Computes the view of `vm` and writes it below `directory`. The same view has the same id, so it is there only once.
 pub fn make(vm: &Vm, sources: &[Source], directory: &Path) -> Result<Generation, GenerationError> {
-    let _ = (vm, sources, directory, &file::replace, &dirs::create);
-    Err(GenerationError::Outside { key: "x", path: PathBuf::new() })
+    let root = |root: &PathBuf| {
+        root.to_string_lossy().parse().map_err(|source| GenerationError::Root(root.clone(), source))
+    };
+    let roots: Vec<StorePath> = vm.roots.iter().map(root).collect::<Result<_, _>>()?;
+    let sources: Vec<_> = sources
+        .iter()
+        .map(|source| store::Source { store: source.store_dir(), database: source.database_dir() })
+        .collect();
+    let closure = closure(&sources, &roots)?;
+    let paths: HashSet<_> = closure.iter().map(|info| info.path.to_string()).collect();
+    if let Some(outside) = view::outside(vm, |path| paths.contains(path)).into_iter().next() {
+        return Err(outside.into());
+    }
+    let view = View::new(closure.iter().map(|info| info.path.clone()));
+    let id = view.id();
+    let directory = directory.join(&id);
+    dirs::create(&directory, 0o750)?;
+    let generation = Generation {
+        id,
+        view: directory.join("view"),
+        registration: directory.join("registration"),
+        paths: closure.len().try_into().unwrap_or(u64::MAX),
+        bytes: closure.iter().map(|info| info.nar_size).sum(),
+    };
+    file::replace(&generation.view, view.text().as_bytes(), 0o640)?;
+    file::replace(&generation.registration, registration(&closure).as_bytes(), 0o640)?;
+    Ok(generation)
 }

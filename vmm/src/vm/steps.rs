@@ -334,7 +334,7 @@ fn volumes(plan: &Plan) -> Result<(), StepError> {
 fn write_initramfs(plan: &Plan) -> Result<(), StepError> {
     let registration = fs::read(&plan.generation.registration)
         .map_err(|e| StepError::Read(plan.generation.registration.clone(), e))?;
-    let mut archive = initramfs::base(&tools::find(tools::GUEST)?, &plan.modules)?;
+    let mut archive = initramfs::base(&tools::find(tools::GUEST)?, &plan.modules, initramfs::WANTED_MODULES)?;
     archive.extend(initramfs::overlay(&plan.boot, &registration)?);
     Ok(file::replace(&plan.machine.initramfs, &archive, 0o600)?)
 }
