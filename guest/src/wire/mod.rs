@@ -2,7 +2,7 @@
 //!
 //! Everything of ours that crosses vsock, and everything between our processes on the host, is a
 //! sequence of [frames](frame): half-close does not survive every hypervisor, so the end of a stream is
-//! a frame as well. A conversation begins with one [message](message); what follows depends on it.
+//! a frame as well. A conversation begins with one [message]; what follows depends on it.
 //!
 //! | who connects | to | first frame | then |
 //! |---|---|---|---|
@@ -22,7 +22,10 @@ pub mod relay;
 pub const AGENT_PORT: u32 = 1;
 
 /// The vsock port of the host to which the agent connects to open a link.
-pub const LINK_PORT: u32 = 2;
+///
+/// High, because vhost-device-vsock 0.3.0 counts its own ports for dials of the host up from 0, takes the host ports of
+/// connections that the guest has opened as used, and fails every dial from the moment its count meets one of them.
+pub const LINK_PORT: u32 = 4_000_000_000;
 
 /// The version of the protocol. A peer of another version is refused with both numbers in the message.
 pub const VERSION: u32 = 1;

@@ -157,6 +157,9 @@ fn is_boot_id(text: &str) -> bool {
 /// The credentials as their files are now. One that cannot be read is left out, and said: the guest waits for it.
 async fn credentials(shim: &Shim) -> BTreeMap<String, String> {
     let files = shim.credentials();
+    if files.is_empty() {
+        return BTreeMap::new();
+    }
     let read = tokio::task::spawn_blocking(move || read_credentials(&files));
     let (found, missing) = read.await.unwrap_or_default();
     if !missing.is_empty() {

@@ -1,11 +1,11 @@
 //! Connecting to a port of the guest through the hybrid vsock socket: `CONNECT PORT\n`, then `OK NUMBER\n`.
 //!
 //! A dial is never dropped before the guest has answered it. vhost-device-vsock 0.3.0 writes its `OK` with an
-//! unwrap, so a socket that was closed in the meantime ends its worker, and with it all vsock of the VM; one that is
-//! closed before its `CONNECT` was read makes it spin. So each dial is a task of its own, which goes on
-//! when its caller stopped waiting, [`limits::DIAL_ABANDONED`] long.
+//! unwrap: a socket that was closed in the meantime ends its worker, and with it all vsock of the VM, while the process
+//! lives on (measured). So each dial is a task of its own, which goes on when its caller stopped waiting,
+//! [`limits::DIAL_ABANDONED`] long.
 //!
-//! The shutdown of one direction closes both there. Protocols of ours have a frame for it.
+//! That device shuts both directions down when the host shuts one. Protocols of ours have a frame for it.
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 

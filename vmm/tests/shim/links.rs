@@ -404,7 +404,7 @@ async fn vs1_connections_that_say_nothing_are_capped() {
     for _ in 0..64 {
         idle.push(guest.connect().await);
     }
-    until(async || (shim.open_descriptors() >= before + 64).then_some(())).await;
+    until(async || (shim.open_descriptors() >= before + 60).then_some(())).await;
     for _ in 0..200 {
         assert_closed(&mut guest.connect().await).await;
     }

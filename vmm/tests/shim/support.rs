@@ -213,7 +213,7 @@ impl Guest {
         let _ = std::fs::remove_file(&config.vsock);
         let listener = UnixListener::bind(&config.vsock).unwrap();
         tokio::spawn(serve_vsock(listener, ports.clone()));
-        let link_socket = PathBuf::from(format!("{}_2", config.vsock.display()));
+        let link_socket = config.link_socket();
         let agent = mpsc::unbounded_channel().1;
         Self { ports, link_socket, agent, control: None, hello: None }
     }

@@ -18,7 +18,7 @@ const DESCRIPTORS: u64 = 4096;
 ///
 /// It listens on three sockets that the configuration names: control (for laird: state, grants, reload, stop),
 /// session (for operators with a ticket from laird) and dial (for the shims of VMs that have a link to this one);
-/// on the vsock path with _2 appended, for links that the guest opens; and where links from the host say.
+/// on the vsock path with _4000000000 appended, for links that the guest opens; and where links from the host say.
 ///
 /// Each link connection and each session leaves one JSON line in the audit log.
 #[derive(Parser)]
