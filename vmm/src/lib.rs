@@ -2,8 +2,20 @@
 //!
 //! | module | what is in it |
 //! |---|---|
-//! | [`fleet`] | the fleet file: schema, loading, validation (pure but for reading files) |
+//! | [`api`] | `laird`'s API on a unix socket: types, server, client, audit |
+//! | [`fleet`] | the fleet file: schema, loading, validation |
+//! | [`host`] | the host: processes, programs, facts |
+//! | [`hypervisor`] | the machine as data, and the QEMU driver |
 //! | [`shim`] | `lair-shim`: links, sessions, console log of one VM; and the protocol to it |
+//! | [`state`] | what is on disk |
+//! | [`supervisor`] | all VMs of one host |
+//! | [`vm`] | one VM: plan, lifecycle (a pure state machine), steps, executor |
 
+pub mod api;
 pub mod fleet;
+pub mod host;
+pub mod hypervisor;
 pub mod shim;
+pub mod state;
+pub mod supervisor;
+pub mod vm;

@@ -16,6 +16,7 @@
 
 pub mod frame;
 pub mod message;
+pub mod relay;
 
 /// The vsock port on which the agent listens. Below 1024, so that only root in the guest can bind it.
 pub const AGENT_PORT: u32 = 1;

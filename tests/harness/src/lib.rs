@@ -1,1 +1,13 @@
-//! placeholder
+//! The test bed as a library: what `tests/demo`, `tests/run` and `tests/bench` share.
+//!
+//! | module | what is in it |
+//! |---|---|
+//! | [`testbed`] | the guests' contents that `tests/prepare` made |
+//! | [`host`] | a `laird` of one's own, and `vmctl` |
+//! | [`fleet`] | fleet files for tests |
+//! | [`keys`] | keys made for one run |
+
+pub mod fleet;
+pub mod host;
+pub mod keys;
+pub mod testbed;

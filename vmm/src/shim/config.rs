@@ -1,8 +1,12 @@
 //! What `laird` writes for one VM's shim. The shim reads it at its start and when told to reload.
 
+use super::{files, limits};
 use lair_guest::wire::message::{IncomingLink, OutgoingLink};
 use serde::{Deserialize, Serialize};
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 /// The configuration of one VM's shim.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -92,5 +96,47 @@ impl Incoming {
     pub fn for_agent(&self) -> Option<IncomingLink> {
         let connect = self.connect.clone()?;
         Some(IncomingLink { name: self.name.clone(), port: self.port, connect })
+    }
+}
+
+/// Why a configuration was not read.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("No configuration")]
+    File(#[from] files::FileError),
+    /// It is not what [`ShimConfig`] describes.
+    #[error("Malformed configuration {path}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// It is the configuration of another VM's shim.
+    #[error("Configuration is of VM {other}, this is the shim of VM {mine}")]
+    OtherVm {
+        /// This shim's VM.
+        mine: String,
+        /// The one in the file.
+        other: String,
+    },
+    /// The shim is about to end.
+    #[error("Reading the configuration was interrupted")]
+    Interrupted(#[source] tokio::task::JoinError),
+}
+
+impl ShimConfig {
+    /// Reads a configuration file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let bytes = files::read(path, limits::CONFIG_BYTES)?;
+        serde_json::from_slice(&bytes).map_err(|source| ConfigError::Malformed { path: path.into(), source })
+    }
+
+    /// Where links appear that the guest opens.
+    pub fn link_socket(&self) -> PathBuf {
+        let mut path = self.vsock.clone().into_os_string();
+        path.push(format!("_{}", lair_guest::wire::LINK_PORT));
+        path.into()
     }
 }

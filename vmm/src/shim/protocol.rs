@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 pub enum Control {
     /// The shim's state, once.
     Status,
-    /// The shim's state, now and after each change.
+    /// The shim's state, now and after each change of the agent, the console or the set of links. Counters that
+    /// move are no change.
     Watch,
     /// Allows one session.
     Grant(Grant),
@@ -56,7 +57,8 @@ pub struct ShimStatus {
     pub console: bool,
     /// Console bytes since the shim's start.
     pub console_bytes: u64,
-    /// Every link of the VM, in the order of its configuration.
+    /// Every link that starts in this VM, and every one from the host into it, in the order of its configuration.
+    /// A link from another VM is counted there, by the shim that carries it.
     pub links: Vec<LinkCounters>,
 }
 
@@ -64,7 +66,7 @@ pub struct ShimStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum AgentState {
-    /// There is no control channel.
+    /// There is no control channel. Also while the first half of `lair-guest`, in the initramfs, holds it.
     Absent,
     /// The control channel is open, services are starting.
     Connected {

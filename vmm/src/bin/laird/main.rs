@@ -1,2 +1,103 @@
-//! placeholder
-fn main() {}
+//! `laird`: the supervisor.
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use lair_vmm::{
+    api, fleet,
+    host::{facts, process},
+    state::{dirs::Dirs, lock},
+    supervisor::Supervisor,
+};
+use std::{os::unix::fs::PermissionsExt, path::PathBuf, process::ExitCode};
+use tokio::{
+    net::UnixListener,
+    signal::unix::{SignalKind, signal},
+};
+
+/// Runs the microVMs of this host, as its fleet file says.
+///
+/// It may be killed and started again at any moment: VMs, their builds and their links go on without it, and it finds them
+/// again. SIGTERM ends it alone; `vmctl stop` ends VMs.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+struct Arguments {
+    /// The fleet file, JSON or TOML [default: /etc/lair/fleet.json as root, otherwise lair/fleet.json below $XDG_CONFIG_HOME]
+    #[arg(long, value_name = "FILE")]
+    fleet: Option<PathBuf>,
+    /// Where volumes, views and logs are kept [default: /var/lib/lair as root, otherwise lair below $XDG_STATE_HOME]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Where sockets are [default: /run/lair as root, otherwise lair below $XDG_RUNTIME_DIR]
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    lair_vmm::host::logging::start();
+    match run(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("laird: {error:#}");
+            let wrong_configuration = error.is::<fleet::Problems>();
+            ExitCode::from(if wrong_configuration { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<()> {
+    // Whatever it was started with: others may look into the run directory, and write nowhere.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
+    let absolute = |path: PathBuf| std::path::absolute(path);
+    let dirs = Dirs {
+        state: absolute(arguments.state_dir.unwrap_or_else(Dirs::default_state))?,
+        run: absolute(arguments.run_dir.unwrap_or_else(Dirs::default_run))?,
+    };
+    let fleet_file = absolute(arguments.fleet.unwrap_or_else(Dirs::default_fleet))?;
+    let fleet = fleet::check_file(&fleet_file)?;
+    let engine = facts::engine(fleet.host.accel)?;
+    if engine == facts::Engine::Tcg {
+        tracing::warn!("no KVM: guests run under emulation, many times slower");
+    }
+    dirs.create()?;
+    let _lock = lock::lock(&dirs.run)?;
+    // One thread suffices: laird is in no data path, and what blocks runs on threads of its own.
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(serve(dirs, engine, fleet_file, fleet))
+}
+
+async fn serve(
+    dirs: Dirs,
+    engine: facts::Engine,
+    fleet_file: PathBuf,
+    fleet: fleet::schema::Fleet,
+) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let listener = listen(&dirs)?;
+    let boot_id = process::boot_id().context("Cannot read the boot id")?;
+    let supervisor = Supervisor::start(dirs, engine, boot_id, fleet_file, fleet).await;
+    // Not an error where no systemd waits for it.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!("ready");
+    tokio::select! {
+        served = api::server::serve(listener, supervisor) => served.context("The API ended"),
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }
+}
+
+/// Binds the API socket. The lock is held, so a socket that is there is of a `laird` that is gone.
+fn listen(dirs: &Dirs) -> Result<UnixListener> {
+    let path = dirs.api_socket();
+    let _ = std::fs::remove_file(&path);
+    let listener =
+        UnixListener::bind(&path).with_context(|| format!("Cannot listen on {}", path.display()))?;
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o660))?;
+    // Where there is no such group, only root is served.
+    if let Ok(Some(group)) = nix::unistd::Group::from_name("lair") {
+        let _ = nix::unistd::chown(&path, None, Some(group.gid));
+    }
+    Ok(listener)
+}

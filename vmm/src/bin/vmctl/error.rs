@@ -1,0 +1,62 @@
+//! What goes wrong for an operator, and its exit status.
+
+use lair_vmm::api::{client::ClientError, types::ErrorKind};
+use std::process::ExitCode;
+
+/// An error with its exit status.
+#[derive(Debug)]
+pub(crate) struct CommandError {
+    status: u8,
+    message: String,
+}
+
+impl CommandError {
+    /// Exit status 1.
+    pub(crate) fn failed(message: impl Into<String>) -> Self {
+        Self { status: 1, message: message.into() }
+    }
+
+    /// Exit status 2.
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self { status: 2, message: message.into() }
+    }
+
+    /// Exit status 5.
+    pub(crate) fn timed_out(message: impl Into<String>) -> Self {
+        Self { status: 5, message: message.into() }
+    }
+
+    /// Prints the message.
+    pub(crate) fn report(self) -> ExitCode {
+        self.report_as(self.status)
+    }
+
+    /// Prints the message, for a verb with an exit status of its own.
+    pub(crate) fn report_as(&self, status: u8) -> ExitCode {
+        // A refused fleet file is many lines that name their file; anything else is one of ours.
+        if self.message.contains('\n') {
+            eprintln!("{}", self.message);
+        } else {
+            eprintln!("vmctl: {}", self.message);
+        }
+        ExitCode::from(status)
+    }
+}
+
+impl From<ClientError> for CommandError {
+    fn from(error: ClientError) -> Self {
+        let status = match error.kind() {
+            ErrorKind::Failed => 1,
+            ErrorKind::Invalid => 2,
+            ErrorKind::NotPermitted => 3,
+            ErrorKind::NotFound => 4,
+        };
+        Self { status, message: lair_vmm::vm::actor::chain(&error) }
+    }
+}
+
+impl From<std::io::Error> for CommandError {
+    fn from(error: std::io::Error) -> Self {
+        Self::failed(error.to_string())
+    }
+}

@@ -1,0 +1,115 @@
+//! What is printed: tables, durations, sizes, colours; and never an escape sequence of a guest's.
+
+use comfy_table::{Cell, Color, Table, presets};
+use std::{
+    borrow::Cow,
+    io::{IsTerminal, Write},
+};
+
+/// A table with a line of headings and no frames, to be read and to be cut by `awk`.
+pub(crate) fn table(headings: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_header(headings.iter().map(Cell::new));
+    table
+}
+
+/// Prints a table without blanks at the ends of its lines.
+pub(crate) fn print_table(table: &Table) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    for line in table.to_string().lines() {
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
+}
+
+/// Whether standard output may be coloured.
+pub(crate) fn colour() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// A cell with `words`, in the colour of a VM's state.
+pub(crate) fn state_cell(state: &str, words: &str) -> Cell {
+    let cell = Cell::new(words);
+    if !colour() {
+        return cell;
+    }
+    match state {
+        "ready" => cell.fg(Color::Green),
+        "failed" | "quarantined" => cell.fg(Color::Red),
+        "stopped" => cell,
+        _ => cell.fg(Color::Yellow),
+    }
+}
+
+/// A duration in its two largest units, such as `3h 12m`.
+pub(crate) fn duration(seconds: i64) -> String {
+    let seconds = seconds.max(0);
+    match (seconds / 86_400, seconds / 3_600 % 24, seconds / 60 % 60, seconds % 60) {
+        (0, 0, 0, s) => format!("{s}s"),
+        (0, 0, m, s) => format!("{m}m {s}s"),
+        (0, h, m, _) => format!("{h}h {m}m"),
+        (d, h, _, _) => format!("{d}d {h}h"),
+    }
+}
+
+/// A number of bytes with three significant digits, such as `1.25 MiB`.
+#[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
+pub(crate) fn bytes(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1000.0 {
+            let digits = if unit == "B" || value >= 100.0 {
+                0
+            } else if value >= 10.0 {
+                1
+            } else {
+                2
+            };
+            return format!("{value:.digits$} {unit}");
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.2} TiB")
+}
+
+/// Text of a guest's, in which control characters can do nothing: all but line ends and tabs are shown as `\x1b`.
+pub(crate) fn harmless(text: &str) -> Cow<'_, str> {
+    let wild = |c: char| c.is_control() && c != '\n' && c != '\t';
+    if !text.contains(wild) {
+        return Cow::Borrowed(text);
+    }
+    // A carriage return before a line end is how a console ends a line.
+    let text = text.replace("\r\n", "\n");
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if wild(c) {
+            out.push_str(&format!("\\x{:02x}", u32::from(c)));
+        } else {
+            out.push(c);
+        }
+    }
+    Cow::Owned(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_and_sizes() {
+        assert_eq!([0, 59, 61, 3_720, 90_000].map(duration), ["0s", "59s", "1m 1s", "1h 2m", "1d 1h"]);
+        assert_eq!(
+            [0, 999, 1000, 1_310_720, 150 << 20, 2 << 40].map(bytes),
+            ["0 B", "999 B", "0.98 KiB", "1.25 MiB", "150 MiB", "2.00 TiB"]
+        );
+    }
+
+    #[test]
+    fn cl14_escape_sequences_of_a_guest_are_shown_not_obeyed() {
+        assert_eq!(
+            harmless("ok\r\n\x1b]0;title\x07\u{9b}31m\tend\n"),
+            "ok\n\\x1b]0;title\\x07\\x9b31m\tend\n"
+        );
+        assert!(matches!(harmless("plain\n"), Cow::Borrowed(_)));
+    }
+}

@@ -1,0 +1,151 @@
+//! `vmctl status`.
+
+use crate::{
+    Context,
+    error::CommandError,
+    output::{bytes, duration, harmless, print_table, state_cell, table},
+};
+use comfy_table::Cell;
+use lair_vmm::api::types::{HostStatus, VmStatus};
+use std::process::ExitCode;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Only this VM, in full
+    vm: Option<String>,
+}
+
+pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitCode, CommandError> {
+    let now = jiff::Timestamp::now();
+    if let Some(vm) = arguments.vm {
+        let vm = context.client.vm(&vm).await?;
+        if context.json { print_json(&vm)? } else { print_vm(&vm, now)? }
+    } else {
+        let host = context.client.status().await?;
+        if context.json { print_json(&host)? } else { print_host(&host, now)? }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints one JSON document.
+pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<(), CommandError> {
+    let text =
+        serde_json::to_string_pretty(value).map_err(|error| CommandError::failed(error.to_string()))?;
+    println!("{text}");
+    Ok(())
+}
+
+fn age(vm: &VmStatus, now: jiff::Timestamp) -> String {
+    duration(now.as_second().saturating_sub(vm.since.as_second()))
+}
+
+fn print_host(host: &HostStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
+    let mut vms = table(&["NAME", "ROLE", "STATE", "SINCE", "VCPUS", "MEMORY", "VIEW", "LINKS"]);
+    for vm in &host.vms {
+        let view = vm.view.as_ref().map_or("-".into(), |v| format!("{} paths, {}", v.paths, bytes(v.bytes)));
+        let state = if vm.pending_restart { format!("{}*", vm.state) } else { vm.state.clone() };
+        vms.add_row(vec![
+            Cell::new(&vm.name),
+            Cell::new(role(vm)),
+            state_cell(&vm.state, &state),
+            Cell::new(age(vm, now)),
+            Cell::new(vm.vcpus),
+            Cell::new(vm.memory),
+            Cell::new(view),
+            Cell::new(vm.links.join(" ")),
+        ]);
+    }
+    print_table(&vms)?;
+    for vm in host.vms.iter().filter(|vm| matches!(vm.state.as_str(), "failed" | "quarantined")) {
+        println!(
+            "\n{} {}: {}",
+            vm.name,
+            vm.state,
+            harmless(vm.detail.as_deref().unwrap_or("no reason recorded"))
+        );
+    }
+    let notes = notes(host);
+    if !notes.is_empty() {
+        println!();
+    }
+    for note in notes {
+        println!("{note}");
+    }
+    Ok(())
+}
+
+fn notes(host: &HostStatus) -> Vec<String> {
+    let mut notes = Vec::new();
+    if host.vms.iter().any(|vm| vm.pending_restart) {
+        notes.push("* runs with an earlier fleet file; stop and start it to follow".into());
+    }
+    if let Some(applied) = &host.applied {
+        let file = host.fleet_file.display();
+        notes.push(format!("The fleet is {applied}, applied until laird starts again with {file}"));
+    }
+    if host.engine == lair_vmm::host::facts::Engine::Tcg {
+        notes.push("No KVM: guests run under emulation (see vmctl doctor)".into());
+    }
+    if !host.root {
+        notes.push("Not root: all processes share one uid".into());
+    }
+    notes.push("Limits are not enforced: VMs are in no cgroup of their own".into());
+    notes
+}
+
+fn role(vm: &VmStatus) -> String {
+    serde_json::to_value(vm.role).ok().and_then(|v| Some(v.as_str()?.to_owned())).unwrap_or_default()
+}
+
+fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
+    let mut facts = vec![
+        ("name", vm.name.clone()),
+        ("role", role(vm)),
+        ("state", format!("{} for {}, since {}", vm.state, age(vm, now), vm.since.strftime("%F %T UTC"))),
+    ];
+    if let Some(detail) = &vm.detail {
+        facts.push(("detail", harmless(detail).into_owned()));
+    }
+    facts.push(("vcpus", vm.vcpus.to_string()));
+    facts.push(("memory", vm.memory.to_string()));
+    if let Some(view) = &vm.view {
+        facts.push(("view", format!("{} ({} paths, {})", view.id, view.paths, bytes(view.bytes))));
+    }
+    if let Some(boot) = vm.boot_ms {
+        facts.push(("boot", format!("{boot} ms from kernel to ready")));
+    }
+    if vm.pending_restart {
+        facts.push(("pending", "the fleet file has changed; stop and start it to follow".into()));
+    }
+    for (part, pid) in &vm.processes {
+        facts.push(("process", format!("{pid} {part}")));
+    }
+    let mut rows = table(&[]);
+    for (key, value) in facts {
+        rows.add_row(vec![key.to_owned(), value]);
+    }
+    print_table(&rows)?;
+    if !vm.counters.is_empty() {
+        println!();
+        print_links(std::slice::from_ref(vm))?;
+    }
+    Ok(())
+}
+
+/// Prints what went over the links of some VMs.
+pub(crate) fn print_links(vms: &[VmStatus]) -> Result<(), CommandError> {
+    let mut links = table(&["LINK", "FROM", "TO", "CONNECTIONS", "OPEN", "REFUSED", "SENT", "RECEIVED"]);
+    for counters in vms.iter().flat_map(|vm| &vm.counters) {
+        links.add_row(vec![
+            counters.link.clone(),
+            counters.from.clone(),
+            counters.to.clone(),
+            counters.connections.to_string(),
+            counters.open.to_string(),
+            counters.refused.to_string(),
+            bytes(counters.bytes_out),
+            bytes(counters.bytes_in),
+        ]);
+    }
+    Ok(print_table(&links)?)
+}

@@ -1,0 +1,67 @@
+//! Facts about the host that decide how VMs run.
+
+use crate::fleet::schema::Accel;
+use std::{fs::OpenOptions, path::Path};
+
+/// What executes a guest's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// The processor.
+    Kvm,
+    /// QEMU's translator: works everywhere, many times slower.
+    Tcg,
+}
+
+/// Why the processor cannot run guests.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoKvm {
+    /// The device does not open.
+    #[error("/dev/kvm does not open: {0}; load kvm-intel or kvm-amd, and join the group kvm")]
+    Device(String),
+    /// The device opens, but the processor has no virtualization. Seen on nested hosts, where every guest hangs.
+    #[error(
+        "/dev/kvm opens, but the CPU shows neither vmx nor svm, so guests would hang; enable (nested) virtualization"
+    )]
+    Processor,
+}
+
+/// Whether guests can run on the processor.
+pub fn kvm() -> Result<(), NoKvm> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .map_err(|error| NoKvm::Device(error.to_string()))?;
+    let cpuinfo = std::fs::read_to_string(Path::new("/proc/cpuinfo")).unwrap_or_default();
+    if has_virtualization(&cpuinfo) { Ok(()) } else { Err(NoKvm::Processor) }
+}
+
+fn has_virtualization(cpuinfo: &str) -> bool {
+    cpuinfo
+        .lines()
+        .filter(|line| line.starts_with("flags"))
+        .any(|line| line.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
+}
+
+/// Chooses the engine that the fleet file asks for.
+pub fn engine(wanted: Accel) -> Result<Engine, NoKvm> {
+    match wanted {
+        Accel::Tcg => Ok(Engine::Tcg),
+        Accel::Kvm => kvm().map(|()| Engine::Kvm),
+        Accel::Auto => Ok(if kvm().is_ok() { Engine::Kvm } else { Engine::Tcg }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hv8_virtualization_is_a_flag_of_its_own() {
+        assert!(has_virtualization("processor: 0\nflags\t\t: fpu svm sse\n"));
+        assert!(has_virtualization("flags\t\t: fpu vmx\n"));
+        assert!(!has_virtualization("flags\t\t: fpu svm_lock vmxon\nvmx flags : x\n"));
+        assert!(!has_virtualization(""));
+    }
+}

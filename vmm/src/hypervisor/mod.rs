@@ -1,0 +1,58 @@
+//! What a hypervisor is told and what it tells; [`qemu`] is the driver.
+//!
+//! All of it is data: a [`Machine`] is everything that a driver may know of a VM. No string of a fleet file
+//! reaches a hypervisor but through a field here, and the driver escapes it.
+
+pub mod qemu;
+
+use crate::{fleet::units::Size, host::facts::Engine};
+use std::path::PathBuf;
+
+/// The hardware of one VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Machine {
+    /// The VM's name.
+    pub name: String,
+    /// What executes it.
+    pub engine: Engine,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// Memory, shared with the store backend.
+    pub memory: Size,
+    /// The kernel image.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initramfs: PathBuf,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// The vhost-user socket of the store backend.
+    pub store_socket: PathBuf,
+    /// The vhost-user socket of the vsock device.
+    pub vsock_socket: PathBuf,
+    /// Disks, in order.
+    pub disks: Vec<Disk>,
+    /// Where the console appears.
+    pub console_socket: PathBuf,
+    /// Where the hypervisor listens for its control protocol.
+    pub control_socket: PathBuf,
+}
+
+/// A virtio-blk device on a raw image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// The serial number by which the guest finds it.
+    pub serial: String,
+    /// The image.
+    pub image: PathBuf,
+}
+
+/// What the hypervisor reports by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The guest powered itself off.
+    GuestPowerOff,
+    /// The guest rebooted itself.
+    GuestReboot,
+    /// The control connection ended.
+    Lost,
+}

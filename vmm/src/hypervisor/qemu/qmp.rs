@@ -1,0 +1,253 @@
+//! QMP: JSON lines on a unix socket, one client at a time.
+//!
+//! The peer is a hypervisor that its guest may have taken over: every line is bounded, every answer has a
+//! deadline, an answer that nobody asked for is dropped.
+
+use crate::hypervisor::Event;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::{
+    collections::HashMap,
+    io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{UnixStream, unix::OwnedWriteHalf},
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+    time::{sleep, timeout},
+};
+
+/// The longest line that is read, in bytes. The greeting and all answers that we ask for are below 1 KiB.
+const LINE_MAX: u64 = 1 << 20;
+
+/// How long QEMU may take to answer a command. Under emulation on a loaded host it has been seen to take over a second.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Why QEMU could not be told something.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// The socket did not appear or did not answer.
+    #[error("QEMU does not answer on {0} within {1:?}")]
+    NoGreeting(PathBuf, Duration),
+    /// The connection failed.
+    #[error("The connection to QEMU failed")]
+    Io(#[from] io::Error),
+    /// Something else than QMP came.
+    #[error("QEMU sent what is not QMP")]
+    Malformed,
+    /// A command was not answered.
+    #[error("QEMU did not answer {0} within {1:?}")]
+    Silent(&'static str, Duration),
+    /// QEMU refused a command.
+    #[error("QEMU refused {0}: {1}")]
+    Refused(&'static str, String),
+}
+
+type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<Value, String>>>>>;
+
+/// A connection to one QEMU.
+#[derive(Debug)]
+pub struct Qmp {
+    writer: OwnedWriteHalf,
+    waiting: Waiting,
+    next: u64,
+    reader: JoinHandle<()>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Line {
+    id: Option<u64>,
+    #[serde(rename = "return")]
+    answer: Option<Value>,
+    error: Option<Refusal>,
+    event: Option<String>,
+    #[serde(default)]
+    data: Value,
+}
+
+#[derive(Debug, Deserialize)]
+struct Refusal {
+    desc: String,
+}
+
+impl Qmp {
+    /// Connects, waiting until `deadline` for QEMU to listen. Events go to `events` until the connection ends.
+    pub async fn connect(
+        socket: &Path,
+        deadline: Duration,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Result<Self, QmpError> {
+        timeout(deadline, Self::connect_patiently(socket, events))
+            .await
+            .unwrap_or_else(|_| Err(QmpError::NoGreeting(socket.to_owned(), deadline)))
+    }
+
+    async fn connect_patiently(
+        socket: &Path,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Result<Self, QmpError> {
+        let stream = loop {
+            match UnixStream::connect(socket).await {
+                Ok(stream) => break stream,
+                Err(_) => sleep(Duration::from_millis(10)).await,
+            }
+        };
+        let (reader, writer) = stream.into_split();
+        let mut lines = BufReader::new(reader);
+        let greeting = read_line(&mut lines).await?.ok_or(QmpError::Malformed)?;
+        let greeting: Value = serde_json::from_slice(&greeting).map_err(|_| QmpError::Malformed)?;
+        if greeting.get("QMP").is_none() {
+            return Err(QmpError::Malformed);
+        }
+        let waiting = Waiting::default();
+        let reader = tokio::spawn(read_lines(lines, Arc::clone(&waiting), events));
+        let mut qmp = Self { writer, waiting, next: 0, reader };
+        qmp.execute("qmp_capabilities").await?;
+        Ok(qmp)
+    }
+
+    /// Sends a command without arguments and returns its answer.
+    pub async fn execute(&mut self, command: &'static str) -> Result<Value, QmpError> {
+        let id = self.next;
+        self.next = id.wrapping_add(1);
+        let (sender, receiver) = oneshot::channel();
+        lock(&self.waiting).insert(id, sender);
+        let mut line = json!({ "execute": command, "id": id }).to_string();
+        line.push('\n');
+        let answer = async {
+            self.writer.write_all(line.as_bytes()).await?;
+            receiver.await.map_err(|_| QmpError::Io(io::ErrorKind::ConnectionReset.into()))
+        };
+        let answer = timeout(ANSWER, answer).await;
+        lock(&self.waiting).remove(&id);
+        answer.map_err(|_| QmpError::Silent(command, ANSWER))??.map_err(|e| QmpError::Refused(command, e))
+    }
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+async fn read_line(from: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    from.take(LINE_MAX).read_until(b'\n', &mut line).await?;
+    match line.last() {
+        None => Ok(None),
+        Some(b'\n') => Ok(Some(line)),
+        Some(_) => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+async fn read_lines(
+    mut lines: impl AsyncBufRead + Unpin,
+    waiting: Waiting,
+    events: mpsc::UnboundedSender<Event>,
+) {
+    while let Ok(Some(line)) = read_line(&mut lines).await {
+        let Ok(line) = serde_json::from_slice::<Line>(&line) else { break };
+        if let Some(event) = line.event {
+            if let Some(event) = event_of(&event, &line.data) {
+                let _ = events.send(event);
+            }
+        } else if let Some(sender) = line.id.and_then(|id| lock(&waiting).remove(&id)) {
+            let answer = match line.error {
+                Some(refusal) => Err(refusal.desc),
+                None => Ok(line.answer.unwrap_or_default()),
+            };
+            let _ = sender.send(answer);
+        }
+    }
+    lock(&waiting).clear();
+    let _ = events.send(Event::Lost);
+}
+
+fn event_of(name: &str, data: &Value) -> Option<Event> {
+    let by_guest = data.get("guest").and_then(Value::as_bool).unwrap_or(false);
+    match name {
+        "SHUTDOWN" if by_guest => Some(Event::GuestPowerOff),
+        "RESET" if by_guest => Some(Event::GuestReboot),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::UnixListener;
+
+    const GREETING: &str = "{\"QMP\": {\"version\": {}}}\n";
+
+    /// A QEMU that greets with `greeting` and answers each command with the next of `answers`.
+    async fn qemu(greeting: &'static str, answers: Vec<&'static str>) -> (tempfile::TempDir, PathBuf) {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("qmp");
+        let listener = UnixListener::bind(&socket).unwrap();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (reader, mut writer) = stream.into_split();
+            let mut lines = BufReader::new(reader);
+            let _ = writer.write_all(greeting.as_bytes()).await;
+            for answer in answers {
+                if read_line(&mut lines).await.unwrap().is_none()
+                    || writer.write_all(answer.as_bytes()).await.is_err()
+                {
+                    return;
+                }
+            }
+            let _ = read_line(&mut lines).await;
+        });
+        (directory, socket)
+    }
+
+    #[tokio::test]
+    async fn answers_find_their_commands_among_events() {
+        let answers = vec![
+            "{\"return\": {}, \"id\": 0}\n",
+            "{\"event\": \"RESET\", \"data\": {\"guest\": true, \"reason\": \"guest-reset\"}}\n{\"event\": \"RESET\", \"data\": {\"guest\": false}}\n{\"return\": {}, \"id\": 77}\n{\"return\": {\"status\": \"running\"}, \"id\": 1}\n",
+            "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}, \"id\": 2}\n",
+        ];
+        let (_directory, socket) = qemu(GREETING, answers).await;
+        let (sender, mut events) = mpsc::unbounded_channel();
+        let mut qmp = Qmp::connect(&socket, Duration::from_secs(5), sender).await.unwrap();
+        assert_eq!(qmp.execute("query-status").await.unwrap()["status"], "running");
+        assert_eq!(qmp.execute("cont").await.unwrap_err().to_string(), "QEMU refused cont: no");
+        assert_eq!(events.recv().await, Some(Event::GuestReboot));
+        assert!(qmp.execute("quit").await.is_err());
+        assert_eq!(events.recv().await, Some(Event::Lost));
+    }
+
+    #[tokio::test]
+    async fn hv5_what_is_not_qmp_is_an_error_in_bounded_time() {
+        for greeting in ["", "HTTP/1.1 500\n", "{\"QMP\"", "[]\n", "{}\n"] {
+            let (_directory, socket) = qemu(greeting, vec![]).await;
+            let (sender, _events) = mpsc::unbounded_channel();
+            let outcome = Qmp::connect(&socket, Duration::from_millis(300), sender).await;
+            assert!(outcome.is_err(), "{greeting}");
+        }
+    }
+
+    #[tokio::test]
+    async fn hv5_a_line_without_end_is_cut_at_the_limit() {
+        let mut endless = BufReader::new(tokio::io::repeat(b'x'));
+        let error = read_line(&mut endless).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+
+    #[tokio::test]
+    async fn hv2_a_socket_that_never_appears_is_an_error_by_the_deadline() {
+        let (sender, _events) = mpsc::unbounded_channel();
+        let error =
+            Qmp::connect(Path::new("/nonexistent/qmp"), Duration::from_millis(50), sender).await.unwrap_err();
+        assert_eq!(error.to_string(), "QEMU does not answer on /nonexistent/qmp within 50ms");
+    }
+}

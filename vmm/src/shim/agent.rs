@@ -1,0 +1,353 @@
+//! The control channel to the guest's agent: opened by the host, again and again until it answers, watched by a sign
+//! of life, replaced when the configuration changes.
+//!
+//! ```text
+//!   Absent --Welcome(agent)--> Connected --Ready--> Ready
+//!     ^                            |                  |
+//!     '------ channel lost --------+------------------'
+//! ```
+//! The first half of `lair-guest`, in the initramfs, takes its greeting the same way and then ends the channel; the
+//! state stays Absent. A channel that replaces one of the same boot keeps the state.
+//!
+//! Input is the guest's: messages are bounded, its words are cut and escaped before they are logged.
+
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
+
+use super::{
+    files, limits,
+    message::{self, MessageError},
+    note::{chain, foreign},
+    protocol::AgentState,
+    state::{Asked, Shim, unix_ms},
+    ticket::Ticket,
+    vsock::DialError,
+};
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
+use lair_guest::wire::{
+    AGENT_PORT, VERSION,
+    frame::{self, FrameError},
+    message::{Answer, Ask, Event, Hello, HelloReply, HostOpen, Phase, Request},
+};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    net::UnixStream,
+    sync::{mpsc, oneshot},
+    time::{sleep, timeout},
+};
+
+/// Why there is no control channel, or why it ended.
+#[derive(Debug, thiserror::Error)]
+enum ChannelError {
+    #[error("The agent cannot be reached")]
+    Dial(#[from] DialError),
+    #[error("There are no random numbers for a ticket")]
+    Random(#[source] getrandom::Error),
+    #[error("The agent did not take the greeting")]
+    Hello(#[from] MessageError),
+    #[error("The agent refused the control channel: {0}")]
+    Refused(String),
+    #[error("The agent speaks protocol version {0}, this shim speaks {VERSION}")]
+    Version(u32),
+    #[error("The agent's boot id is not one: {0}")]
+    BootId(String),
+    #[error("The control channel failed")]
+    Frame(#[from] FrameError),
+    #[error("The agent closed the control channel")]
+    Closed,
+    #[error("The agent gave no sign of life for {} s", limits::PING.as_secs())]
+    Silent,
+    #[error("The agent takes no requests")]
+    Stuck,
+    #[error("The first half of lair-guest held the control channel for {} s", limits::INIT_PHASE.as_secs())]
+    InitTooLong,
+}
+
+impl ChannelError {
+    /// Whether it is worth a line on standard error. A guest that is not up yet is not.
+    fn is_news(&self) -> bool {
+        !matches!(self, Self::Dial(_) | Self::Closed)
+    }
+}
+
+/// Keeps the control channel until the shim ends.
+pub(super) async fn keep(shim: &Shim) {
+    let (shortest, longest) = limits::BACK_OFF;
+    let mut pause = shortest;
+    loop {
+        let since = Instant::now();
+        let error = channels(shim).await;
+        shim.set_agent(None);
+        shim.observe(|seen| seen.agent = AgentState::Absent);
+        if error.is_news() {
+            shim.notes.say(&chain(&error));
+        }
+        if since.elapsed() >= limits::LASTING {
+            pause = shortest;
+        }
+        sleep(pause).await;
+        pause = pause.saturating_mul(2).min(longest);
+    }
+}
+
+/// Opens a channel and keeps it, and each one that takes its place for a new configuration.
+async fn channels(shim: &Shim) -> ChannelError {
+    let mut channel = match open(shim).await {
+        Ok(channel) => channel,
+        Err(error) => return error,
+    };
+    loop {
+        let renewed = tokio::select! {
+            error = run(shim, channel) => return error,
+            // The old channel is kept until the new one is open, and lost only then.
+            renewed = async { shim.renewed.notified().await; open(shim).await } => renewed,
+        };
+        match renewed {
+            Ok(new) => channel = new,
+            Err(error) => return error,
+        }
+    }
+}
+
+/// An open control channel.
+struct Channel {
+    stream: UnixStream,
+    boot_id: String,
+    phase: Phase,
+}
+
+async fn open(shim: &Shim) -> Result<Channel, ChannelError> {
+    let credentials = credentials(shim).await;
+    let mut stream = shim.dialer.dial(AGENT_PORT).await?;
+    let ticket = Ticket::random().map_err(ChannelError::Random)?;
+    let (links_out, links_in) = shim.links.for_agent();
+    let hello = HostOpen::Control(Hello {
+        version: VERSION,
+        ticket: ticket.text().into(),
+        links_out,
+        links_in,
+        credentials,
+        unix_ms: unix_ms(),
+    });
+    shim.tickets().offer(ticket);
+    message::send(&mut stream, &hello).await?;
+    match message::receive(&mut stream).await? {
+        HelloReply::Welcome { version, .. } if version != VERSION => Err(ChannelError::Version(version)),
+        HelloReply::Welcome { boot_id, .. } if !is_boot_id(&boot_id) => {
+            Err(ChannelError::BootId(foreign(&boot_id)))
+        }
+        HelloReply::Welcome { boot_id, phase, .. } => {
+            shim.tickets().taken(&boot_id);
+            Ok(Channel { stream, boot_id, phase })
+        }
+        HelloReply::Refused { reason } => Err(ChannelError::Refused(foreign(&reason))),
+    }
+}
+
+/// A boot id goes into states and logs: only what one looks like is taken.
+fn is_boot_id(text: &str) -> bool {
+    (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+}
+
+/// The credentials as their files are now. One that cannot be read is left out, and said: the guest waits for it.
+async fn credentials(shim: &Shim) -> BTreeMap<String, String> {
+    let files = shim.credentials();
+    let read = tokio::task::spawn_blocking(move || read_credentials(&files));
+    let (found, missing) = read.await.unwrap_or_default();
+    if !missing.is_empty() {
+        shim.notes.say(&format!("Credentials are left out: {}", missing.join("; ")));
+    }
+    found
+}
+
+/// The credentials in base64, and why others are not among them.
+fn read_credentials(files: &BTreeMap<String, PathBuf>) -> (BTreeMap<String, String>, Vec<String>) {
+    let mut left = limits::CREDENTIAL_BYTES;
+    let (mut found, mut missing) = (BTreeMap::new(), Vec::new());
+    for (name, path) in files {
+        match files::read(path, left) {
+            Ok(bytes) => {
+                left = left.saturating_sub(bytes.len());
+                found.insert(name.clone(), BASE64.encode(bytes));
+            }
+            Err(error) => missing.push(format!("{name}: {}", chain(&error))),
+        }
+    }
+    (found, missing)
+}
+
+/// Serves one channel until it ends.
+async fn run(shim: &Shim, channel: Channel) -> ChannelError {
+    let Channel { mut stream, boot_id, phase } = channel;
+    if phase == Phase::Init {
+        // It takes credentials and leaves; what comes after that is the agent.
+        let mut rest = Vec::new();
+        let left = async { while let Ok(Some(_)) = frame::read(&mut stream, &mut rest).await {} };
+        return match timeout(limits::INIT_PHASE, left).await {
+            Ok(()) => ChannelError::Closed,
+            Err(_) => ChannelError::InitTooLong,
+        };
+    }
+    shim.observe(|seen| {
+        let same = matches!(&seen.agent, AgentState::Ready { boot_id: known, .. } if *known == boot_id);
+        if !same {
+            seen.agent = AgentState::Connected { boot_id: boot_id.clone() };
+        }
+    });
+    let (requests, queue) = mpsc::channel(limits::ASKS);
+    shim.set_agent(Some(requests.clone()));
+    let pending = Pending::default();
+    let (mut reader, mut writer) = stream.split();
+    tokio::select! {
+        error = events(shim, &boot_id, &mut reader, &pending) => error,
+        error = send_requests(queue, &mut writer, &pending) => error,
+        error = signs_of_life(requests, limits::PING_EVERY, limits::PING) => error,
+    }
+}
+
+/// Requests whose answers have not come.
+#[derive(Default)]
+struct Pending(Mutex<HashMap<u64, oneshot::Sender<Answer>>>);
+
+impl Pending {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Answer>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps a request, unless too many wait already.
+    fn insert(&self, id: u64, answer: oneshot::Sender<Answer>) -> bool {
+        let mut waiting = self.lock();
+        waiting.retain(|_, answer| !answer.is_closed());
+        let room = waiting.len() < limits::ASKS;
+        if room {
+            waiting.insert(id, answer);
+        } else {
+            // Whoever asked may be gone.
+            let _ = answer
+                .send(Answer::Failed(format!("Limit of {} unanswered requests is reached", limits::ASKS)));
+        }
+        room
+    }
+}
+
+async fn events<R: AsyncRead + Unpin>(
+    shim: &Shim,
+    boot_id: &str,
+    reader: &mut R,
+    pending: &Pending,
+) -> ChannelError {
+    loop {
+        match message::next(reader, limits::EVENT_BYTES).await {
+            Ok(Some(Event::Ready { uptime_ms })) => shim.observe(|seen| {
+                // Said once for a channel: a guest that repeats it wakes nobody.
+                if matches!(seen.agent, AgentState::Connected { .. }) {
+                    seen.agent = AgentState::Ready { boot_id: boot_id.into(), uptime_ms };
+                }
+            }),
+            Ok(Some(Event::ServiceEnded { service, how })) => {
+                shim.notes.say(&format!(
+                    "Service {} in the guest ended: {}",
+                    foreign(&service),
+                    foreign(&how)
+                ));
+            }
+            Ok(Some(Event::Reply { id, answer })) => {
+                if let Some(waiting) = pending.lock().remove(&id) {
+                    // Whoever asked may have given up.
+                    let _ = waiting.send(answer);
+                }
+            }
+            Ok(None) => return ChannelError::Closed,
+            Err(error) => return error.into(),
+        }
+    }
+}
+
+async fn send_requests<W: AsyncWrite + Unpin>(
+    mut queue: mpsc::Receiver<Asked>,
+    writer: &mut W,
+    pending: &Pending,
+) -> ChannelError {
+    let mut id = 0_u64;
+    while let Some(Asked { ask, answer }) = queue.recv().await {
+        id = id.wrapping_add(1);
+        if !pending.insert(id, answer) {
+            continue;
+        }
+        let sent = async {
+            frame::write_message(writer, &Request { id, ask }).await?;
+            writer.flush().await.map_err(FrameError::Io)
+        };
+        match timeout(limits::PING, sent).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return error.into(),
+            Err(_) => return ChannelError::Stuck,
+        }
+    }
+    // The signs of life hold a sender as long as this runs.
+    ChannelError::Closed
+}
+
+/// Asks for an answer, any answer, again and again: a hypervisor's vsock can die without closing anything.
+async fn signs_of_life(requests: mpsc::Sender<Asked>, every: Duration, limit: Duration) -> ChannelError {
+    loop {
+        sleep(every).await;
+        let (answer, answered) = oneshot::channel();
+        let ping = async {
+            // An error means that the channel is about to end anyway.
+            let _ = requests.send(Asked { ask: Ask::Ping, answer }).await;
+            answered.await
+        };
+        if !matches!(timeout(limit, ping).await, Ok(Ok(_))) {
+            return ChannelError::Silent;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_silent_agent_loses_its_channel() {
+        let (requests, mut queue) = mpsc::channel(4);
+        let (every, limit) = (Duration::from_millis(5), Duration::from_millis(50));
+        let life = tokio::spawn(signs_of_life(requests, every, limit));
+        for _ in 0..3 {
+            let asked = queue.recv().await.unwrap();
+            assert_eq!(asked.ask, Ask::Ping);
+            asked.answer.send(Answer::Failed("any answer is a sign of life".into())).unwrap();
+        }
+        assert!(!life.is_finished());
+        let _unanswered = queue.recv().await.unwrap();
+        assert!(matches!(life.await.unwrap(), ChannelError::Silent));
+    }
+
+    #[test]
+    fn unanswered_requests_are_bounded() {
+        let pending = Pending::default();
+        let waiting: Vec<_> = (0..100)
+            .map(|id| {
+                let (answer, answered) = oneshot::channel();
+                (pending.insert(id, answer), answered)
+            })
+            .collect();
+        assert_eq!(waiting.iter().filter(|(kept, _)| *kept).count(), limits::ASKS);
+        drop(waiting);
+        let (answer, _answered) = oneshot::channel();
+        assert!(pending.insert(100, answer), "Those that were given up make room");
+    }
+
+    #[test]
+    fn boot_ids_are_checked() {
+        assert!(is_boot_id("0b1c2d3e-4f50-4a6b-8c7d-9e0f1a2b3c4d"));
+        for bad in ["", "a b", "a\n", &"a".repeat(65), "\u{1b}[2J"] {
+            assert!(!is_boot_id(bad), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Every bound of the shim in one place: what a guest, a client or another shim can make it hold or wait for.
+
+use std::time::Duration;
+
+/// Link connections that are open at once. Twice as many descriptors, and 128 KiB of buffers each at most.
+pub(super) const CONNECTIONS: usize = 1024;
+
+/// Sessions that are open at once. Apart from [`CONNECTIONS`], so that a guest cannot lock operators out.
+pub(super) const SESSIONS: usize = 64;
+
+/// Connections on one listening socket that have not said yet what they want.
+pub(super) const HANDSHAKES: usize = 64;
+
+/// Control connections at once.
+pub(super) const CONTROLS: usize = 32;
+
+/// Dials into the guest that wait for its answer, those that nobody waits for any more included.
+pub(super) const DIALS: usize = 64;
+
+/// Grants that were given and not used.
+pub(super) const GRANTS: usize = 256;
+
+/// Requests to the agent that wait for their answers.
+pub(super) const ASKS: usize = 64;
+
+/// The longest first message on a link, session or dial connection, and the longest answer to it, in bytes.
+pub(super) const HANDSHAKE_BYTES: usize = 4 << 10;
+
+/// The longest message of the agent on the control channel, in bytes.
+pub(super) const EVENT_BYTES: usize = 64 << 10;
+
+/// All credentials of a VM together, in bytes: with base64's third on top they must fit into one frame.
+pub(super) const CREDENTIAL_BYTES: usize = 512 << 10;
+
+/// The configuration file, in bytes.
+pub(super) const CONFIG_BYTES: usize = 1 << 20;
+
+/// How long a peer may take for its first message, and for taking the answer.
+pub(super) const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// How long to wait for a connection into the guest. A guest under emulation is slow.
+pub(super) const DIAL: Duration = Duration::from_secs(5);
+
+/// How long a dial that nobody waits for is kept open, see [`super::vsock`].
+pub(super) const DIAL_ABANDONED: Duration = Duration::from_secs(60);
+
+/// How long another VM's shim may take for its answer: its own [`DIAL`] is within.
+pub(super) const DIAL_OTHER: Duration = Duration::from_secs(8);
+
+/// How long the agent may take for an answer to a request.
+pub(super) const ASK: Duration = Duration::from_secs(10);
+
+/// Between signs of life on the control channel.
+pub(super) const PING_EVERY: Duration = Duration::from_secs(5);
+
+/// A sign of life that takes longer ends the control channel.
+pub(super) const PING: Duration = Duration::from_secs(15);
+
+/// How long the agent's first half may hold its control channel.
+pub(super) const INIT_PHASE: Duration = Duration::from_secs(60);
+
+/// The shortest and the longest pause between attempts to connect to the agent or the console.
+pub(super) const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
+
+/// A channel that lasted this long starts the next back-off from its shortest pause.
+pub(super) const LASTING: Duration = Duration::from_secs(5);
+
+/// The pause after an accept that failed, for want of descriptors most likely.
+pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Between two replies to one watcher.
+pub(super) const WATCH_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long a stop waits for connections to end and logs to be written.
+pub(super) const STOP: Duration = Duration::from_secs(2);
+
+/// Refusals a second with an audit record each; the others share one that counts them.
+pub(super) const REFUSALS: u32 = 10;
+
+/// Lines a second on standard error.
+pub(super) const NOTES: u32 = 1;

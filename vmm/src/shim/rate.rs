@@ -1,0 +1,73 @@
+//! A limit on how often something is recorded, that counts what it leaves out. Pure: the caller brings the time.
+
+use std::time::{Duration, Instant};
+
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// Lets a number of things pass in each second and counts the others.
+#[derive(Debug)]
+pub(super) struct Rate {
+    each_second: u32,
+    since: Option<Instant>,
+    passed: u32,
+    suppressed: u64,
+}
+
+impl Rate {
+    pub(super) fn new(each_second: u32) -> Self {
+        Self { each_second, since: None, passed: 0, suppressed: 0 }
+    }
+
+    /// Whether one more passes now.
+    pub(super) fn admit(&mut self, now: Instant) -> bool {
+        if self.since.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW) {
+            self.since = Some(now);
+            self.passed = 0;
+        }
+        let pass = self.passed < self.each_second;
+        if pass {
+            self.passed = self.passed.saturating_add(1);
+        } else {
+            self.suppressed = self.suppressed.saturating_add(1);
+        }
+        pass
+    }
+
+    /// How many were left out, once their second is over; then it counts from zero.
+    pub(super) fn suppressed(&mut self, now: Instant) -> Option<u64> {
+        let over = self.since.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW);
+        (over && self.suppressed > 0).then(|| std::mem::take(&mut self.suppressed))
+    }
+
+    /// How many were left out, now.
+    pub(super) fn rest(&mut self) -> Option<u64> {
+        Some(std::mem::take(&mut self.suppressed)).filter(|n| *n > 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_above_the_rate_is_counted() {
+        let mut rate = Rate::new(2);
+        let start = Instant::now();
+        let admitted = (0..100).filter(|_| rate.admit(start)).count();
+        assert_eq!(admitted, 2);
+        assert_eq!(rate.suppressed(start), None, "Its second is not over");
+        let later = start + WINDOW;
+        assert!(rate.admit(later));
+        assert_eq!(rate.rest(), Some(98));
+        assert_eq!(rate.suppressed(later + WINDOW), None);
+    }
+
+    #[test]
+    fn a_burst_is_told_after_its_second() {
+        let mut rate = Rate::new(1);
+        let start = Instant::now();
+        assert!(rate.admit(start) && !rate.admit(start));
+        assert_eq!(rate.suppressed(start + WINDOW), Some(1));
+        assert_eq!(rate.suppressed(start + WINDOW), None);
+    }
+}

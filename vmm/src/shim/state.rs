@@ -1,0 +1,195 @@
+//! What all connections of one shim share.
+
+use super::{
+    audit::Audit,
+    config::{ConfigError, ShimConfig},
+    incoming::HostListeners,
+    limits,
+    links::Links,
+    note::Notes,
+    protocol::{AgentState, ShimStatus},
+    ticket::{BootTickets, Grants},
+    vsock::Dialer,
+};
+use lair_guest::wire::message::{Answer, Ask};
+use std::{
+    collections::BTreeMap,
+    io,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{SystemTime, UNIX_EPOCH},
+};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+/// What watchers are told about.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Observed {
+    pub(super) agent: AgentState,
+    pub(super) console: bool,
+    /// Raised with each configuration.
+    pub(super) generation: u64,
+}
+
+/// A request for the agent, and where its answer goes.
+pub(super) struct Asked {
+    pub(super) ask: Ask,
+    pub(super) answer: oneshot::Sender<Answer>,
+}
+
+/// One shim.
+pub(super) struct Shim {
+    pub(super) vm: String,
+    config_path: PathBuf,
+    pub(super) dialer: Dialer,
+    pub(super) audit: Audit,
+    pub(super) notes: Notes,
+    pub(super) links: Links,
+    pub(super) host_listeners: HostListeners,
+    credentials: Mutex<BTreeMap<String, PathBuf>>,
+    tickets: Mutex<BootTickets>,
+    grants: Mutex<Grants>,
+    pub(super) observed: watch::Sender<Observed>,
+    pub(super) console_bytes: AtomicU64,
+    /// The way to the agent, while there is a control channel.
+    agent: Mutex<Option<mpsc::Sender<Asked>>>,
+    /// The agent is to be told of a new configuration.
+    pub(super) renewed: Notify,
+    stop: watch::Sender<bool>,
+    connections: Arc<Semaphore>,
+    sessions: Arc<Semaphore>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shim {
+    pub(super) fn new(config_path: PathBuf, config: &ShimConfig) -> io::Result<Self> {
+        let shim = Self {
+            vm: config.vm.clone(),
+            config_path,
+            dialer: Dialer::new(config.vsock.clone()),
+            audit: Audit::start(config.audit_log.clone(), config.vm.clone())?,
+            notes: Notes::start()?,
+            links: Links::default(),
+            host_listeners: HostListeners::default(),
+            credentials: Mutex::default(),
+            tickets: Mutex::default(),
+            grants: Mutex::default(),
+            observed: watch::Sender::new(Observed {
+                agent: AgentState::Absent,
+                console: false,
+                generation: 0,
+            }),
+            console_bytes: AtomicU64::new(0),
+            agent: Mutex::default(),
+            renewed: Notify::new(),
+            stop: watch::Sender::new(false),
+            connections: Arc::new(Semaphore::new(limits::CONNECTIONS)),
+            sessions: Arc::new(Semaphore::new(limits::SESSIONS)),
+        };
+        shim.apply(config);
+        Ok(shim)
+    }
+
+    /// Reads the configuration file again. Nothing changes if that fails.
+    pub(super) async fn reload(&self) -> Result<(), ConfigError> {
+        let path = self.config_path.clone();
+        let read = tokio::task::spawn_blocking(move || ShimConfig::load(&path)).await;
+        let config = match read {
+            Ok(config) => config?,
+            Err(join) => return Err(ConfigError::Interrupted(join)),
+        };
+        if config.vm != self.vm {
+            return Err(ConfigError::OtherVm { mine: self.vm.clone(), other: config.vm });
+        }
+        self.apply(&config);
+        self.renewed.notify_one();
+        Ok(())
+    }
+
+    fn apply(&self, config: &ShimConfig) {
+        self.links.apply(config);
+        *locked(&self.credentials) = config.credentials.clone();
+        self.observed.send_modify(|seen| seen.generation = seen.generation.wrapping_add(1));
+    }
+
+    pub(super) fn credentials(&self) -> BTreeMap<String, PathBuf> {
+        locked(&self.credentials).clone()
+    }
+
+    pub(super) fn tickets(&self) -> MutexGuard<'_, BootTickets> {
+        locked(&self.tickets)
+    }
+
+    pub(super) fn grants(&self) -> MutexGuard<'_, Grants> {
+        locked(&self.grants)
+    }
+
+    pub(super) fn status(&self) -> ShimStatus {
+        let seen = self.observed.borrow().clone();
+        ShimStatus {
+            vm: self.vm.clone(),
+            agent: seen.agent,
+            console: seen.console,
+            console_bytes: self.console_bytes.load(Relaxed),
+            links: self.links.counters(&self.vm),
+        }
+    }
+
+    /// Tells watchers, if anything is new.
+    pub(super) fn observe(&self, change: impl FnOnce(&mut Observed)) {
+        self.observed.send_if_modified(|seen| {
+            let before = seen.clone();
+            change(seen);
+            *seen != before
+        });
+    }
+
+    /// Opens the way to the agent, or closes it.
+    pub(super) fn set_agent(&self, way: Option<mpsc::Sender<Asked>>) {
+        *locked(&self.agent) = way;
+    }
+
+    /// The way to the agent.
+    pub(super) fn agent(&self) -> Option<mpsc::Sender<Asked>> {
+        locked(&self.agent).clone()
+    }
+
+    /// Room for one more link connection.
+    pub(super) fn connection(&self) -> Option<OwnedSemaphorePermit> {
+        self.connections.clone().try_acquire_owned().ok()
+    }
+
+    /// Room for one more session.
+    pub(super) fn session(&self) -> Option<OwnedSemaphorePermit> {
+        self.sessions.clone().try_acquire_owned().ok()
+    }
+
+    /// Ends the shim.
+    pub(super) fn stop(&self) {
+        self.stop.send_replace(true);
+    }
+
+    /// Waits until the shim is to end.
+    pub(super) async fn stopped(&self) {
+        // The sender lives as long as this shim: there is no other way out than the word.
+        let _ = self.stop.subscribe().wait_for(|stop| *stop).await;
+    }
+
+    /// Waits until no connection and no session is left.
+    pub(super) async fn quiet(&self) {
+        let all = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let _ = self.connections.acquire_many(all(limits::CONNECTIONS)).await;
+        let _ = self.sessions.acquire_many(all(limits::SESSIONS)).await;
+    }
+}
+
+/// The host's clock, milliseconds since 1970.
+pub(super) fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

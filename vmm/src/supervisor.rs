@@ -1,0 +1,220 @@
+//! All VMs of one host: adopts what runs, starts what should, follows the fleet file.
+
+use crate::{
+    api::types::{ApplyReply, HostStatus, VmStatus},
+    fleet::schema::Fleet,
+    host::facts::Engine,
+    state::dirs::Dirs,
+    vm::{
+        actor::{self, Beginning, Handle, chain},
+        adopt,
+        machine::{Refusal, Request, State},
+        steps::{Context, Instance},
+    },
+};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+use tokio::sync::watch;
+
+/// All VMs of one host.
+#[derive(Debug)]
+pub struct Supervisor {
+    dirs: Dirs,
+    engine: Engine,
+    boot_id: String,
+    fleet_file: PathBuf,
+    fleet: watch::Sender<Arc<Fleet>>,
+    /// Set by an `apply` of something else than the fleet file, which holds until the next start.
+    differs: Mutex<Option<String>>,
+    vms: Mutex<BTreeMap<String, Handle>>,
+}
+
+/// Why a VM did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum SupervisorError {
+    /// There is no such VM.
+    #[error("There is no VM {0}{1}")]
+    NoSuchVm(String, Nearest),
+    /// The VM is not where the request makes sense.
+    #[error("VM {vm}: {refusal}")]
+    Refused {
+        /// The VM.
+        vm: String,
+        /// Why.
+        refusal: Refusal,
+    },
+}
+
+/// The name that was meant, perhaps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nearest(Option<String>);
+
+impl std::fmt::Display for Nearest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.0 {
+            Some(name) => write!(f, "; did you mean {name}?"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Supervisor {
+    /// Adopts what runs of the last `laird` and starts what should run.
+    pub async fn start(
+        dirs: Dirs,
+        engine: Engine,
+        boot_id: String,
+        fleet_file: PathBuf,
+        fleet: Fleet,
+    ) -> Arc<Self> {
+        let (sender, _) = watch::channel(Arc::new(fleet));
+        let supervisor = Arc::new(Self {
+            dirs,
+            engine,
+            boot_id,
+            fleet_file,
+            fleet: sender,
+            differs: Mutex::new(None),
+            vms: Mutex::new(BTreeMap::new()),
+        });
+        let fleet = supervisor.fleet();
+        let names: std::collections::BTreeSet<_> =
+            fleet.vms.keys().cloned().chain(adopt::recorded(&supervisor.dirs)).collect();
+        for name in names {
+            let beginning = adopt::adopt(&name, &fleet, &supervisor.dirs, &supervisor.boot_id).await;
+            let idle = beginning.state == State::Stopped;
+            let handle = supervisor.spawn(&name, beginning);
+            match fleet.vms.get(&name) {
+                Some(vm) if vm.autostart && idle => {
+                    let _ = handle.request(Request::Start).await;
+                }
+                Some(_) => {}
+                // It runs, and the fleet file no longer has it.
+                None => supervisor.remove(name, handle),
+            }
+        }
+        supervisor
+    }
+
+    fn spawn(&self, name: &str, beginning: Beginning) -> Handle {
+        let context = Context { name: name.into(), dirs: self.dirs.clone(), engine: self.engine };
+        let handle = actor::spawn(context, self.fleet.subscribe(), self.boot_id.clone(), beginning);
+        self.vms().insert(name.into(), handle.clone());
+        handle
+    }
+
+    /// Stops a VM that the fleet file no longer has, and forgets it once it has stopped.
+    fn remove(self: &Arc<Self>, name: String, handle: Handle) {
+        let supervisor = Arc::clone(self);
+        tokio::spawn(async move {
+            let mut changes = handle.watch();
+            let _ = handle.request(Request::Stop).await;
+            let down = changes.wait_for(|snapshot| !snapshot.state.is_active()).await.is_ok();
+            // Another apply may have brought it back meanwhile.
+            if down && !supervisor.fleet().vms.contains_key(&name) {
+                supervisor.vms().remove(&name);
+                tracing::info!(vm = name, "removed");
+            }
+        });
+    }
+
+    fn vms(&self) -> MutexGuard<'_, BTreeMap<String, Handle>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The fleet as it is now.
+    pub fn fleet(&self) -> Arc<Fleet> {
+        Arc::clone(&self.fleet.borrow())
+    }
+
+    /// `laird`'s directories.
+    pub fn dirs(&self) -> &Dirs {
+        &self.dirs
+    }
+
+    /// The fleet file that `laird` was started with.
+    pub fn fleet_file(&self) -> &std::path::Path {
+        &self.fleet_file
+    }
+
+    /// A VM's task.
+    pub fn vm(&self, name: &str) -> Result<Handle, SupervisorError> {
+        let vms = self.vms();
+        vms.get(name).cloned().ok_or_else(|| {
+            let nearest = vms
+                .keys()
+                .map(|known| (strsim::damerau_levenshtein(known, name), known))
+                .filter(|(distance, _)| *distance <= 2)
+                .min();
+            SupervisorError::NoSuchVm(name.into(), Nearest(nearest.map(|(_, known)| known.clone())))
+        })
+    }
+
+    /// Asks a VM for a change.
+    pub async fn request(&self, name: &str, request: Request) -> Result<(), SupervisorError> {
+        let refused = |refusal| SupervisorError::Refused { vm: name.into(), refusal };
+        self.vm(name)?.request(request).await.map_err(refused)
+    }
+
+    /// Makes `fleet` the fleet: VMs that are new start, VMs that are gone stop, links change at once; a VM that is
+    /// otherwise different keeps what it was started with until its next start.
+    pub async fn apply(self: &Arc<Self>, fleet: Fleet, other_file: Option<String>) -> ApplyReply {
+        let fleet = Arc::new(fleet);
+        let before = self.fleet.send_replace(Arc::clone(&fleet));
+        *self.differs.lock().unwrap_or_else(PoisonError::into_inner) = other_file;
+        let known = self.vms().clone();
+        let mut reply = ApplyReply::default();
+        for (name, handle) in &known {
+            if !fleet.vms.contains_key(name) {
+                reply.removed.push(name.clone());
+                self.remove(name.clone(), handle.clone());
+            }
+        }
+        for (name, vm) in &fleet.vms {
+            let Some(handle) = known.get(name) else {
+                let stopped = Beginning {
+                    state: State::Stopped,
+                    since: jiff::Timestamp::now(),
+                    instance: Instance::default(),
+                };
+                let handle = self.spawn(name, stopped);
+                if vm.autostart {
+                    let _ = handle.request(Request::Start).await;
+                }
+                reply.added.push(name.clone());
+                continue;
+            };
+            handle.fleet_changed();
+            if handle.snapshot().started.is_some_and(|started| started != *vm) {
+                reply.pending_restart.push(name.clone());
+            }
+        }
+        reply.links_changed = before.links != fleet.links;
+        reply
+    }
+
+    /// The state of all VMs.
+    pub fn status(&self) -> HostStatus {
+        let fleet = self.fleet();
+        HostStatus {
+            version: env!("CARGO_PKG_VERSION").into(),
+            fleet_file: self.fleet_file.clone(),
+            applied: self.differs.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            engine: self.engine,
+            root: crate::state::dirs::is_root(),
+            vms: self
+                .vms()
+                .iter()
+                .map(|(name, handle)| VmStatus::new(name, &handle.snapshot(), &fleet))
+                .collect(),
+        }
+    }
+}
+
+/// An error of the supervisor in words, for callers that only report it.
+pub fn words(error: &SupervisorError) -> String {
+    chain(error)
+}

@@ -1,0 +1,9 @@
+//! One VM: what it is to be, its life, and who performs it.
+
+pub mod actor;
+pub mod adopt;
+pub mod generation;
+pub mod machine;
+pub mod plan;
+pub mod record;
+pub mod steps;

@@ -1,0 +1,401 @@
+//! The steps of a start: the effects behind [`super::machine::Step`]. Each may be repeated; [`Instance::clean_up`] undoes them.
+
+use super::{
+    generation::{self, GenerationError},
+    machine::{Part, Stage, Step},
+    plan::{Plan, PlanError, plan},
+};
+use crate::{
+    fleet::schema::Fleet,
+    host::{
+        facts::Engine,
+        process::{Launch, Process, ProcessError},
+        tools::{self, Missing, Tool},
+    },
+    hypervisor::{
+        Event,
+        qemu::{
+            command,
+            qmp::{Qmp, QmpError},
+        },
+    },
+    shim::client::{self, ClientError},
+    state::{
+        dirs::{Dirs, DirsError},
+        file::{self, WriteError},
+    },
+};
+use lair_guest::{initramfs, wire::message::Ask};
+use nix::sys::signal::Signal;
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
+
+/// How long a program of ours may take to listen, or to end when told to. A loaded host has been seen to need over a second.
+const PROMPT: Duration = Duration::from_secs(10);
+
+/// How often a condition is looked at while it is waited for.
+const POLL: Duration = Duration::from_millis(10);
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// The fleet file has no such VM any more.
+    #[error("The fleet file has no VM of this name")]
+    NotInFleet,
+    /// The view cannot be made.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
+    /// The plan cannot be made.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// A directory cannot be used.
+    #[error(transparent)]
+    Dirs(#[from] DirsError),
+    /// A program is missing.
+    #[error(transparent)]
+    Missing(#[from] Missing),
+    /// A volume cannot be made.
+    #[error("Cannot make the volume {path}: {reason}")]
+    Volume {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The initramfs cannot be made.
+    #[error("Cannot make the initramfs")]
+    Initramfs(#[from] initramfs::InitramfsError),
+    /// A file cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// A file cannot be read.
+    #[error("Cannot read {0}")]
+    Read(PathBuf, #[source] io::Error),
+    /// A process cannot be started.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// A process ended at once, or does not do what it is for.
+    #[error("{part} did not start: {reason}{log}")]
+    NotUp {
+        /// Which.
+        part: Part,
+        /// What was seen.
+        reason: String,
+        /// The end of its log, on lines of its own.
+        log: String,
+    },
+    /// QEMU does not obey.
+    #[error(transparent)]
+    Qmp(#[from] QmpError),
+    /// The shim does not obey.
+    #[error(transparent)]
+    Shim(#[from] ClientError),
+    /// A task of ours was lost.
+    #[error("Internal error: a task ended without a result")]
+    Lost,
+}
+
+/// What the steps may use.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// The VM's name.
+    pub name: String,
+    /// `laird`'s directories.
+    pub dirs: Dirs,
+    /// What executes guests.
+    pub engine: Engine,
+}
+
+/// A VM that is being started, runs, or ends.
+#[derive(Debug, Default)]
+pub struct Instance {
+    /// What it is to be, once the first step has found out.
+    pub plan: Option<Arc<Plan>>,
+    /// What runs of it.
+    pub processes: BTreeMap<Part, Arc<Process>>,
+    qmp: Option<Qmp>,
+}
+
+impl Instance {
+    /// An instance that runs already.
+    pub fn adopted(plan: Plan, processes: BTreeMap<Part, Arc<Process>>) -> Self {
+        Self { plan: Some(Arc::new(plan)), processes, qmp: None }
+    }
+
+    /// Performs a step. The hypervisor's events go to `events`.
+    pub async fn perform(
+        &mut self,
+        step: Step,
+        context: &Context,
+        fleet: &Arc<Fleet>,
+        events: &mpsc::UnboundedSender<Event>,
+    ) -> Result<(), StepError> {
+        if step == Step::View {
+            let (context, fleet) = (context.clone(), Arc::clone(fleet));
+            let plan = blocking(move || view(&context, &fleet)).await?;
+            self.plan = Some(Arc::new(plan));
+            return Ok(());
+        }
+        let plan = self.plan.clone().ok_or(StepError::Lost)?;
+        match step {
+            Step::View => Ok(()),
+            Step::Directories => Ok(plan.dirs.create()?),
+            Step::Volumes => blocking(move || volumes(&plan)).await,
+            Step::Initramfs => blocking(move || write_initramfs(&plan)).await,
+            Step::StoreBackend => {
+                let socket = &plan.machine.store_socket;
+                self.spawn(Part::StoreBackend, &plan, tools::VIRTIOFS, virtiofs_arguments(&plan)).await?;
+                self.await_socket(Part::StoreBackend, &plan, socket).await
+            }
+            Step::VsockDevice => {
+                let arguments = vsock_arguments(&plan);
+                self.spawn(Part::VsockDevice, &plan, tools::VHOST_DEVICE_VSOCK, arguments).await?;
+                self.await_socket(Part::VsockDevice, &plan, &plan.machine.vsock_socket).await
+            }
+            Step::Hypervisor => {
+                let arguments = command::arguments(&plan.machine);
+                self.spawn(Part::Hypervisor, &plan, tools::QEMU, arguments).await?;
+                self.connect_qmp(&plan, events).await
+            }
+            Step::Shim => {
+                let config = plan.dirs.run.join("shim.json");
+                write_json(&config, &plan.shim)?;
+                let arguments = vec!["--config".into(), text(&config)];
+                self.spawn(Part::Shim, &plan, tools::SHIM, arguments).await?;
+                self.await_socket(Part::Shim, &plan, &plan.shim.sockets.control).await
+            }
+            Step::Resume => self.resume(&plan).await,
+        }
+    }
+
+    async fn spawn(
+        &mut self,
+        part: Part,
+        plan: &Plan,
+        tool: Tool,
+        arguments: Vec<String>,
+    ) -> Result<(), StepError> {
+        let log = plan.dirs.log(log_name(part));
+        // One start's output explains that start; an earlier one's would only mislead.
+        let _ = fs::remove_file(&log);
+        let launch = Launch { program: tools::find(tool)?, arguments, log };
+        tracing::debug!(vm = plan.name, program = %launch.program.display(), arguments = ?launch.arguments, "starting");
+        self.processes.insert(part, Arc::new(Process::spawn(&launch)?));
+        Ok(())
+    }
+
+    /// Waits until a process listens; its end or its silence is a failure that carries the end of its log.
+    async fn await_socket(&self, part: Part, plan: &Plan, socket: &Path) -> Result<(), StepError> {
+        let listening = async {
+            // The vhost-user devices serve one connection, so they are not probed by connecting.
+            while !fs::symlink_metadata(socket).is_ok_and(|m| m.file_type().is_socket()) {
+                sleep(POLL).await;
+            }
+        };
+        self.unless_it_ends(part, plan, PROMPT, listening).await?.ok_or_else(|| {
+            not_up(part, plan, format!("{} did not appear within {PROMPT:?}", socket.display()))
+        })
+    }
+
+    async fn unless_it_ends<T>(
+        &self,
+        part: Part,
+        plan: &Plan,
+        patience: Duration,
+        wait: impl Future<Output = T>,
+    ) -> Result<Option<T>, StepError> {
+        let process = self.processes.get(&part).cloned().ok_or(StepError::Lost)?;
+        tokio::select! {
+            how = process.ended() => Err(not_up(part, plan, format!("it {how}"))),
+            outcome = timeout(patience, wait) => Ok(outcome.ok()),
+        }
+    }
+
+    /// Connects to the hypervisor's control socket.
+    pub async fn connect_qmp(
+        &mut self,
+        plan: &Plan,
+        events: &mpsc::UnboundedSender<Event>,
+    ) -> Result<(), StepError> {
+        let connect = Qmp::connect(&plan.machine.control_socket, PROMPT, events.clone());
+        let qmp = self.unless_it_ends(Part::Hypervisor, plan, PROMPT * 2, connect).await?;
+        let qmp =
+            qmp.ok_or_else(|| not_up(Part::Hypervisor, plan, "no answer on its control socket".into()))?;
+        self.qmp = Some(qmp?);
+        Ok(())
+    }
+
+    async fn resume(&mut self, plan: &Plan) -> Result<(), StepError> {
+        let control = &plan.shim.sockets.control;
+        let connected = async {
+            loop {
+                if client::status(control).await.is_ok_and(|status| status.console) {
+                    return;
+                }
+                sleep(POLL).await;
+            }
+        };
+        self.unless_it_ends(Part::Shim, plan, PROMPT, connected).await?.ok_or_else(|| {
+            not_up(Part::Shim, plan, format!("it did not connect to the console within {PROMPT:?}"))
+        })?;
+        self.qmp.as_mut().ok_or(StepError::Lost)?.execute("cont").await?;
+        Ok(())
+    }
+
+    /// Asks the guest to end, as hard as `stage` says.
+    pub async fn end(&mut self, stage: Stage) -> Result<(), StepError> {
+        match stage {
+            Stage::Agent => {
+                let plan = self.plan.clone().ok_or(StepError::Lost)?;
+                client::ask(&plan.shim.sockets.control, Ask::PowerOff).await?;
+            }
+            Stage::PowerButton => {
+                self.qmp.as_mut().ok_or(StepError::Lost)?.execute("system_powerdown").await?;
+            }
+            Stage::Terminate => self.signal(Part::Hypervisor, Signal::SIGTERM),
+            Stage::Kill => self.signal(Part::Hypervisor, Signal::SIGKILL),
+        }
+        Ok(())
+    }
+
+    fn signal(&self, part: Part, signal: Signal) {
+        if let Some(process) = self.processes.get(&part) {
+            process.signal(signal);
+        }
+    }
+
+    /// Ends every process, the hypervisor first, and removes the runtime files.
+    pub async fn clean_up(&mut self) {
+        self.qmp = None;
+        for part in [Part::Hypervisor, Part::VsockDevice, Part::StoreBackend, Part::Shim] {
+            let Some(process) = self.processes.remove(&part) else { continue };
+            process.signal(Signal::SIGTERM);
+            if timeout(PROMPT, process.ended()).await.is_err() {
+                process.signal(Signal::SIGKILL);
+                let _ = timeout(PROMPT, process.ended()).await;
+            }
+        }
+        if let Some(plan) = self.plan.take()
+            && let Err(error) = fs::remove_dir_all(&plan.dirs.run)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(vm = plan.name, directory = %plan.dirs.run.display(), %error, "cannot remove the run directory");
+        }
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
+) -> Result<T, StepError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(StepError::Lost))
+}
+
+fn view(context: &Context, fleet: &Fleet) -> Result<Plan, StepError> {
+    let vm = fleet.vms.get(&context.name).ok_or(StepError::NotInFleet)?;
+    let generation = generation::make(vm, &fleet.store.sources, &context.dirs.generations())?;
+    Ok(plan(&context.name, vm, fleet, &context.dirs, context.engine, generation)?)
+}
+
+fn volumes(plan: &Plan) -> Result<(), StepError> {
+    for (volume, disk) in plan.vm.volumes.iter().zip(&plan.machine.disks) {
+        if disk.image.exists() {
+            continue;
+        }
+        let failed = |reason: String| StepError::Volume { path: disk.image.clone(), reason };
+        let mkfs = tools::find(tools::MKFS)?;
+        // Made beside and renamed: an interrupted format is never taken for a volume.
+        let beside = disk.image.with_extension("new");
+        let file = fs::File::create(&beside).map_err(|e| failed(e.to_string()))?;
+        file.set_len(volume.size.0).map_err(|e| failed(e.to_string()))?;
+        let output = std::process::Command::new(mkfs)
+            .args(["-q", "-F", "-m", "0", "-L", &volume.name.chars().take(16).collect::<String>()])
+            .arg(&beside)
+            .output()
+            .map_err(|e| failed(e.to_string()))?;
+        if !output.status.success() {
+            return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+        }
+        file.sync_all().map_err(|e| failed(e.to_string()))?;
+        fs::rename(&beside, &disk.image).map_err(|e| failed(e.to_string()))?;
+    }
+    Ok(())
+}
+
+fn write_initramfs(plan: &Plan) -> Result<(), StepError> {
+    let registration = fs::read(&plan.generation.registration)
+        .map_err(|e| StepError::Read(plan.generation.registration.clone(), e))?;
+    let mut archive = initramfs::base(&tools::find(tools::GUEST)?, &plan.modules)?;
+    archive.extend(initramfs::overlay(&plan.boot, &registration)?);
+    Ok(file::replace(&plan.machine.initramfs, &archive, 0o600)?)
+}
+
+fn virtiofs_arguments(plan: &Plan) -> Vec<String> {
+    let mut arguments = vec!["--socket".into(), text(&plan.machine.store_socket)];
+    for store in &plan.stores {
+        arguments.extend(["--source".into(), text(store)]);
+    }
+    arguments.extend(["--view".into(), text(&plan.generation.view)]);
+    arguments.extend(["--control".into(), text(&plan.dirs.socket("store-control.sock"))]);
+    arguments
+}
+
+fn vsock_arguments(plan: &Plan) -> Vec<String> {
+    // The guest's own number; it is not seen outside this device, so all VMs may have the same.
+    let options = [
+        ("guest-cid", "3".into()),
+        ("socket", text(&plan.machine.vsock_socket)),
+        ("uds-path", text(&plan.shim.vsock)),
+    ];
+    vec!["--vm".into(), options.map(|(key, value)| format!("{key}={value}")).join(",")]
+}
+
+fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), StepError> {
+    let text = serde_json::to_vec_pretty(value).map_err(|e| WriteError {
+        path: path.to_owned(),
+        step: "encoding",
+        source: e.into(),
+    })?;
+    Ok(file::replace(path, &text, 0o600)?)
+}
+
+/// Writes a VM's links again and has its shim read them.
+pub async fn reload_links(plan: &Plan) -> Result<(), StepError> {
+    write_json(&plan.dirs.run.join("shim.json"), &plan.shim)?;
+    Ok(client::reload(&plan.shim.sockets.control).await?)
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn log_name(part: Part) -> &'static str {
+    match part {
+        Part::Hypervisor => "hypervisor",
+        Part::StoreBackend => "store",
+        Part::VsockDevice => "vsock",
+        Part::Shim => "shim",
+    }
+}
+
+fn not_up(part: Part, plan: &Plan, reason: String) -> StepError {
+    StepError::NotUp { part, reason, log: tail(&plan.dirs.log(log_name(part))) }
+}
+
+/// The last lines of a log, indented below the message that they explain; at most 50 lines and 8 KiB.
+fn tail(log: &Path) -> String {
+    let bytes = fs::read(log).unwrap_or_default();
+    let bytes = &bytes[bytes.len().saturating_sub(8 << 10)..];
+    let text = String::from_utf8_lossy(bytes);
+    let lines: Vec<_> = text.lines().collect();
+    lines[lines.len().saturating_sub(50)..].iter().map(|line| format!("\n  {line}")).collect()
+}

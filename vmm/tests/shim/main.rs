@@ -1,0 +1,11 @@
+//! `lair-shim` as a process, between a fake guest and fake clients. Every wait is bounded.
+
+// Clippy lets test functions panic; these are their helpers.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod agent;
+mod console;
+mod links;
+mod process;
+mod sessions;
+mod support;

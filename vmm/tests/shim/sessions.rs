@@ -1,0 +1,259 @@
+//! Operators' sessions.
+
+use crate::support::*;
+use lair_guest::wire::{
+    frame::{self, Kind},
+    message::{Exec, ExecEvent, HostOpen, LinkReply},
+};
+use lair_vmm::shim::{
+    client::{self, ClientError},
+    protocol::{Grant, Session},
+};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+};
+
+fn in_ms(milliseconds: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    u64::try_from(now.as_millis()).unwrap() + milliseconds
+}
+
+fn exec(command: &[&str]) -> Session {
+    let command = command.iter().map(|&word| word.into()).collect();
+    Session::Exec(Exec { command, environment: [("LANG".into(), "C".into())].into() })
+}
+
+async fn grant(shim: &Shim, digit: char, session: Session) -> String {
+    let ticket = digit.to_string().repeat(64);
+    let grant = Grant { ticket: ticket.clone(), expires_unix_ms: in_ms(60_000), uid: 1000, session };
+    within(client::grant(shim.control(), grant)).await.unwrap();
+    ticket
+}
+
+/// A session that must open, and what the guest gets of it.
+async fn open(shim: &Shim, guest: &mut Guest, ticket: &str) -> (UnixStream, HostOpen, UnixStream) {
+    let client = client::open_session(&shim.config.sockets.session, ticket);
+    let (client, (open, agent)) = tokio::join!(within(client), guest.agent_connection());
+    (client.unwrap(), open, agent)
+}
+
+#[tokio::test]
+async fn exec_carries_streams_and_the_status() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', exec(&["sh", "-c", "cat"])).await;
+    let (mut client, opened, mut agent) = open(&shim, &mut guest, &ticket).await;
+    let HostOpen::Exec(exec) = opened else { panic!("Not a command") };
+    assert_eq!((exec.command.join(" "), exec.environment["LANG"].as_str()), ("sh -c cat".into(), "C"));
+    frame::write_message(&mut agent, &ExecEvent::Started { pid: 42 }).await.unwrap();
+    let started: ExecEvent = within(frame::read_message(&mut client)).await.unwrap();
+    assert_eq!(started, ExecEvent::Started { pid: 42 });
+    send(&mut client, b"input").await;
+    send_eof(&mut client).await;
+    assert_eq!(receive_to_eof(&mut agent).await, b"input");
+    let long = vec![b'o'; 200_000];
+    let output = tokio::spawn(async move {
+        frame::write(&mut agent, Kind::Stdout, &long).await.unwrap();
+        frame::write(&mut agent, Kind::Stderr, b"oops").await.unwrap();
+        frame::write_message(&mut agent, &ExecEvent::Exited { status: 3 }).await.unwrap();
+        agent
+    });
+    let mut payload = Vec::new();
+    assert_eq!(within(frame::read(&mut client, &mut payload)).await.unwrap(), Some(Kind::Stdout));
+    assert_eq!(payload.len(), 200_000);
+    assert_eq!(within(frame::read(&mut client, &mut payload)).await.unwrap(), Some(Kind::Stderr));
+    assert_eq!(payload, b"oops");
+    let exited: ExecEvent = within(frame::read_message(&mut client)).await.unwrap();
+    assert_eq!(exited, ExecEvent::Exited { status: 3 });
+    assert_closed(&mut client).await;
+    assert_closed(&mut within(output).await.unwrap()).await;
+
+    let record = shim.audit(1).await.remove(0);
+    assert_eq!((&record["kind"], &record["verdict"]), (&"exec".into(), &"allowed".into()));
+    assert_eq!(record["command"], serde_json::json!(["sh", "-c", "cat"]));
+    assert_eq!(
+        (&record["from"], &record["to"], &record["uid"]),
+        (&"host".into(), &"builder".into(), &1000.into())
+    );
+    assert_eq!((&record["status"], record.get("reason")), (&3.into(), None));
+    assert_eq!((&record["bytes_out"], &record["bytes_in"]), (&5.into(), &200_004.into()));
+    assert!(!record.to_string().contains(&ticket));
+}
+
+#[tokio::test]
+async fn other_ends_of_a_command_are_recorded() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    // Killed.
+    let ticket = grant(&shim, 'a', exec(&["sleep"])).await;
+    let (_client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+    frame::write_message(&mut agent, &ExecEvent::Killed { signal: 9 }).await.unwrap();
+    assert_eq!(shim.audit(1).await[0]["signal"], 9);
+    // Not started.
+    let ticket = grant(&shim, 'b', exec(&["nonesuch"])).await;
+    let (_client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+    let failed = ExecEvent::Failed { reason: "No such\nfile".into() };
+    frame::write_message(&mut agent, &failed).await.unwrap();
+    assert_eq!(shim.audit(2).await[1]["reason"], "No such\\nfile");
+    // The client leaves, before and after the end of its input: the agent sees the connection close.
+    for (digit, eof) in [('c', false), ('d', true)] {
+        let ticket = grant(&shim, digit, exec(&["sleep"])).await;
+        let (mut client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+        if eof {
+            send_eof(&mut client).await;
+            assert_eq!(receive_to_eof(&mut agent).await, b"");
+        }
+        drop(client);
+        assert_closed(&mut agent).await;
+    }
+    let records = shim.audit(4).await;
+    assert!(records[2..].iter().all(|record| record["reason"] == "The client left"), "{records:?}");
+    // The agent leaves.
+    let ticket = grant(&shim, 'e', exec(&["sleep"])).await;
+    let (mut client, _, agent) = open(&shim, &mut guest, &ticket).await;
+    drop(agent);
+    assert_closed(&mut client).await;
+    assert_eq!(shim.audit(5).await[4]["reason"], "The agent closed before the end of the command");
+}
+
+#[tokio::test]
+async fn vs11_a_ticket_is_good_once_and_in_its_time() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let session = &shim.config.sockets.session;
+    let refused = |ticket: String| async move {
+        let error = within(client::open_session(session, &ticket)).await.unwrap_err();
+        let ClientError::Refused(reason) = error else { panic!("{error}") };
+        reason
+    };
+    let ticket = grant(&shim, 'a', exec(&["true"])).await;
+    let (_client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+    let unknown = "The session is not allowed: The ticket is unknown, or was used already";
+    assert_eq!(refused(ticket).await, unknown);
+    assert_eq!(refused("b".repeat(64)).await, unknown);
+    assert_eq!(refused(String::new()).await, unknown);
+    let expires_unix_ms = in_ms(150);
+    let late = Grant { ticket: "c".repeat(64), expires_unix_ms, uid: 1000, session: exec(&["true"]) };
+    within(client::grant(shim.control(), late)).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(refused("c".repeat(64)).await, "The session is not allowed: The ticket has expired");
+    let expired = Grant { ticket: "d".repeat(64), expires_unix_ms: 5, uid: 1000, session: exec(&["true"]) };
+    assert!(matches!(within(client::grant(shim.control(), expired)).await, Err(ClientError::Refused(_))));
+    let records = shim.audit(4).await;
+    assert!(records.iter().all(|record| record["verdict"] == "refused" && record["kind"] == "session"));
+    assert_eq!(records[0]["uid"], nix::unistd::getuid().as_raw(), "Who tried, as the kernel says");
+    // The session that was granted goes on.
+    frame::write_message(&mut agent, &ExecEvent::Exited { status: 0 }).await.unwrap();
+    assert_eq!(shim.audit(5).await[4]["status"], 0);
+}
+
+#[tokio::test]
+async fn connect_speaks_frames_to_the_client_whatever_listens() {
+    let host = Host::new();
+    let mut config = host.config("hydra");
+    config.incoming = vec![framed("web", 3000, &["host"])];
+    let (shim, guest) = host.start_ready(config).await;
+    let session = &shim.config.sockets.session;
+
+    let mut ssh = guest.listen(22);
+    let ticket = grant(&shim, 'a', Session::Connect { port: 22 }).await;
+    let mut client = within(client::open_session(session, &ticket)).await.unwrap();
+    let mut sshd = within(ssh.recv()).await.unwrap();
+    sshd.write_all(b"SSH-2.0").await.unwrap();
+    expect(&mut client, b"SSH-2.0").await;
+    send(&mut client, b"bye").await;
+    send_eof(&mut client).await;
+    let mut bye = String::new();
+    within(sshd.read_to_string(&mut bye)).await.unwrap();
+    assert_eq!(bye, "bye");
+    drop(sshd);
+    assert_eq!(receive_to_eof(&mut client).await, b"");
+
+    let mut web = guest.listen(3000);
+    let ticket = grant(&shim, 'b', Session::Connect { port: 3000 }).await;
+    let client = client::open_session(session, &ticket);
+    let (client, mut agent) = tokio::join!(within(client), accept_framed(&mut web));
+    let mut client = client.unwrap();
+    send(&mut agent, b"page").await;
+    send_eof(&mut agent).await;
+    assert_eq!(receive_to_eof(&mut client).await, b"page");
+    drop(client);
+
+    let records = shim.audit(2).await;
+    assert_eq!((&records[0]["kind"], &records[0]["port"]), (&"connect".into(), &22.into()));
+    assert_eq!((&records[0]["bytes_out"], &records[0]["bytes_in"]), (&3.into(), &7.into()));
+    assert_eq!((&records[1]["port"], &records[1]["bytes_in"]), (&3000.into(), &4.into()));
+    assert_eq!(shim.link("web").await.connections, 0, "An operator is no link");
+}
+
+#[tokio::test]
+async fn a_port_that_is_closed_or_the_agents_own_is_refused() {
+    let host = Host::new();
+    let mut config = host.config("hydra");
+    config.incoming = vec![framed("web", 3000, &["host"])];
+    let (shim, guest) = host.start_ready(config).await;
+    let mut web = guest.listen(3000);
+    for (digit, port, expected) in [
+        ('a', 1, "Port 1 is the agent's own, commands go by exec"),
+        ('b', 23, "The guest cannot be reached: Nothing in the guest listens on vsock port 23"),
+    ] {
+        let ticket = grant(&shim, digit, Session::Connect { port }).await;
+        let error = within(client::open_session(&shim.config.sockets.session, &ticket)).await.unwrap_err();
+        assert_eq!(error.to_string(), format!("The shim refused: {expected}"));
+    }
+    let ticket = grant(&shim, 'c', Session::Connect { port: 3000 }).await;
+    let no = async {
+        let mut agent = within(web.recv()).await.unwrap();
+        let reply = LinkReply::Refused { reason: "down".into() };
+        frame::write_message(&mut agent, &reply).await.unwrap();
+    };
+    let client = client::open_session(&shim.config.sockets.session, &ticket);
+    let (client, ()) = tokio::join!(within(client), no);
+    assert!(client.unwrap_err().to_string().ends_with("The guest's agent refused: down"));
+    let records = shim.audit(3).await;
+    assert!(records.iter().all(|r| r["verdict"] == "refused" && r["uid"] == 1000 && r["kind"] == "connect"));
+}
+
+#[tokio::test]
+async fn vs8_output_without_end_waits_for_its_reader() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', exec(&["yes"])).await;
+    let (client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+    let before = shim.resident_kib();
+    let block = vec![b'y'; 1 << 20];
+    let mut written = 0;
+    let yes = async {
+        loop {
+            frame::write(&mut agent, Kind::Stdout, &block).await.unwrap();
+            written += 1;
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_secs(2), yes).await.is_err());
+    assert!(written < 4, "{written} MiB without a reader");
+    assert!(shim.resident_kib() < before + 4096, "{before} to {} KiB", shim.resident_kib());
+    drop(client);
+    assert_closed(&mut agent).await;
+}
+
+#[tokio::test]
+async fn cl6_requests_that_are_none_are_answered_and_others_go_on() {
+    let host = Host::new();
+    let (shim, _guest) = host.start_ready(host.config("builder")).await;
+    let mut control = within(UnixStream::connect(shim.control())).await.unwrap();
+    for bad in
+        [&b"{"[..], b"[]", b"{\"control\":\"explode\"}", b"{\"control\":\"grant\",\"ticket\":1}", b"\xff"]
+    {
+        frame::write(&mut control, Kind::Message, bad).await.unwrap();
+        let reply: serde_json::Value = within(frame::read_message(&mut control)).await.unwrap();
+        assert_eq!(reply["reply"], "failed", "{reply}");
+    }
+    frame::write(&mut control, Kind::Message, b"{\"control\":\"status\"}").await.unwrap();
+    let reply: serde_json::Value = within(frame::read_message(&mut control)).await.unwrap();
+    assert_eq!((&reply["reply"], &reply["vm"]), (&"status".into(), &"builder".into()));
+    let bad = Grant { ticket: "short".into(), expires_unix_ms: in_ms(1000), uid: 0, session: exec(&["x"]) };
+    let error = within(client::grant(shim.control(), bad)).await.unwrap_err();
+    assert_eq!(error.to_string(), "The shim refused: A ticket has 64 hexadecimal digits");
+}
