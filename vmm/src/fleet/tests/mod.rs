@@ -70,3 +70,13 @@ fn problems_are_data_too() {
     let zero = load("fleet.toml", changed("vcpus = 4", "vcpus = 0").as_bytes(), &HOST).unwrap_err();
     insta::assert_json_snapshot!((twice, zero));
 }
+
+#[test]
+fn what_the_nixos_module_renders_is_fine() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../nixos/example.json");
+    // Packages are built without that folder.
+    let Ok(bytes) = std::fs::read(&path) else {
+        return eprintln!("SKIPPED: the NixOS example, because {} is not here", path.display());
+    };
+    assert_eq!(said("example.json", &bytes), "fine");
+}
