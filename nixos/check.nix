@@ -29,19 +29,39 @@ let
       }).config;
   example = import ./example.nix;
   good = evaluate example;
-  # The same with a link to a VM that is not there.
-  wrong = evaluate {
-    services.lair = example.services.lair // {
-      settings = example.services.lair.settings // {
-        links.build = {
-          from = [ "hydra" ];
-          to = {
-            vm = "bulider";
-            port = 1022;
-          };
+  # The same with other links.
+  withLinks =
+    links:
+    evaluate {
+      services.lair = example.services.lair // {
+        settings = example.services.lair.settings // {
+          links = example.services.lair.settings.links // links;
         };
       };
     };
+  misspelt = withLinks {
+    build = {
+      from = [ "hydar" ];
+      to = {
+        vm = "bulider";
+        port = 1022;
+      };
+    };
+  };
+  twice = withLinks {
+    again = {
+      from = [ "hydra" ];
+      to = {
+        vm = "builder";
+        port = 1022;
+      };
+    };
+  };
+  # laird refuses these; the module must not fail on them in its own way.
+  incomplete = withLinks {
+    one = { };
+    two.to = { };
+    three.to.vm = "builder";
   };
   failed = config: map (a: a.message) (builtins.filter (a: !a.assertion) config.assertions);
   fleet = builtins.fromJSON good.environment.etc."lair/fleet.json".text;
@@ -52,9 +72,16 @@ assert expect "the example's assertions" (failed good == [ ]) (failed good);
 assert expect "example.json is not what the example renders to" (
   fleet == builtins.fromJSON (builtins.readFile ./example.json)
 ) fleet;
-assert expect "a link to an unknown VM passes" (
-  builtins.length (failed wrong) == 1 && builtins.match ".*bulider.*" (builtins.head (failed wrong)) != null
-) (failed wrong);
+assert expect "links to unknown VMs" (
+  map (builtins.match ".*(hydar|bulider).*") (failed misspelt) == [
+    [ "hydar" ]
+    [ "bulider" ]
+  ]
+) (failed misspelt);
+assert expect "two links to one port" (
+  map (builtins.match ".*(same port).*") (failed twice) == [ [ "same port" ] ]
+) (failed twice);
+assert expect "incomplete links" (failed incomplete == [ ]) (failed incomplete);
 # Without these a restart of the service would end every guest.
 assert expect "the unit" (unit.KillMode == "process" && unit.RuntimeDirectoryPreserve) unit;
 "ok"

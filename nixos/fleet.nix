@@ -33,7 +33,8 @@ let
 
   # Two links to one port of one VM would be one link with two rules.
   ends = mapAttrsToList (_: link: "${link.to.vm}:${toString link.to.port}") (
-    filterAttrs (_: link: link.to ? vm) settings.links
+    # A link without these is laird's to refuse, with a better message than Nix has.
+    filterAttrs (_: link: link ? to.vm && link ? to.port) settings.links
   );
   portAssertion = {
     assertion = unique ends == ends;

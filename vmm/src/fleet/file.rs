@@ -184,8 +184,8 @@ mod tests {
         {
             assert!(check(uid, gid, mode).is_ok(), "{uid} {gid} {mode:o}");
         }
-        insta::assert_snapshot!(check(1001, 100, 0o400).unwrap_err(), @"");
-        insta::assert_snapshot!(check(1000, 100, 0o646).unwrap_err(), @"");
-        insta::assert_snapshot!(check(1000, 7, 0o664).unwrap_err(), @"");
+        insta::assert_snapshot!(check(1001, 100, 0o400).unwrap_err(), @"may be changed by another user (mode 0400, owner 1001, group 100), who could then use the rights of laird; chown it to root, or to who runs laird");
+        insta::assert_snapshot!(check(1000, 100, 0o646).unwrap_err(), @"may be changed by everybody (mode 0646, owner 1000, group 100), who could then use the rights of laird; chmod o-w it");
+        insta::assert_snapshot!(check(1000, 7, 0o664).unwrap_err(), @"may be changed by a group (mode 0664, owner 1000, group 7), who could then use the rights of laird; chmod g-w it");
     }
 }

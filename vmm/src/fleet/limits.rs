@@ -85,7 +85,7 @@ mod tests {
         assert_eq!(host.admit("a", Size(30 * GIB), Size(0)), Ok(()));
         assert_eq!(host.admit("a", Size(10 * GIB), Size(20 * GIB)), Ok(()));
         let refused = host.admit("b", Size(10 * GIB), Size(20 * GIB + 1024)).unwrap_err();
-        insta::assert_snapshot!(refused, @"");
+        insta::assert_snapshot!(refused, @"10GiB for VM b is more than the 10485759KiB that are left of 30GiB for VMs: the host has 32GiB and keeps 2GiB");
         assert!(host.admit("b", Size(u64::MAX), Size(u64::MAX)).is_err());
     }
 

@@ -1,8 +1,11 @@
 //! The fleet file: all that one host runs.
 //!
-//! Text becomes a tree with places ([`document`]), the tree is compared with the schema ([`shape`]), then it becomes the types
-//! ([`schema`]), whose sense is checked ([`validate`]). All that is found wrong is told at once ([`problem`]). Of these only
-//! [`file`] and [`resolve`] look at the host's files.
+//! Text becomes a tree with places (`document`), the tree is compared with the schema (`shape`), then it becomes the types
+//! ([`schema`]), whose sense is checked (`validate`). All that is found wrong is told at once ([`problem`]). Of these only
+//! `file` and [`resolve`] look at the host's files.
+
+// Text comes from files and from clients of the API.
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 mod document;
 mod file;
@@ -81,9 +84,9 @@ pub fn load(name: &str, bytes: &[u8], host: &HostFacts) -> Result<Loaded, Proble
     Ok(Loaded { fleet, warnings: verdict.warnings.located(name, &document).problems })
 }
 
-fn text<'a>(name: &str, bytes: &'a [u8]) -> Result<&'a str, Problem> {
+fn text<'a>(name: &str, bytes: &'a [u8]) -> Result<&'a str, Problems> {
     if bytes.len() as u64 > LIMIT {
-        return Err(Problem::of_file(name, FileError::TooLong.to_string()));
+        return Err(Problem::of_file(name, FileError::TooLong.to_string()).into());
     }
     let text = std::str::from_utf8(bytes).map_err(|error| {
         let before = bytes.get(..error.valid_up_to()).and_then(|bytes| std::str::from_utf8(bytes).ok());
@@ -91,11 +94,8 @@ fn text<'a>(name: &str, bytes: &'a [u8]) -> Result<&'a str, Problem> {
         Problem::at_position(name, position, "is not UTF-8 from here on")
     })?;
     if text.starts_with('\u{feff}') {
-        return Err(Problem::at_position(
-            name,
-            Some((1, 1)),
-            "begins with a byte-order mark; save it as UTF-8 without one",
-        ));
+        let message = "begins with a byte-order mark; save it as UTF-8 without one";
+        return Err(Problem::at_position(name, Some((1, 1)), message).into());
     }
     Ok(text)
 }
@@ -120,3 +120,7 @@ fn schema_value() -> serde_json::Value {
 pub fn json_schema() -> String {
     format!("{:#}", schema_value())
 }
+
+#[cfg(test)]
+#[allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
+mod tests;

@@ -128,12 +128,12 @@ pub(super) struct Finding {
     spot: Spot,
     message: String,
     hint: Option<String>,
-    first: Option<Spot>,
+    other: Option<Spot>,
 }
 
 impl Finding {
     pub(super) fn new(spot: Spot, message: impl Into<String>) -> Self {
-        Self { spot, message: message.into(), hint: None, first: None }
+        Self { spot, message: message.into(), hint: None, other: None }
     }
 
     /// At the value of `path`.
@@ -148,8 +148,8 @@ impl Finding {
 
     /// The same, found in what is one step deeper.
     pub(super) fn below(self, step: Step) -> Self {
-        let first = self.first.map(|spot| spot.below(step.clone()));
-        Self { spot: self.spot.below(step), first, ..self }
+        let other = self.other.map(|spot| spot.below(step.clone()));
+        Self { spot: self.spot.below(step), other, ..self }
     }
 
     /// With what is allowed, or what to do.
@@ -159,8 +159,8 @@ impl Finding {
     }
 
     /// With the other place that it is about.
-    pub(super) fn first(mut self, spot: Spot) -> Self {
-        self.first = Some(spot);
+    pub(super) fn other(mut self, spot: Spot) -> Self {
+        self.other = Some(spot);
         self
     }
 }
@@ -210,7 +210,7 @@ pub struct Problem {
     /// What is allowed, or what to do.
     pub hint: Option<String>,
     /// The other place, of things that exclude each other.
-    pub first: Option<Place>,
+    pub other: Option<Place>,
 }
 
 impl Problem {
@@ -227,7 +227,7 @@ impl Problem {
     ) -> Self {
         let (line, column) = position.unzip();
         let place = Place { file: file.into(), line, column, path: None };
-        Self { place, message: message.into(), hint: None, first: None }
+        Self { place, message: message.into(), hint: None, other: None }
     }
 }
 
@@ -238,8 +238,8 @@ impl fmt::Display for Problem {
         if let Some(hint) = &self.hint {
             write!(f, "\n  {hint}")?;
         }
-        if let Some(first) = &self.first {
-            write!(f, "\n  first here: {first}")?;
+        if let Some(other) = &self.other {
+            write!(f, "\n  the other: {other}")?;
         }
         Ok(())
     }
@@ -280,8 +280,13 @@ pub(super) struct Findings {
 
 impl Findings {
     pub(super) fn push(&mut self, finding: Finding) {
+        self.push_with(|| finding);
+    }
+
+    /// For what is costly to say: it is not asked for where there are enough.
+    pub(super) fn push_with(&mut self, finding: impl FnOnce() -> Finding) {
         if self.kept.len() < MOST {
-            self.kept.push(finding);
+            self.kept.push(finding());
         } else {
             self.omitted = self.omitted.saturating_add(1);
         }
@@ -300,7 +305,7 @@ impl Findings {
                 place: Place::of_spot(file, document, &finding.spot),
                 message: finding.message,
                 hint: finding.hint,
-                first: finding.first.map(|spot| Place::of_spot(file, document, &spot)),
+                other: finding.other.map(|spot| Place::of_spot(file, document, &spot)),
             })
             .collect();
         problems.sort();

@@ -230,10 +230,21 @@ mod tests {
             "/nix/store/A/out",
             "/nix/store/A/up-and-out",
             "/nix/store/0000-absent/kernel",
-            "/nix/store",
             "/dev/null",
         ];
         let said: Vec<String> = paths.into_iter().map(said).collect();
-        insta::assert_snapshot!(said.join("\n"), @"");
+        insta::assert_snapshot!(said.join("\n"), @r"
+        relative/path is not an absolute path
+        /nix/store/A/loop leads through more than 40 symbolic links
+        /nix/store/A/dangling cannot be found, because of DIR/one/nix/store/A/nothing: No such file or directory (os error 2)
+        /nix/store/A/absent cannot be found, because of DIR/one/nix/store/A/absent: No such file or directory (os error 2)
+        /nix/store/A/boot/real/below-a-file cannot be found, because of DIR/one/nix/store/A/boot/real/below-a-file: Not a directory (os error 20)
+        /nix/store/A/boot is a directory, not a regular file
+        /nix/store/A/fifo is a FIFO, not a regular file
+        /nix/store/A/out leads out of the store, to /etc/passwd; name that file itself if it is meant
+        /nix/store/A/up-and-out leads out of the store, to /etc/passwd; name that file itself if it is meant
+        /nix/store/0000-absent/kernel is in none of the sources: DIR/one/nix/store, DIR/two/nix/store
+        /dev/null is a device, not a regular file
+        ");
     }
 }

@@ -115,16 +115,14 @@ impl<'a> Walk<'a> {
                 self.value(&entry.node, shape, &path);
                 continue;
             }
-            let free = fields.keys().map(String::as_str).filter(|name| !entries.contains_key(*name));
-            let finding = match nearest(key, free) {
-                Some(name) => {
-                    meant.push(name);
-                    Finding::at_key(&path, format!("unknown key; did you mean \"{name}\"?"))
-                }
-                None => Finding::at_key(&path, "unknown key"),
-            };
-            let names = fields.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-            self.findings.push(finding.hint(format!("allowed here: {names}")));
+            self.findings.push_with(|| {
+                let names = || fields.keys().map(String::as_str);
+                let near = nearest(key, names());
+                meant.extend(near);
+                let near = near.map(|name| format!("; did you mean \"{name}\"?")).unwrap_or_default();
+                Finding::at_key(&path, format!("unknown key{near}"))
+                    .hint(format!("allowed here: {}", names().collect::<Vec<_>>().join(", ")))
+            });
         }
         for name in required {
             if !entries.contains_key(name) && !meant.contains(&name) {
@@ -147,13 +145,13 @@ impl<'a> Walk<'a> {
             return;
         }
         let shapes: Vec<&'a Json> = shapes.iter().filter(|shape| !is_null(shape)).collect();
-        if let [shape] = *shapes {
-            return self.value(node, shape, path);
-        }
         let words: Vec<&str> =
             shapes.iter().filter_map(|shape| shape.get("const").and_then(Json::as_str)).collect();
         if words.len() == shapes.len() {
             return self.choice(node, &words, path);
+        }
+        if let [shape] = *shapes {
+            return self.value(node, shape, path);
         }
         let tables: Vec<&'a Json> = shapes.into_iter().map(|shape| self.definition(shape)).collect();
         let Value::Table(entries) = &node.value else {

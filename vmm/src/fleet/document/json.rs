@@ -77,7 +77,7 @@ fn convert_object(object: Object<'_>) -> Result<BTreeMap<String, Entry>, Finding
         let key = property.name.into_string();
         if let Some(first) = entries.get(&key) {
             let spot = |at| Spot::Offset(at, Path::root().key(&key));
-            return Err(Finding::new(spot(key_at), "is given twice").first(spot(first.key_at)));
+            return Err(Finding::new(spot(key_at), "is given twice").other(spot(first.key_at)));
         }
         let node = convert(property.value).map_err(|found| found.below(Step::Key(key.clone())))?;
         entries.insert(key, Entry { key_at, node });

@@ -37,7 +37,7 @@ fn explain_duplicate(text: &str, second: Range<usize>) -> Option<Finding> {
     // Later duplicates are not in the way.
     let (table, _) = DeTable::parse_recoverable(&changed);
     let first = sibling(table.get_ref(), &key)?;
-    Some(Finding::new(Spot::Offset(second.start, first.path().clone()), "is given twice").first(first))
+    Some(Finding::new(Spot::Offset(second.start, first.path().clone()), "is given twice").other(first))
 }
 
 /// The key `key` of the table that has [`STAND_IN`].

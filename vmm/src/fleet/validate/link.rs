@@ -49,7 +49,7 @@ fn from(link: &Link, fleet: &Fleet, path: &Path, verdict: &mut Verdict) {
         let path = path.index(index);
         if let Some(first) = seen.insert(name.as_str(), &path) {
             let message = format!("{} is named twice", quoted(name));
-            verdict.error(Finding::at(&path, message).first(Spot::Value(first)));
+            verdict.error(Finding::at(&path, message).other(Spot::Value(first)));
         }
         if name != HOST && !fleet.vms.contains_key(name) {
             let names = names_of(fleet).chain([HOST]).collect();
@@ -94,7 +94,7 @@ fn listen<'a>(link: &'a Link, path: &Path, shared: &mut Shared<'a>, verdict: &mu
             }
             let side = if side == HOST { "the host".into() } else { format!("VM {}", quoted(side)) };
             let message = format!("another link of {side} listens on {}", quoted(listen));
-            verdict.error(Finding::at(&path, message).first(Spot::Value(first)));
+            verdict.error(Finding::at(&path, message).other(Spot::Value(first)));
         }
     }
 }
@@ -126,7 +126,7 @@ fn to_vm<'a>(
     if let Some(first) = shared.ports.insert((&target.vm, target.port), &port_path) {
         let message = format!("another link ends at port {} of VM {}", target.port, quoted(&target.vm));
         let hint = "one link may come from several VMs: name them all in its \"from\"";
-        verdict.error(Finding::at(&port_path, message).hint(hint).first(Spot::Value(first)));
+        verdict.error(Finding::at(&port_path, message).hint(hint).other(Spot::Value(first)));
     }
     if let Some(connect) = &target.connect {
         verdict.value(&path.key("connect"), names::endpoint(connect));

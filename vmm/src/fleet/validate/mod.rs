@@ -96,7 +96,7 @@ fn store(store: &Store, path: &Path, verdict: &mut Verdict) {
         }
         if let Some(first) = seen.insert(source.store_dir(), &path) {
             let message = "has the same store directory as another source";
-            verdict.error(Finding::at(&path, message).first(super::problem::Spot::Value(first)));
+            verdict.error(Finding::at(&path, message).other(super::problem::Spot::Value(first)));
         }
     }
 }

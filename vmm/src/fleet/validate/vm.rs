@@ -122,7 +122,7 @@ fn view(vm: &Vm, path: &Path, verdict: &mut Verdict) {
         for (key, given) in [("profile", vm.profile.is_some()), ("services", !vm.services.is_empty())] {
             if given {
                 let message = "is for VMs without \"init\", whose agent runs services; here the system does";
-                verdict.error(Finding::at_key(&path.key(key), message).first(Spot::Key(path.key("init"))));
+                verdict.error(Finding::at_key(&path.key(key), message).other(Spot::Key(path.key("init"))));
             }
         }
     }
@@ -145,7 +145,7 @@ fn volumes(volumes: &[Volume], path: &Path, verdict: &mut Verdict) {
         verdict.value(&name_path, names::name(&volume.name, names::VOLUME_NAME_MAX));
         if let Some(first) = names.insert(&volume.name, &name_path) {
             let message = format!("another volume of this VM is called {}", quoted(&volume.name));
-            verdict.error(Finding::at(&name_path, message).first(Spot::Value(first)));
+            verdict.error(Finding::at(&name_path, message).other(Spot::Value(first)));
         }
         let (least, most) = VOLUME_SIZES;
         if !(least..=most).contains(&volume.size) {
@@ -155,7 +155,7 @@ fn volumes(volumes: &[Volume], path: &Path, verdict: &mut Verdict) {
         verdict.value(&mount_path, mount(&volume.mount));
         if let Some(first) = mounts.insert(&volume.mount, &mount_path) {
             let message = "another volume of this VM is mounted there";
-            verdict.error(Finding::at(&mount_path, message).first(Spot::Value(first)));
+            verdict.error(Finding::at(&mount_path, message).other(Spot::Value(first)));
         }
     }
 }
@@ -215,7 +215,7 @@ fn services(services: &[Service], path: &Path, verdict: &mut Verdict) {
         verdict.value(&name_path, names::name(&service.name, names::NAME_MAX));
         if let Some(first) = names.insert(&service.name, &name_path) {
             let message = format!("another service of this VM is called {}", quoted(&service.name));
-            verdict.error(Finding::at(&name_path, message).first(Spot::Value(first)));
+            verdict.error(Finding::at(&name_path, message).other(Spot::Value(first)));
         }
         command(&service.command, &path.key("command"), verdict);
         let environment = path.key("environment");
