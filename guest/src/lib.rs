@@ -4,4 +4,5 @@
 //! library, never the other way round: a guest carries none of the host's code.
 
 pub mod boot;
+pub mod initramfs;
 pub mod wire;

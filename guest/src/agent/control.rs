@@ -1,0 +1,244 @@
+//! The control channel: the host's greeting, its requests, the agent's events.
+//!
+//! The newest channel is the one that counts: a host side that was restarted may have left a connection that looks
+//! alive. Reading and writing are apart, so that a host that asks without reading the answers stops only itself.
+
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
+
+use super::{
+    Agent,
+    power::{self, Power},
+    report, statistics,
+};
+use crate::handshake;
+use lair_guest::wire::{
+    frame::{self, FrameError},
+    message::{Answer, Ask, Event, Hello, HelloReply, Phase, Request},
+};
+use std::sync::atomic::Ordering;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::{broadcast::error::RecvError, mpsc},
+};
+
+/// How many answers may wait for a host that does not read.
+const QUEUE: usize = 16;
+
+/// Serves one control channel until it ends or a newer one comes.
+pub(super) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+    agent: &Agent,
+    hello: Hello,
+    mut stream: S,
+) -> Result<(), FrameError> {
+    let reply = handshake::answer(&hello, &agent.boot_id, Phase::Agent);
+    frame::write_message(&mut stream, &reply).await?;
+    if matches!(reply, HelloReply::Refused { .. }) {
+        return Ok(());
+    }
+    let mut number = 0;
+    agent.newest.send_modify(|newest| {
+        *newest = newest.wrapping_add(1);
+        number = *newest;
+    });
+    // Later on the guest may have a time server.
+    if !agent.clock_set.swap(true, Ordering::Relaxed) {
+        handshake::set_clock(hello.unix_ms);
+    }
+    agent.links.lock().await.apply(hello.ticket, hello.links_out, hello.links_in).await;
+
+    let mut newest = agent.newest.subscribe();
+    let (mut from_host, mut to_host) = tokio::io::split(stream);
+    let (answers, queue) = mpsc::channel(QUEUE);
+    tokio::select! {
+        result = hear(&mut from_host, answers) => result,
+        result = speak(agent, &mut to_host, queue) => result,
+        _ = newest.wait_for(|newest| *newest != number) => Ok(()),
+    }
+}
+
+/// An answer, and what is to be done once it has left.
+struct Reply {
+    id: u64,
+    answer: Answer,
+    then: Option<Power>,
+}
+
+/// Reads requests. Ends well when the host closes.
+async fn hear<R: AsyncRead + Unpin>(from: &mut R, answers: mpsc::Sender<Reply>) -> Result<(), FrameError> {
+    while let Some(Request { id, ask }) = frame::read_message_or_end(from).await? {
+        let (answer, then) = match ask {
+            Ask::Ping => (Answer::Done, None),
+            Ask::Statistics => (
+                statistics::read().map_or_else(|e| Answer::Failed(report::chain(&e)), Answer::Statistics),
+                None,
+            ),
+            Ask::PowerOff => (Answer::Done, Some(Power::Off)),
+            Ask::Reboot => (Answer::Done, Some(Power::Reboot)),
+        };
+        if answers.send(Reply { id, answer, then }).await.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Writes answers and events.
+async fn speak<W: AsyncWrite + Unpin>(
+    agent: &Agent,
+    to: &mut W,
+    mut answers: mpsc::Receiver<Reply>,
+) -> Result<(), FrameError> {
+    let mut ready = agent.ready.subscribe();
+    // So that a state reached before is seen as a change.
+    ready.mark_changed();
+    let mut ended = agent.ended.subscribe();
+    loop {
+        let event = tokio::select! {
+            reply = answers.recv() => {
+                let Some(Reply { id, answer, then }) = reply else { return Ok(()) };
+                frame::write_message(to, &Event::Reply { id, answer }).await?;
+                if let Some(power) = then
+                    && let Err(error) = power::ask(power, agent.own_init)
+                {
+                    agent.log.say(&format!("could not ask PID 1 to end the guest: {error}"));
+                }
+                continue;
+            }
+            changed = ready.changed() => match (changed, *ready.borrow_and_update()) {
+                (Ok(()), Some(uptime_ms)) => Event::Ready { uptime_ms },
+                _ => continue,
+            },
+            service = ended.recv() => match service {
+                Ok((service, how)) => Event::ServiceEnded { service, how },
+                // The host did not read for so long that the oldest are gone.
+                Err(RecvError::Lagged(_) | RecvError::Closed) => continue,
+            },
+        };
+        frame::write_message(to, &event).await?;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::agent;
+    use super::*;
+    use lair_guest::wire::VERSION;
+    use std::{collections::BTreeMap, sync::Arc, time::Duration};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
+        task::JoinHandle,
+        time::timeout,
+    };
+
+    fn hello(version: u32) -> Hello {
+        Hello {
+            version,
+            ticket: "0".repeat(64),
+            links_out: vec![],
+            links_in: vec![],
+            credentials: BTreeMap::new(),
+            unix_ms: 0,
+        }
+    }
+
+    fn open(agent: &Arc<Agent>, version: u32) -> (DuplexStream, JoinHandle<Result<(), FrameError>>) {
+        let (host, guest) = tokio::io::duplex(1 << 12);
+        let agent = agent.clone();
+        (host, tokio::spawn(async move { serve(&agent, hello(version), guest).await }))
+    }
+
+    async fn event(host: &mut DuplexStream) -> Event {
+        timeout(Duration::from_secs(5), frame::read_message(host)).await.expect("no event").unwrap()
+    }
+
+    async fn welcome(host: &mut DuplexStream) {
+        let reply: HelloReply = frame::read_message(host).await.unwrap();
+        assert!(
+            matches!(reply, HelloReply::Welcome { phase: Phase::Agent, boot_id, .. } if boot_id == "boot")
+        );
+    }
+
+    #[tokio::test]
+    async fn requests_are_answered_with_their_id() {
+        let agent = Arc::new(agent(false));
+        let (mut host, session) = open(&agent, VERSION);
+        welcome(&mut host).await;
+        frame::write_message(&mut host, &Request { id: 7, ask: Ask::Ping }).await.unwrap();
+        assert!(matches!(event(&mut host).await, Event::Reply { id: 7, answer: Answer::Done }));
+        frame::write_message(&mut host, &Request { id: 8, ask: Ask::Statistics }).await.unwrap();
+        let Event::Reply { id: 8, answer: Answer::Statistics(figures) } = event(&mut host).await else {
+            panic!("no figures");
+        };
+        assert!(figures.memory_total > figures.memory_available && figures.uptime_ms > 0);
+        drop(host);
+        session.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn readiness_is_said_once_on_every_channel() {
+        let agent = Arc::new(agent(false));
+        let (mut first, _task) = open(&agent, VERSION);
+        welcome(&mut first).await;
+        agent.set_ready();
+        assert!(matches!(event(&mut first).await, Event::Ready { .. }));
+        agent.set_ready();
+        assert!(timeout(Duration::from_millis(50), first.read_u8()).await.is_err(), "said twice");
+
+        let (mut second, _task) = open(&agent, VERSION);
+        welcome(&mut second).await;
+        assert!(matches!(event(&mut second).await, Event::Ready { .. }));
+        agent.ended.send(("daemon".into(), "exit status 1".into())).unwrap();
+        assert!(
+            matches!(event(&mut second).await, Event::ServiceEnded { service, .. } if service == "daemon")
+        );
+    }
+
+    #[tokio::test]
+    async fn vs7_the_newest_channel_wins() {
+        let agent = Arc::new(agent(false));
+        let (mut first, first_task) = open(&agent, VERSION);
+        welcome(&mut first).await;
+        let (mut second, second_task) = open(&agent, VERSION);
+        welcome(&mut second).await;
+        timeout(Duration::from_secs(5), first_task).await.unwrap().unwrap().unwrap();
+        assert_eq!(first.read(&mut [0]).await.unwrap(), 0);
+        frame::write_message(&mut second, &Request { id: 1, ask: Ask::Ping }).await.unwrap();
+        event(&mut second).await;
+        assert!(!second_task.is_finished());
+    }
+
+    #[tokio::test]
+    async fn vs7_a_refused_greeting_does_not_end_the_channel_in_use() {
+        let agent = Arc::new(agent(false));
+        let (mut first, first_task) = open(&agent, VERSION);
+        welcome(&mut first).await;
+        let (mut other, other_task) = open(&agent, VERSION + 1);
+        let reply: HelloReply = frame::read_message(&mut other).await.unwrap();
+        assert!(matches!(reply, HelloReply::Refused { .. }));
+        other_task.await.unwrap().unwrap();
+        assert!(!first_task.is_finished());
+    }
+
+    #[tokio::test]
+    async fn vs4_an_unexpected_frame_ends_the_channel() {
+        for bytes in [&b"\x01\x01\0\0\0x"[..], b"\0\x02\0\0\0{}", b"\0\0\0\0\0", b"\0\xff\xff\xff\xff"] {
+            let agent = Arc::new(agent(false));
+            let (mut host, task) = open(&agent, VERSION);
+            welcome(&mut host).await;
+            host.write_all(bytes).await.unwrap();
+            assert!(timeout(Duration::from_secs(5), task).await.unwrap().unwrap().is_err(), "{bytes:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn vs8_a_host_that_asks_without_reading_is_not_buffered_for_ever() {
+        let agent = Arc::new(agent(false));
+        let (mut host, _task) = open(&agent, VERSION);
+        let flood = async {
+            for id in 0..100_000 {
+                frame::write_message(&mut host, &Request { id, ask: Ask::Statistics }).await.unwrap();
+            }
+        };
+        assert!(timeout(Duration::from_millis(500), flood).await.is_err(), "no back-pressure");
+    }
+}

@@ -1,0 +1,221 @@
+//! The agent: answers the host on one vsock port, carries the links, and runs the services of a guest without an
+//! init of its own.
+//!
+//! One thread runs it all, so that an idle guest costs nothing; a second one only writes the log, because a console
+//! that nobody reads would stop the first. What one connection does wrong ends that connection.
+//!
+//! | task | ends when |
+//! |---|---|
+//! | a session ([`control`] or [`exec`]) for each connection of the host | the connection ends; a control session also when a newer one comes |
+//! | a listener for each link ([`links`]) | a new greeting does not name the link |
+//! | a relay for each connection of a link | either side ends it |
+//! | a keeper for each service ([`services`]) | never |
+
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
+
+mod bucket;
+mod control;
+mod environment;
+mod exec;
+mod links;
+mod log;
+mod power;
+mod ready;
+mod services;
+mod statistics;
+mod target;
+mod vsock_filter;
+
+use crate::{
+    handshake::{self, PATIENCE},
+    paths, report,
+};
+use environment::Environment;
+use lair_guest::{
+    boot::BootConfig,
+    wire::{
+        AGENT_PORT,
+        frame::{self, FrameError},
+        message::HostOpen,
+    },
+};
+use log::Log;
+pub(crate) use ready::tell as tell_ready;
+use std::{
+    io,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::{Mutex, Semaphore, broadcast, watch},
+};
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
+
+/// Why the agent does not run.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AgentError {
+    /// The configuration that init wrote is not there.
+    #[error("Could not read `{}`", paths::CONFIG)]
+    Read(#[source] io::Error),
+    /// The configuration is not one.
+    #[error("`{}` is not a boot configuration", paths::CONFIG)]
+    Config(#[source] serde_json::Error),
+    /// There is no vsock, or another agent.
+    #[error("Could not listen on vsock port {AGENT_PORT}")]
+    Listen(#[source] io::Error),
+    /// The kernel refused something that every kernel grants.
+    #[error("Could not {what}")]
+    Start {
+        /// What the agent was about to do.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The most connections of the host to the agent's port, sessions of operators among them.
+const MAX_SESSIONS: usize = 256;
+
+/// What the tasks share.
+struct Agent {
+    boot_id: String,
+    environment: Environment,
+    /// Whether PID 1 is the system's own init.
+    own_init: bool,
+    log: Log,
+    /// Milliseconds from the kernel's start to readiness, once it is reached.
+    ready: watch::Sender<Option<u64>>,
+    /// Services that ended: name and how.
+    ended: broadcast::Sender<(String, String)>,
+    links: Mutex<links::Links>,
+    /// The number of the newest control session.
+    newest: watch::Sender<u64>,
+    clock_set: AtomicBool,
+}
+
+impl Agent {
+    fn new(config: &BootConfig, boot_id: String, log: Log) -> Self {
+        Self {
+            boot_id,
+            environment: environment::of(config.profile.as_deref()),
+            own_init: config.init.is_some(),
+            links: Mutex::new(links::Links::new(log.clone())),
+            log,
+            ready: watch::Sender::new(None),
+            // More than a host that reads at all lets pile up; one that does not misses the oldest.
+            ended: broadcast::Sender::new(64),
+            newest: watch::Sender::new(0),
+            clock_set: AtomicBool::new(false),
+        }
+    }
+
+    fn set_ready(&self) {
+        if self.ready.borrow().is_none() {
+            self.ready.send_replace(Some(statistics::uptime_ms().unwrap_or_default()));
+        }
+    }
+}
+
+/// Runs the agent; returns only if it can not.
+pub(crate) fn run() -> Result<(), AgentError> {
+    let start = |what| move |source| AgentError::Start { what, source };
+    let json = std::fs::read(paths::CONFIG).map_err(AgentError::Read)?;
+    let config: BootConfig = serde_json::from_slice(&json).map_err(AgentError::Config)?;
+    let boot_id = handshake::boot_id().map_err(start("read the boot id"))?;
+    let log = Log::start().map_err(start("start the log"))?;
+    // The guest is of no use without its agent. Needs root, as everything here.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(start("start the runtime"))?.block_on(async {
+        let agent = Arc::new(Agent::new(&config, boot_id, log));
+        if config.init.is_some() {
+            ready::listen(&agent).map_err(start("make the agent's socket"))?;
+        } else {
+            services::start(&agent, config.services, config.deny_vsock);
+        }
+        serve(agent).await
+    })
+}
+
+/// Accepts the host's connections.
+async fn serve(agent: Arc<Agent>) -> Result<(), AgentError> {
+    let listener =
+        VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, AGENT_PORT)).map_err(AgentError::Listen)?;
+    let sessions = Arc::new(Semaphore::new(MAX_SESSIONS));
+    loop {
+        let Ok((stream, peer)) = listener.accept().await else {
+            // Out of descriptors, for instance.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        // Every process of the guest can connect here, over the loopback transport; none may speak to the agent.
+        let (true, Ok(permit)) = (peer.cid() == VMADDR_CID_HOST, sessions.clone().try_acquire_owned()) else {
+            continue;
+        };
+        let agent = agent.clone();
+        tokio::spawn(async move {
+            // An error here is the host's to see: its connection ends.
+            let _ = session(&agent, stream).await;
+            drop(permit);
+        });
+    }
+}
+
+/// One connection of the host.
+async fn session<S: AsyncRead + AsyncWrite + Unpin>(agent: &Agent, mut stream: S) -> Result<(), FrameError> {
+    let open = tokio::time::timeout(PATIENCE, frame::read_message(&mut stream)).await;
+    match open.map_err(|_| FrameError::Io(io::ErrorKind::TimedOut.into()))?? {
+        HostOpen::Control(hello) => control::serve(agent, hello, stream).await,
+        HostOpen::Exec(exec) => exec::serve(stream, &exec, &agent.environment).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    pub(super) fn agent(own_init: bool) -> Agent {
+        let json = if own_init { r#"{"hostname":"vm","init":"/init"}"# } else { r#"{"hostname":"vm"}"# };
+        Agent::new(&serde_json::from_str(json).unwrap(), "boot".into(), Log::start().unwrap())
+    }
+
+    /// Everything that the agent answers to these bytes, until it ends the connection.
+    async fn answers(bytes: &[u8]) -> Vec<u8> {
+        let (mut host, guest) = tokio::io::duplex(1 << 16);
+        host.write_all(bytes).await.unwrap();
+        let agent = agent(false);
+        let session = tokio::time::timeout(Duration::from_secs(20), session(&agent, guest));
+        let (result, got) = tokio::join!(session, async {
+            let mut got = Vec::new();
+            host.read_to_end(&mut got).await.unwrap();
+            got
+        });
+        assert!(result.expect("the session did not end").is_err());
+        got
+    }
+
+    #[tokio::test]
+    async fn vs4_malformed_openings_end_the_connection_without_an_answer() {
+        let deep = format!("{}{}", "[".repeat(10_000), "]".repeat(10_000));
+        let mut nested = vec![0];
+        nested.extend(u32::try_from(deep.len()).unwrap().to_le_bytes());
+        nested.extend(deep.as_bytes());
+        for bytes in [
+            &b"\0\0\0\0\0"[..],                  // no JSON
+            b"\0\xff\xff\xff\xff",               // 4 GiB
+            b"\x01\x01\0\0\0x",                  // data before any message
+            b"\0\x04\0\0\0\xff\xfe\xfd\xfc",     // not UTF-8
+            b"\0\x10\0\0\0{\"open\":\"shell\"}", // no such opening
+            b"\x07",                             // unknown kind, cut: needs the whole header, so it times out
+            &nested,
+        ] {
+            if bytes == b"\x07" {
+                tokio::time::pause();
+            }
+            assert!(answers(bytes).await.is_empty(), "{bytes:?}");
+        }
+    }
+}

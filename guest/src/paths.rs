@@ -1,0 +1,28 @@
+//! Where `lair-guest` keeps things in a running guest. All of it is in `/run`, made anew at each boot.
+
+/// The folder of all the rest. Root only may write, anyone may pass.
+pub(crate) const RUN: &str = "/run/lair";
+
+/// This program, copied out of the initramfs.
+pub(crate) const PROGRAM: &str = "/run/lair/lair-guest";
+
+/// The [`lair_guest::boot::BootConfig`] that init hands to the agent; 0600.
+pub(crate) const CONFIG: &str = "/run/lair/boot.json";
+
+/// One unix socket for each link that this VM may open, by its name.
+pub(crate) const LINKS: &str = "/run/lair/links";
+
+/// The agent's own socket, for `lair-guest ready`; 0600.
+pub(crate) const AGENT: &str = "/run/lair/agent.sock";
+
+/// Credentials, one file each; a file system of its own, 0700.
+pub(crate) const CREDENTIALS: &str = "/run/credentials/lair";
+
+/// From here a systemd that starts takes credentials as its own, and deletes them here.
+pub(crate) const SYSTEMD_CREDENTIALS: &str = "/run/credentials/@initrd";
+
+/// The read-only view, where an overlay covers it.
+pub(crate) const STORE_LOWER: &str = "/run/lair/store";
+
+/// What holds the writable half of an overlay: `store-upper` and `store-work`, `nix-var` where it persists.
+pub(crate) const STORE_WRITES: &str = "/run/lair/store-writes";
