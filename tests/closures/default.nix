@@ -85,6 +85,19 @@ let
       library = ./lib.nix;
     };
     profile-plain = profile "plain" { tools = [ ]; };
+
+    debian-system = import ./system.nix {
+      inherit run deb;
+      inherit (debian) closure;
+    };
+
+    big = import ./big.nix { inherit run deb; };
+
+    # In no guest's closure.
+    secret = run {
+      name = "secret";
+      script = builtins.toFile "secret" "echo 'No view includes this.' >$out";
+    };
   };
 in
 run {

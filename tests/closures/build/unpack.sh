@@ -7,6 +7,7 @@ unpack_into() {
     dpkg-deb -x "$deb" tree
   done
   move tree/usr/lib/x86_64-linux-gnu "$dir/lib"
+  rm -rf tree/usr/lib/x86_64-linux-gnu
   move tree/usr/lib "$dir/lib"
   move tree/usr/bin "$dir/bin"
   move tree/usr/sbin "$dir/bin"
@@ -20,7 +21,7 @@ move() {
   local entry
   [ -d "$1" ] || return 0
   mkdir -p "$2"
-  for entry in "$1"/*; do
-    [ -e "$2/${entry##*/}" ] || [ "${entry##*/}" = x86_64-linux-gnu ] || mv "$entry" "$2"
+  for entry in $(ls -A "$1"); do
+    [ -e "$2/$entry" ] || mv "$1/$entry" "$2"
   done
 }

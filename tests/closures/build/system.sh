@@ -1,0 +1,30 @@
+# Env: debs, init.
+mkdir tree "$out"
+for deb in $debs; do
+  dpkg-deb -x "$deb" tree
+done
+mv tree/usr tree/etc "$out"
+cd "$out"
+find usr/share -mindepth 1 -maxdepth 1 ! -name dbus-1 ! -name base-passwd -exec rm -rf {} +
+
+for command in $(ls -A "$busybox/bin"); do
+  [ -e "usr/bin/$command" ] || [ -e "usr/sbin/$command" ] || ln -s "$busybox/bin/$command" "usr/bin/$command"
+done
+
+# What packages do when they are installed: users, and the units to start.
+sed 's|:/bin/bash$|:/bin/sh|' usr/share/base-passwd/passwd.master >etc/passwd
+cp usr/share/base-passwd/group.master etc/group
+libraries=usr/lib/x86_64-linux-gnu
+"$libraries/ld-linux-x86-64.so.2" --library-path "$libraries:$libraries/systemd" usr/bin/systemd-sysusers --root="$out"
+ln -s /usr/lib/systemd/system/multi-user.target etc/systemd/system/default.target
+
+# Nobody logs in at a terminal: commands come through the agent. There is no udev either, so a getty's device would be
+# waited for in vain.
+mkdir etc/systemd/system-generators
+ln -s /dev/null etc/systemd/system-generators/systemd-getty-generator
+for unit in $masked; do
+  ln -s /dev/null "etc/systemd/system/$unit"
+done
+
+sed "s|@busybox@|$busybox|g; s|@system@|$out|g" "$init" >init
+chmod 755 init
