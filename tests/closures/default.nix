@@ -48,6 +48,7 @@ let
     inherit version;
     deb = deb kernel;
     kmod = package "kmod" [ "kmod" ];
+    liblzma = package "liblzma" [ "liblzma5" ];
   };
 
   profile =

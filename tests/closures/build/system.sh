@@ -1,4 +1,4 @@
-# Env: debs, init.
+# Env: debs, init, masked (units).
 mkdir tree "$out"
 for deb in $debs; do
   dpkg-deb -x "$deb" tree
