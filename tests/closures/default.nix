@@ -22,7 +22,12 @@ let
   inherit (debian) deb glibc package;
 
   nix = package "nix" [ "nix-bin" ];
-  openssh = package "openssh" [ "openssh-server" "openssh-client" ];
+  openssh = run {
+    name = "openssh";
+    script = ./build/openssh.sh;
+    wrapper = ./bin/sshd;
+    openssh = package "openssh-unwrapped" [ "openssh-server" "openssh-client" ];
+  };
   xz = package "xz" [ "xz-utils" ];
 
   tcc = run {
@@ -73,12 +78,11 @@ let
     profile-builder = profile "builder" {
       tools = [ nix openssh tcc xz ];
       etc = [ ./etc/nix ./etc/sshd ];
-      scripts = [ ./bin/sshd ];
     };
     profile-cache = profile "cache" {
       tools = [ nix openssh xz ];
       etc = [ ./etc/nix ./etc/sshd ];
-      scripts = [ ./bin/sshd ./bin/publish ./bin/serve-cache ];
+      scripts = [ ./bin/publish ./bin/serve-cache ];
     };
     profile-hydra = profile "hydra" {
       tools = [ nix openssh tcc xz ];

@@ -8,5 +8,6 @@ find "$out/lib/linux/uapi" -mindepth 1 -maxdepth 1 ! -name x86 ! -name asm-gener
 sed -i "s| /[^ ]*/\([^/ ]*\.so[.0-9]*\)| $glibc/lib/\1|g; s| /[^ ]*/\([^/ ]*\.a\)| $out/lib/\1|g" "$out/lib/libc.so" "$out/lib/libm.so"
 find "$out/lib" -maxdepth 1 -type l | while read -r link; do
   target=$glibc/lib/$(basename "$(readlink "$link")")
-  [ -e "$target" ] && ln -sfn "$target" "$link" || rm "$link"
+  rm "$link"
+  [ ! -e "$target" ] || ln -s "$target" "$link"
 done

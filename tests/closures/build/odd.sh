@@ -6,6 +6,7 @@ mkdir names
 printf x >"names/$(printf 'latin1-caf\351')"
 printf x >"names/$(printf 'not-utf8-\377\376\200')"
 printf x >"names/$(printf 'newline\nand tab\t')"
+# shellcheck disable=SC2016 # as it stands
 printf x >'names/ spaces and "quotes" \backslash $dollar *star* '
 printf x >names/-dash
 printf x >names/...

@@ -7,8 +7,9 @@ mv tree/usr tree/etc "$out"
 cd "$out"
 find usr/share -mindepth 1 -maxdepth 1 ! -name dbus-1 ! -name base-passwd -exec rm -rf {} +
 
-for command in $(ls -A "$busybox/bin"); do
-  [ -e "usr/bin/$command" ] || [ -e "usr/sbin/$command" ] || ln -s "$busybox/bin/$command" "usr/bin/$command"
+for tool in "$busybox"/bin/*; do
+  name=${tool##*/}
+  [ -e "usr/bin/$name" ] || [ -e "usr/sbin/$name" ] || ln -s "$tool" "usr/bin/$name"
 done
 
 # What packages do when they are installed: users, and the units to start.
@@ -26,5 +27,5 @@ for unit in $masked; do
   ln -s /dev/null "etc/systemd/system/$unit"
 done
 
-sed "s|@busybox@|$busybox|g; s|@system@|$out|g" "$init" >init
-chmod 755 init
+sed "s|@busybox@|$busybox|g; s|@system@|$out|g" "$init" >"$out/init"
+chmod 755 "$out/init"

@@ -18,10 +18,9 @@ unpack_into() {
 
 # move FROM TO: FROM's entries, if there are any, except those that TO has: sbin's links to bin of the same name.
 move() {
-  local entry
   [ -d "$1" ] || return 0
   mkdir -p "$2"
-  for entry in $(ls -A "$1"); do
-    [ -e "$2/$entry" ] || mv "$1/$entry" "$2"
+  find "$1" -mindepth 1 -maxdepth 1 | while read -r entry; do
+    [ -e "$2/${entry##*/}" ] || mv "$entry" "$2"
   done
 }
