@@ -82,7 +82,7 @@ let
     profile-cache = profile "cache" {
       tools = [ nix openssh xz ];
       etc = [ ./etc/nix ./etc/sshd ];
-      scripts = [ ./bin/publish ./bin/serve-cache ];
+      scripts = [ ./bin/publish ];
     };
     profile-hydra = profile "hydra" {
       tools = [ nix openssh tcc xz ];
