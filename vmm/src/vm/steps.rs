@@ -355,6 +355,8 @@ fn vsock_arguments(plan: &Plan) -> Vec<String> {
         ("guest-cid", "3".into()),
         ("socket", text(&plan.machine.vsock_socket)),
         ("uds-path", text(&plan.shim.vsock)),
+        // The device drops packets of about 32 KiB and more, and so hangs the connection; a guest sends none larger than this.
+        ("tx-buffer-size", "16384".into()),
     ];
     vec!["--vm".into(), options.map(|(key, value)| format!("{key}={value}")).join(",")]
 }
