@@ -4,9 +4,9 @@
 /// Names and values.
 pub(super) type Environment = Vec<(String, String)>;
 
-/// Where systems with an init of their own have their programs; the first two are NixOS.
+/// Where systems with an init of their own have their programs; the first two are NixOS. The last one has `lair-guest`.
 const SYSTEM_PATH: &str = "/run/wrappers/bin:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:\
-                           /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+                           /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/run/lair";
 
 /// The environment of a guest with this profile, or without one.
 pub(super) fn of(profile: Option<&str>) -> Environment {

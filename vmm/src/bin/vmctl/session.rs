@@ -20,7 +20,8 @@ pub(crate) async fn open(context: &Context, vm: &str, session: Session) -> Resul
         .map_err(|error| CommandError::failed(format!("VM {vm}: {}", chain(&error))))
 }
 
-/// Sends standard input as data until its end.
+/// Sends standard input as data until its end, which is a frame as well. It does not return: a connection that is closed, even by
+/// half, says that this client is gone.
 pub(crate) async fn send_input<W: AsyncWrite + Unpin>(mut to: W) {
     let mut input = tokio::io::stdin();
     let mut chunk = vec![0; CHUNK];
@@ -31,7 +32,7 @@ pub(crate) async fn send_input<W: AsyncWrite + Unpin>(mut to: W) {
             Some(data) => frame::write(&mut to, Kind::Data, data).await,
         };
         if length == 0 || sent.is_err() {
-            return;
+            return std::future::pending().await;
         }
     }
 }

@@ -70,6 +70,11 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let testbed = Testbed::find()?.context("LAIR_TESTBED is not set; start this as tests/demo")?;
     let mut host = Host::new(&directory)?;
+    // Also after a failure: that is when one wants to look.
+    host.keep = arguments.keep;
+    if arguments.keep {
+        println!("To look at the fleet with vmctl: export LAIR_SOCKET={}\n", host.socket().display());
+    }
     let mut steps = Steps::new();
     let keys = fleet::Keys::make(&testbed, &directory.join("keys"))?;
     let fleet = fleet::fleet(&testbed, &keys)?;
@@ -88,7 +93,6 @@ fn run(arguments: &Arguments) -> Result<()> {
     println!("Links:\n{}", job::link_table(&host)?);
     println!("All steps done in {:.1} s", steps.total().as_secs_f64());
     if arguments.keep {
-        host.keep = true;
         println!("\nThe fleet stays up. To look at it:\n  export LAIR_SOCKET={}", host.socket().display());
         println!("  {} status\nand tests/demo --stop ends it.", host.program("vmctl").display());
         return Ok(());
