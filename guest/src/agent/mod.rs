@@ -40,6 +40,7 @@ use lair_guest::{
     },
 };
 use log::Log;
+use nix::sys::signal::SigSet;
 pub(crate) use ready::tell as tell_ready;
 use std::{
     io,
@@ -111,16 +112,22 @@ impl Agent {
         }
     }
 
-    fn set_ready(&self) {
-        if self.ready.borrow().is_none() {
-            self.ready.send_replace(Some(statistics::uptime_ms().unwrap_or_default()));
-        }
+    /// Notes that the guest is up, once; the time of it.
+    fn set_ready(&self) -> u64 {
+        let known = *self.ready.borrow();
+        known.unwrap_or_else(|| {
+            let uptime_ms = statistics::uptime_ms().unwrap_or_default();
+            self.ready.send_replace(Some(uptime_ms));
+            uptime_ms
+        })
     }
 }
 
 /// Runs the agent; returns only if it can not.
 pub(crate) fn run() -> Result<(), AgentError> {
     let start = |what| move |source| AgentError::Start { what, source };
+    // PID 1 blocks signals for itself, and a service that inherited that would not hear SIGTERM.
+    let _ = SigSet::all().thread_unblock();
     let json = std::fs::read(paths::CONFIG).map_err(AgentError::Read)?;
     let config: BootConfig = serde_json::from_slice(&json).map_err(AgentError::Config)?;
     let boot_id = handshake::boot_id().map_err(start("read the boot id"))?;
