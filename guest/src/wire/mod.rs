@@ -2,7 +2,7 @@
 //!
 //! Everything of ours that crosses vsock, and everything between our processes on the host, is a
 //! sequence of [frames](frame): half-close does not survive every hypervisor, so the end of a stream is
-//! a frame as well. A conversation begins with one [message](message); what follows depends on it.
+//! a frame as well. A conversation begins with one [message]; what follows depends on it.
 //!
 //! | who connects | to | first frame | then |
 //! |---|---|---|---|
