@@ -70,3 +70,23 @@ fn main() -> ExitCode {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn help(command: &str) -> String {
+        let mut arguments = Arguments::command().term_width(100);
+        arguments.build();
+        let found =
+            if command.is_empty() { Some(&mut arguments) } else { arguments.find_subcommand_mut(command) };
+        found.unwrap().render_long_help().to_string()
+    }
+
+    #[test]
+    fn help_is_worth_reading() {
+        let all = ["", "init", "agent", "connect", "ready"].map(help);
+        insta::assert_snapshot!(all.join("\n--------\n"));
+    }
+}

@@ -15,6 +15,10 @@ pub(crate) const LINKS: &str = "/run/lair/links";
 /// The agent's own socket, for `lair-guest ready`; 0600.
 pub(crate) const AGENT: &str = "/run/lair/agent.sock";
 
+/// When the system said that it is up, in milliseconds after the kernel's start: an agent that is started again
+/// under a system's own init would not be told a second time.
+pub(crate) const READY: &str = "/run/lair/ready";
+
 /// Credentials, one file each; a file system of its own, 0700.
 pub(crate) const CREDENTIALS: &str = "/run/credentials/lair";
 

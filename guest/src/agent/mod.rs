@@ -36,10 +36,11 @@ use lair_guest::{
     wire::{
         AGENT_PORT,
         frame::{self, FrameError},
-        message::HostOpen,
+        message::{ExecEvent, HostOpen},
     },
 };
 use log::Log;
+use nix::sys::signal::SigSet;
 pub(crate) use ready::tell as tell_ready;
 use std::{
     io,
@@ -75,8 +76,8 @@ pub(crate) enum AgentError {
     },
 }
 
-/// The most connections of the host to the agent's port, sessions of operators among them.
-const MAX_SESSIONS: usize = 256;
+/// The most commands that may run for the host at a time.
+const MAX_COMMANDS: usize = 256;
 
 /// What the tasks share.
 struct Agent {
@@ -93,6 +94,7 @@ struct Agent {
     /// The number of the newest control session.
     newest: watch::Sender<u64>,
     clock_set: AtomicBool,
+    commands: Semaphore,
 }
 
 impl Agent {
@@ -108,19 +110,26 @@ impl Agent {
             ended: broadcast::Sender::new(64),
             newest: watch::Sender::new(0),
             clock_set: AtomicBool::new(false),
+            commands: Semaphore::new(MAX_COMMANDS),
         }
     }
 
-    fn set_ready(&self) {
-        if self.ready.borrow().is_none() {
-            self.ready.send_replace(Some(statistics::uptime_ms().unwrap_or_default()));
-        }
+    /// Notes that the guest is up, once; the time of it.
+    fn set_ready(&self) -> u64 {
+        let known = *self.ready.borrow();
+        known.unwrap_or_else(|| {
+            let uptime_ms = statistics::uptime_ms().unwrap_or_default();
+            self.ready.send_replace(Some(uptime_ms));
+            uptime_ms
+        })
     }
 }
 
 /// Runs the agent; returns only if it can not.
 pub(crate) fn run() -> Result<(), AgentError> {
     let start = |what| move |source| AgentError::Start { what, source };
+    // PID 1 blocks signals for itself, and a service that inherited that would not hear SIGTERM.
+    let _ = SigSet::all().thread_unblock();
     let json = std::fs::read(paths::CONFIG).map_err(AgentError::Read)?;
     let config: BootConfig = serde_json::from_slice(&json).map_err(AgentError::Config)?;
     let boot_id = handshake::boot_id().map_err(start("read the boot id"))?;
@@ -143,23 +152,19 @@ pub(crate) fn run() -> Result<(), AgentError> {
 async fn serve(agent: Arc<Agent>) -> Result<(), AgentError> {
     let listener =
         VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, AGENT_PORT)).map_err(AgentError::Listen)?;
-    let sessions = Arc::new(Semaphore::new(MAX_SESSIONS));
     loop {
         let Ok((stream, peer)) = listener.accept().await else {
             // Out of descriptors, for instance.
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        // Every process of the guest can connect here, over the loopback transport; none may speak to the agent.
-        let (true, Ok(permit)) = (peer.cid() == VMADDR_CID_HOST, sessions.clone().try_acquire_owned()) else {
+        // A process of the guest could connect here as well (vsock's loopback transport), and is not heard.
+        if peer.cid() != VMADDR_CID_HOST {
             continue;
-        };
+        }
         let agent = agent.clone();
-        tokio::spawn(async move {
-            // An error here is the host's to see: its connection ends.
-            let _ = session(&agent, stream).await;
-            drop(permit);
-        });
+        // An error in a session is the host's to see: its connection ends.
+        tokio::spawn(async move { session(&agent, stream).await });
     }
 }
 
@@ -168,7 +173,13 @@ async fn session<S: AsyncRead + AsyncWrite + Unpin>(agent: &Agent, mut stream: S
     let open = tokio::time::timeout(PATIENCE, frame::read_message(&mut stream)).await;
     match open.map_err(|_| FrameError::Io(io::ErrorKind::TimedOut.into()))?? {
         HostOpen::Control(hello) => control::serve(agent, hello, stream).await,
-        HostOpen::Exec(exec) => exec::serve(stream, &exec, &agent.environment).await,
+        HostOpen::Exec(exec) => match agent.commands.try_acquire() {
+            Ok(_permit) => exec::serve(stream, &exec, &agent.environment).await,
+            Err(_) => {
+                let reason = format!("{MAX_COMMANDS} commands run in this guest already, the limit");
+                frame::write_message(&mut stream, &ExecEvent::Failed { reason }).await
+            }
+        },
     }
 }
 
@@ -195,6 +206,22 @@ mod tests {
         });
         assert!(result.expect("the session did not end").is_err());
         got
+    }
+
+    #[tokio::test]
+    async fn vs8_commands_have_a_cap() {
+        let agent = agent(false);
+        let running = agent.commands.acquire_many(u32::try_from(MAX_COMMANDS).unwrap()).await.unwrap();
+        let run = async || {
+            let (mut host, guest) = tokio::io::duplex(1 << 12);
+            let exec = serde_json::from_str(r#"{"open":"exec","command":["true"]}"#).unwrap();
+            frame::write_message::<HostOpen, _>(&mut host, &exec).await.unwrap();
+            session(&agent, guest).await.unwrap();
+            frame::read_message::<ExecEvent, _>(&mut host).await.unwrap()
+        };
+        assert!(matches!(run().await, ExecEvent::Failed { reason } if reason.contains("256 commands")));
+        drop(running);
+        assert!(matches!(run().await, ExecEvent::Started { .. }));
     }
 
     #[tokio::test]

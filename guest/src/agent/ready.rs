@@ -23,12 +23,22 @@ pub(super) fn listen(agent: &Arc<Agent>) -> io::Result<()> {
     let _ = fs::remove_file(paths::AGENT);
     let listener = UnixListener::bind(paths::AGENT)?;
     fs::set_permissions(paths::AGENT, fs::Permissions::from_mode(0o600))?;
+    if let Some(uptime_ms) = fs::read_to_string(paths::READY).ok().and_then(|text| text.parse().ok()) {
+        agent.ready.send_replace(Some(uptime_ms));
+    }
     let agent = agent.clone();
     tokio::spawn(async move {
         loop {
             match listener.accept().await {
                 // One after the other, each for a bounded time: this is said once in a boot.
-                Ok((stream, _)) => drop(tokio::time::timeout(PATIENCE, answer(&agent, stream)).await),
+                Ok((stream, _)) => {
+                    if let Ok(Ok(Some(uptime_ms))) =
+                        tokio::time::timeout(PATIENCE, answer(&agent, stream)).await
+                    {
+                        // Only the next agent would miss it.
+                        let _ = fs::write(paths::READY, uptime_ms.to_string());
+                    }
+                }
                 Err(_) => tokio::time::sleep(std::time::Duration::from_millis(100)).await,
             }
         }
@@ -36,14 +46,16 @@ pub(super) fn listen(agent: &Arc<Agent>) -> io::Result<()> {
     Ok(())
 }
 
-async fn answer(agent: &Agent, mut stream: UnixStream) -> io::Result<()> {
+/// Answers one connection; when the guest was up, if that is what it said.
+async fn answer(agent: &Agent, mut stream: UnixStream) -> io::Result<Option<u64>> {
     let mut word = [0; WORD.len()];
     stream.read_exact(&mut word).await?;
-    if word == WORD {
-        agent.set_ready();
-        stream.write_all(ANSWER).await?;
+    if word != WORD {
+        return Ok(None);
     }
-    Ok(())
+    let uptime_ms = agent.set_ready();
+    stream.write_all(ANSWER).await?;
+    Ok(Some(uptime_ms))
 }
 
 /// Tells the agent, from another process.
@@ -69,11 +81,12 @@ mod tests {
             let (mut client, server) = UnixStream::pair().unwrap();
             client.write_all(said).await.unwrap();
             client.shutdown().await.unwrap();
-            let _ = answer(&agent, server).await;
+            let said = answer(&agent, server).await;
             let mut got = Vec::new();
             client.read_to_end(&mut got).await.unwrap();
-            assert_eq!(got == ANSWER, ready, "{said:?}");
-            assert_eq!(agent.ready.borrow().is_some(), ready, "{said:?}");
+            assert_eq!(got == ANSWER, ready);
+            assert_eq!(matches!(said, Ok(Some(_))), ready);
+            assert_eq!(agent.ready.borrow().is_some(), ready);
         }
     }
 }

@@ -41,8 +41,8 @@ pub(super) fn load_modules(list: &str) -> Result<(), KernelError> {
     for path in list.lines().filter(|line| !line.is_empty()) {
         let file = File::open(path).map_err(|source| KernelError::Open { path: path.into(), source })?;
         match finit_module(&file, c"", flags_for(path)) {
-            // Another device of its kind has had the kernel load it.
-            Ok(()) | Err(Errno::EEXIST) => {}
+            // The kernel has loaded it by itself; or it is for a processor that this one is not (crc32c_intel).
+            Ok(()) | Err(Errno::EEXIST | Errno::ENODEV) => {}
             Err(source) => return Err(KernelError::Load { path: path.into(), source }),
         }
     }

@@ -40,7 +40,7 @@ pub(super) fn run() -> ! {
     let _ = set_cad_enabled(false);
     let signals = [Signal::SIGCHLD, Signal::SIGUSR2, Signal::SIGTERM, Signal::SIGINT];
     let signals: SigSet = signals.into_iter().collect();
-    // Children start with an empty mask again: the standard library sees to it.
+    // Children inherit this; the agent lifts it for itself and for all that it starts.
     let _ = signals.thread_block();
 
     let mut back_off = BACK_OFF.0;

@@ -33,7 +33,7 @@ pub(super) struct Links {
 #[derive(Clone)]
 struct Shared {
     log: Log,
-    /// At most one line a second about links, whatever clients do.
+    /// Bounds the lines about links, whatever clients do.
     bucket: Arc<Mutex<Bucket>>,
     connections: Arc<Semaphore>,
     /// The ticket of this boot.
