@@ -1,6 +1,7 @@
 //! `lair-guest connect LINK`: standard input and output as a link's connection, for ssh's `ProxyCommand`.
 
 use crate::paths::LINKS;
+use lair_guest::wire::frame::CHUNK;
 use std::{
     fs::{self, File},
     io::{self, ErrorKind, Read, Write},
@@ -54,13 +55,32 @@ fn relay(
     let mut to_link = stream.try_clone().map_err(failed(link))?;
     // It may wait for input for ever: the process ends without it.
     thread::spawn(move || {
-        let _ = io::copy(&mut input, &mut to_link);
+        let _ = copy(&mut input, &mut to_link);
         let _ = to_link.shutdown(Shutdown::Write);
     });
-    match io::copy(&mut stream, &mut output).and_then(|_| output.flush()) {
+    match copy(&mut stream, &mut output) {
         // Whoever reads our output has had enough.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         other => other.map_err(failed(link)),
+    }
+}
+
+/// Copies until the end, and flushes each piece.
+///
+/// Not `std::io::copy`: between a socket and a pipe that is splice(2), which holds the pipe's lock while it waits for the socket
+/// (seen with 6.12), so that whoever reads the pipe cannot take what is in it already. ssh hangs in its key exchange.
+fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(length) => {
+                to.write_all(buffer.get(..length).unwrap_or_default())?;
+                to.flush()?;
+            }
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 

@@ -4,9 +4,10 @@ use crate::{
     api::types::{ApplyReply, HostStatus, VmStatus},
     fleet::schema::Fleet,
     host::facts::Engine,
+    shim::client,
     state::dirs::Dirs,
     vm::{
-        actor::{self, Beginning, Handle, chain},
+        actor::{self, Beginning, Handle, Snapshot},
         adopt,
         machine::{Refusal, Request, State},
         steps::{Context, Instance},
@@ -16,8 +17,9 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::timeout};
 
 /// All VMs of one host.
 #[derive(Debug)]
@@ -196,25 +198,48 @@ impl Supervisor {
         reply
     }
 
-    /// The state of all VMs.
-    pub fn status(&self) -> HostStatus {
+    /// The state of one VM, with its counters as they are now.
+    pub async fn vm_status(&self, name: &str) -> Result<VmStatus, SupervisorError> {
+        let mut snapshot = self.vm(name)?.snapshot();
+        refresh(&mut snapshot).await;
+        Ok(VmStatus::new(name, &snapshot, &self.fleet()))
+    }
+
+    /// The state of all VMs, with their counters as they are now.
+    pub async fn status(&self) -> HostStatus {
         let fleet = self.fleet();
+        let known = self.vms().clone();
+        let mut asked = tokio::task::JoinSet::new();
+        for (name, handle) in known {
+            let fleet = Arc::clone(&fleet);
+            asked.spawn(async move {
+                let mut snapshot = handle.snapshot();
+                refresh(&mut snapshot).await;
+                VmStatus::new(&name, &snapshot, &fleet)
+            });
+        }
+        let mut vms = asked.join_all().await;
+        vms.sort_by(|a, b| a.name.cmp(&b.name));
         HostStatus {
             version: env!("CARGO_PKG_VERSION").into(),
             fleet_file: self.fleet_file.clone(),
             applied: self.differs.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             engine: self.engine,
             root: crate::state::dirs::is_root(),
-            vms: self
-                .vms()
-                .iter()
-                .map(|(name, handle)| VmStatus::new(name, &handle.snapshot(), &fleet))
-                .collect(),
+            vms,
         }
     }
 }
 
-/// An error of the supervisor in words, for callers that only report it.
-pub fn words(error: &SupervisorError) -> String {
-    chain(error)
+/// How long a shim may take to tell its counters; after that those that it told last are shown.
+const COUNTERS: Duration = Duration::from_millis(500);
+
+/// A shim tells its state when it changes, which counters do all the time: they are asked for.
+async fn refresh(snapshot: &mut Snapshot) {
+    if let Some(plan) = &snapshot.plan
+        && snapshot.shim.is_some()
+        && let Ok(Ok(status)) = timeout(COUNTERS, client::status(&plan.shim.sockets.control)).await
+    {
+        snapshot.shim = Some(status);
+    }
 }

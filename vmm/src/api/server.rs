@@ -133,15 +133,14 @@ impl Api {
 }
 
 async fn status(Shared(api): Shared<Arc<Api>>) -> Json<HostStatus> {
-    Json(api.supervisor.status())
+    Json(api.supervisor.status().await)
 }
 
 async fn vm_status(
     Shared(api): Shared<Arc<Api>>,
     Path(vm): Path<String>,
 ) -> Result<Json<VmStatus>, ApiError> {
-    let snapshot = api.supervisor.vm(&vm)?.snapshot();
-    Ok(Json(VmStatus::new(&vm, &snapshot, &api.supervisor.fleet())))
+    Ok(Json(api.supervisor.vm_status(&vm).await?))
 }
 
 async fn start(

@@ -55,7 +55,7 @@ in derivation {{
     }}
   '';
   args = [ "sh" "-euc" ''
-    echo "building on $(uname -n)"
+    echo "compiling in the sandbox"
     printf '%s' "$source" > sum.c
     mkdir -p $out/bin
     tcc sum.c -o $out/bin/sum
@@ -107,7 +107,7 @@ pub(crate) fn build(
         for line in lines {
             let line = line?;
             say.lines(&line);
-            if kill_laird && line.contains("building on builder") {
+            if kill_laird && line.contains("compiling in the sandbox") {
                 host.kill_laird()?;
                 say.lines("(laird killed with SIGKILL)");
                 killed = true;
@@ -116,7 +116,8 @@ pub(crate) fn build(
         }
         let status = child.wait()?;
         ensure!(status.success(), "nix-build failed: {status}");
-        ensure!(log.contains("building on builder"), "the log does not say that the builder built it");
+        ensure!(log.contains("on 'ssh://builder'"), "the log does not say that the builder built it");
+        ensure!(log.contains("copying 0 paths"), "inputs were copied that the builder's view has");
         ensure!(log.contains("test passed"), "the derivation's test did not run");
         if kill_laird {
             ensure!(killed && host.status().is_err(), "laird was to be dead until the build had ended");
