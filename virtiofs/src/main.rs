@@ -1,2 +1,163 @@
-//! placeholder
-fn main() {}
+//! `lair-virtiofs`: shows one VM its view of the host's Nix stores.
+
+mod socket;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use lair_virtiofs::{
+    control, fd,
+    files::Files,
+    fuse::Server,
+    index::Tree,
+    vhost::{Config, Service, serve},
+    view::View,
+};
+use nix::sys::{
+    prctl,
+    signal::{SigSet, Signal},
+};
+use socket::Bound;
+use std::{
+    io::IsTerminal,
+    os::{fd::RawFd, unix::net::UnixListener},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+    time::Instant,
+};
+use tracing::{error, info};
+
+/// Shows one VM its view of the host's Nix stores, read-only, as a vhost-user-fs (virtiofs) device.
+///
+/// The guest sees exactly the store paths that the view file lists, with all that is in them, and mounts them with
+/// `mount -t virtiofs -o ro TAG /nix/store`. All files belong to root and date from 1970-01-01 00:00:01.
+///
+/// Metadata is read once, at the start; the store paths must not change while this runs. One hypervisor may connect at a
+/// time; when it disconnects, the next one may. The program runs until SIGTERM or SIGINT.
+#[derive(Parser)]
+#[command(version, max_term_width = 100, after_help = AFTER_HELP)]
+struct Args {
+    #[command(flatten)]
+    listen: Listen,
+
+    /// A physical store directory, such as /nix/store. With several, a store path is taken from the first that has it.
+    #[arg(long = "source", value_name = "DIR", required = true, num_args = 1..)]
+    sources: Vec<PathBuf>,
+
+    /// The view: logical store paths (/nix/store/HASH-NAME), one a line. A missing, empty or damaged file is an error.
+    #[arg(long, value_name = "FILE")]
+    view: PathBuf,
+
+    /// The name by which the guest mounts the device, 1 to 36 bytes.
+    #[arg(long, default_value = "store")]
+    tag: String,
+
+    /// The number of request queues, 1 to 31. QEMU: num-request-queues.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    queues: u16,
+
+    /// A unix socket to make, for asking what is going on: send the line `stats`, get counters as Prometheus text.
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct Listen {
+    /// The unix socket to make, for the hypervisor to connect to.
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+
+    /// A listening unix socket that is open already, as descriptor N.
+    #[arg(long, value_name = "N")]
+    fd: Option<RawFd>,
+}
+
+const AFTER_HELP: &str = "\
+Example:
+  lair-virtiofs --socket fs.sock --source /nix/store --view view.txt
+  qemu-system-x86_64 ... -object memory-backend-memfd,id=m,size=1G,share=on -machine q35,memory-backend=m \\
+    -chardev socket,id=fs,path=fs.sock -device vhost-user-fs-pci,chardev=fs,tag=store,queue-size=1024
+
+Logs go to standard error; RUST_LOG sets what is logged (error, warn, info).";
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    init_log();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn init_log() {
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing::Level::INFO.into())
+        .from_env_lossy();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+}
+
+fn run(args: Args) -> Result<()> {
+    prctl::set_no_new_privs().context("Cannot give up gaining privileges")?;
+    let config = Config::new(&args.tag, args.queues)?;
+    let view = View::read(&args.view)?;
+    let made = Arc::new(Mutex::new(Vec::new()));
+    exit_on_signal(made.clone())?;
+
+    let files = Files::open_stores(&args.sources).context("Cannot open a store directory")?;
+    let begin = Instant::now();
+    let tree = Tree::build(files.stores(), &view)?;
+    info!(
+        view = view.id(),
+        paths = tree.entries().len(),
+        inodes = tree.inodes(),
+        milliseconds = begin.elapsed().as_millis(),
+        "Read the view's metadata"
+    );
+    // Sockets appear once there is something to serve.
+    let bind = |path: &Path| -> Result<UnixListener> {
+        let (listener, bound) = Bound::bind(path)?;
+        made.lock().unwrap_or_else(PoisonError::into_inner).push(bound);
+        Ok(listener)
+    };
+    let control = args.control.as_deref().map(bind).transpose()?;
+    let listener = match (&args.listen.socket, args.listen.fd) {
+        (Some(path), _) => bind(path)?,
+        (None, Some(number)) => fd::inherited_listener(number)?,
+        (None, None) => bail!("Neither --socket nor --fd is given"),
+    };
+
+    let service = Arc::new(Service::new(Server::new(tree), files));
+    if let Some(listener) = control {
+        let service = service.clone();
+        thread::Builder::new()
+            .name("control".into())
+            .spawn(move || control::serve(&listener, &service.server))?;
+    }
+    let result = serve(listener, &service, &config);
+    made.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    Ok(result?)
+}
+
+/// Lets SIGTERM and SIGINT remove the sockets in `made` and end the program with status 0. To be called before any other
+/// thread starts, since threads inherit which signals are blocked.
+fn exit_on_signal(made: Arc<Mutex<Vec<Bound>>>) -> Result<()> {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+    signals.thread_block().context("Cannot block signals")?;
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        // Only a signal ends the wait; an error would mean an empty set.
+        let _ = signals.wait();
+        made.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        std::process::exit(0);
+    })?;
+    Ok(())
+}

@@ -1,0 +1,332 @@
+//! One request, one outcome.
+
+use super::{
+    Opcode, Session, Treatment,
+    attr::{FOREVER, attr_out, entry_out},
+    init,
+    listing::list,
+    wire::{
+        EntryOut, FOPEN_CACHE_DIR, FOPEN_KEEP_CACHE, IN_HEADER, InHeader, OUT_HEADER, OpenOut, OutHeader,
+        ReadIn, StatfsOut,
+    },
+};
+use crate::{
+    index::{Kind, Node, NodeId, Tree},
+    stats::Stats,
+};
+use nix::errno::Errno;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// The longest name of a file, in bytes.
+const NAME_MAX: usize = 255;
+
+/// The most that one READ may ask for, in bytes: 1024 pages of the largest size that Linux uses.
+const READ_MAX: u32 = 64 << 20;
+
+/// The most that one READDIR answers, in bytes, however much room there is.
+const LISTING_MAX: usize = 1 << 20;
+
+/// A request in private memory, where the guest cannot change it any more.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The request, or its beginning if it is longer than any that is served.
+    pub bytes: &'a [u8],
+    /// The length of the whole request.
+    pub total: u64,
+}
+
+/// What a request leads to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// No reply.
+    Silent,
+    /// The reply is in the buffer.
+    Reply,
+    /// The reply is a header of 16 bytes, which is in the buffer as it is if all goes well, and then contents of a file.
+    Read(FileRead),
+}
+
+/// Which bytes of which file to reply with: exactly these, or an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileRead {
+    /// The file. It is a regular file of the view.
+    pub node: NodeId,
+    /// Where in the file, in bytes.
+    pub offset: u64,
+    /// How many bytes, 1 or more. They are within the file.
+    pub length: u32,
+    /// Identifies the request, for an error reply.
+    pub unique: u64,
+}
+
+/// Answers requests about one tree.
+#[derive(Debug)]
+pub struct Server {
+    tree: Tree,
+    stats: Stats,
+}
+
+/// What a handler does with the reply buffer, which has room for the header.
+enum Answer {
+    Body,
+    Read { node: NodeId, offset: u64, length: u32 },
+}
+
+/// A request whose header is sound.
+struct Call<'a> {
+    node: u64,
+    body: &'a [u8],
+    /// Bytes for the reply's body.
+    room: usize,
+}
+
+impl Server {
+    /// A server of `tree`.
+    pub fn new(tree: Tree) -> Self {
+        Self { tree, stats: Stats::default() }
+    }
+
+    /// What is served.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// What was served so far.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
+    }
+
+    /// Answers one request. `room` is the length of the guest's buffer for the reply, which is left in `reply`.
+    /// A guest that leaves no room for a header gets no reply.
+    pub fn handle(
+        &self,
+        session: &Session,
+        request: Request<'_>,
+        room: usize,
+        reply: &mut Vec<u8>,
+    ) -> Outcome {
+        reply.clear();
+        let Ok((header, body)) = InHeader::read_from_prefix(request.bytes) else {
+            self.stats.malformed.add(1);
+            return self.error(Errno::EIO, 0, room, reply);
+        };
+        let opcode = Opcode::from_wire(header.opcode);
+        let counters = self.stats.of(opcode);
+        counters.requests.add(1);
+        if opcode.map(Opcode::treatment) == Some(Treatment::Silent) {
+            return Outcome::Silent;
+        }
+        reply.resize(OUT_HEADER, 0);
+        let answer = if u64::from(header.len) == request.total {
+            let call = Call { node: header.nodeid, body, room: room.saturating_sub(OUT_HEADER) };
+            let complete = u64::try_from(request.bytes.len()) == Ok(request.total);
+            self.dispatch(session, opcode, call, complete, reply)
+        } else {
+            self.stats.malformed.add(1);
+            Err(Errno::EINVAL)
+        };
+        let length = match &answer {
+            Ok(Answer::Body) => Ok(reply.len()),
+            Ok(Answer::Read { length, .. }) => {
+                usize::try_from(*length).map_err(|_| Errno::EINVAL).map(|n| n.saturating_add(OUT_HEADER))
+            }
+            Err(errno) => Err(*errno),
+        };
+        let length = length.and_then(|n| if n <= room { Ok(n) } else { Err(Errno::EINVAL) });
+        let length = match length.and_then(|n| u32::try_from(n).map_err(|_| Errno::EINVAL)) {
+            Ok(length) => length,
+            Err(errno) => {
+                counters.errors.add(1);
+                return self.error(errno, header.unique, room, reply);
+            }
+        };
+        counters.bytes.add(u64::from(length));
+        put_header(OutHeader { len: length, error: 0, unique: header.unique }, reply);
+        match answer {
+            Ok(Answer::Read { node, offset, length }) => {
+                Outcome::Read(FileRead { node, offset, length, unique: header.unique })
+            }
+            _ => Outcome::Reply,
+        }
+    }
+
+    /// Makes the reply an error after all, as when a file cannot be read. Nothing if there is no room for one.
+    pub fn error(&self, errno: Errno, unique: u64, room: usize, reply: &mut Vec<u8>) -> Outcome {
+        reply.clear();
+        if room < OUT_HEADER {
+            return Outcome::Silent;
+        }
+        reply.resize(OUT_HEADER, 0);
+        let error = (errno as i32).saturating_neg();
+        // The header's length fits.
+        let len = u32::try_from(OUT_HEADER).unwrap_or_default();
+        put_header(OutHeader { len, error, unique }, reply);
+        Outcome::Reply
+    }
+
+    fn dispatch(
+        &self,
+        session: &Session,
+        opcode: Option<Opcode>,
+        call: Call<'_>,
+        complete: bool,
+        reply: &mut Vec<u8>,
+    ) -> Result<Answer, Errno> {
+        let opcode = opcode.ok_or(Errno::ENOSYS)?;
+        match opcode.treatment() {
+            Treatment::ReadOnly => return Err(Errno::EROFS),
+            Treatment::NotATerminal => return Err(Errno::ENOTTY),
+            Treatment::Unsupported | Treatment::Silent => return Err(Errno::ENOSYS),
+            Treatment::Served => {}
+        }
+        // Nothing that is served is as long as what is not copied whole, except for a name that is too long.
+        if !complete && opcode != Opcode::Lookup {
+            return Err(Errno::EINVAL);
+        }
+        if opcode == Opcode::Init {
+            let (offered, out) = init::answer(call.body)?;
+            if let Some(offered) = offered {
+                session.start(offered);
+            }
+            return body(out, reply);
+        }
+        if !session.is_live() {
+            return Err(Errno::EIO);
+        }
+        match opcode {
+            Opcode::Lookup => body(self.lookup(&self.node(&call)?, call.body)?, reply),
+            Opcode::Getattr => body(attr_out(&self.node(&call)?), reply),
+            Opcode::Readlink => self.readlink(&self.node(&call)?, reply),
+            Opcode::Read => self.read(&self.node(&call)?, &call),
+            Opcode::Readdir => self.readdir(&self.node(&call)?, &call, false, reply),
+            Opcode::Readdirplus => self.readdir(&self.node(&call)?, &call, true, reply),
+            Opcode::Statfs => body(self.statfs(), reply),
+            Opcode::Open if session.needs_open() => match self.node(&call)? {
+                Node::Inode { inode, .. } if matches!(inode.kind(), Kind::File { .. }) => {
+                    body(OpenOut { open_flags: FOPEN_KEEP_CACHE, ..OpenOut::default() }, reply)
+                }
+                node if node.is_directory() => Err(Errno::EISDIR),
+                _ => Err(Errno::EACCES),
+            },
+            Opcode::Opendir if session.needs_opendir() => match self.node(&call)? {
+                Node::Root => body(OpenOut::default(), reply),
+                node if node.is_directory() => {
+                    body(OpenOut { open_flags: FOPEN_CACHE_DIR, ..OpenOut::default() }, reply)
+                }
+                _ => Err(Errno::ENOTDIR),
+            },
+            Opcode::Release | Opcode::Releasedir => Ok(Answer::Body),
+            Opcode::Destroy => {
+                session.destroy();
+                Ok(Answer::Body)
+            }
+            // OPEN and OPENDIR: the guest remembers that it needs neither.
+            _ => Err(Errno::ENOSYS),
+        }
+    }
+
+    fn node(&self, call: &Call<'_>) -> Result<Node<'_>, Errno> {
+        NodeId::from_wire(call.node).and_then(|id| self.tree.node(id)).ok_or(Errno::ESTALE)
+    }
+
+    fn lookup(&self, parent: &Node<'_>, name: &[u8]) -> Result<EntryOut, Errno> {
+        let Some((0, name)) = name.split_last() else {
+            return Err(if name.len() > NAME_MAX { Errno::ENAMETOOLONG } else { Errno::EINVAL });
+        };
+        if name.is_empty() || name.iter().any(|&c| c == 0 || c == b'/') {
+            return Err(Errno::EINVAL);
+        }
+        if name.len() > NAME_MAX {
+            return Err(Errno::ENAMETOOLONG);
+        }
+        if name == b"." {
+            // Also of files: it is how the kernel finds an inode again by its id.
+            return Ok(entry_out(parent));
+        }
+        if !parent.is_directory() {
+            return Err(Errno::ENOTDIR);
+        }
+        let found = match parent {
+            _ if name == b".." => Some(parent.parent()),
+            Node::Root => self.tree.lookup(name),
+            Node::Inode { slot, entry, inode, .. } => {
+                entry.manifest.lookup(inode, name).map(|number| NodeId::Inode { slot: *slot, number })
+            }
+        };
+        match (found, parent) {
+            (Some(id), _) => self.tree.node(id).map(|node| entry_out(&node)).ok_or(Errno::ESTALE),
+            // The view may grow, so the guest must ask again.
+            (None, Node::Root) => Err(Errno::ENOENT),
+            // It is missing for good, and the guest may remember that.
+            (None, Node::Inode { .. }) => Ok(EntryOut { entry_valid: FOREVER, ..EntryOut::default() }),
+        }
+    }
+
+    fn readlink(&self, node: &Node<'_>, reply: &mut Vec<u8>) -> Result<Answer, Errno> {
+        let Node::Inode { entry, inode, .. } = node else { return Err(Errno::EINVAL) };
+        reply.extend(entry.manifest.target(inode).ok_or(Errno::EINVAL)?);
+        Ok(Answer::Body)
+    }
+
+    fn read(&self, node: &Node<'_>, call: &Call<'_>) -> Result<Answer, Errno> {
+        let read = parse::<ReadIn>(call)?;
+        let file_size = match node {
+            Node::Inode { inode, .. } if matches!(inode.kind(), Kind::File { .. }) => inode.size,
+            node if node.is_directory() => return Err(Errno::EISDIR),
+            _ => return Err(Errno::EINVAL),
+        };
+        if read.size > READ_MAX {
+            return Err(Errno::EINVAL);
+        }
+        let left = file_size.saturating_sub(read.offset);
+        match u32::try_from(left).unwrap_or(u32::MAX).min(read.size) {
+            0 => Ok(Answer::Body),
+            length => Ok(Answer::Read { node: node.id(), offset: read.offset, length }),
+        }
+    }
+
+    fn readdir(
+        &self,
+        node: &Node<'_>,
+        call: &Call<'_>,
+        plus: bool,
+        reply: &mut Vec<u8>,
+    ) -> Result<Answer, Errno> {
+        let read = parse::<ReadIn>(call)?;
+        let size = usize::try_from(read.size).map_err(|_| Errno::EINVAL)?;
+        if size > call.room {
+            return Err(Errno::EINVAL);
+        }
+        list(&self.tree, node, read.offset, size.min(LISTING_MAX), plus, reply)?;
+        Ok(Answer::Body)
+    }
+
+    /// A full file system. What it counts is not the host's business to tell.
+    fn statfs(&self) -> StatfsOut {
+        const BSIZE: u32 = 4096;
+        StatfsOut {
+            files: self.tree.inodes(),
+            bsize: BSIZE,
+            frsize: BSIZE,
+            namelen: 255,
+            ..StatfsOut::default()
+        }
+    }
+}
+
+fn parse<T: FromBytes>(call: &Call<'_>) -> Result<T, Errno> {
+    T::read_from_prefix(call.body).map(|(value, _)| value).map_err(|_| Errno::EINVAL)
+}
+
+fn body<T: IntoBytes + Immutable>(value: T, reply: &mut Vec<u8>) -> Result<Answer, Errno> {
+    reply.extend(value.as_bytes());
+    Ok(Answer::Body)
+}
+
+fn put_header(header: OutHeader, reply: &mut [u8]) {
+    for (to, from) in reply.iter_mut().zip(header.as_bytes()) {
+        *to = *from;
+    }
+}
+
+const _: () = assert!(IN_HEADER == 40 && OUT_HEADER == 16);

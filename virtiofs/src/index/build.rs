@@ -1,0 +1,167 @@
+//! Walking a store path to make its [`Manifest`].
+//!
+//! Only directories, regular files and symbolic links are taken; anything else is left out, as Nix makes nothing else.
+//! No symbolic link is followed. Directories are opened one at a time, so the walk needs two descriptors.
+
+use super::manifest::{Inode, Kind, Manifest};
+use crate::{beneath, store::StorePath};
+use nix::{
+    dir::Dir,
+    errno::Errno,
+    fcntl::{AtFlags, OFlag, readlinkat},
+    sys::stat::{FileStat, SFlag, fstatat},
+};
+use std::{
+    ffi::{CString, OsStr},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::ffi::OsStringExt,
+    },
+};
+use thiserror::Error;
+
+/// Why a store path has no manifest.
+#[derive(Debug, Error)]
+pub enum IndexError {
+    /// A system call failed.
+    #[error("Cannot read the metadata of {path}{}", below(.names))]
+    Io {
+        /// The store path.
+        path: StorePath,
+        /// The names below it.
+        names: Vec<u8>,
+        /// Why.
+        source: Errno,
+    },
+    /// It is a device, a FIFO or a socket.
+    #[error("{path} is neither a directory nor a regular file nor a symbolic link")]
+    Kind {
+        /// The store path.
+        path: StorePath,
+    },
+    /// It has more inodes, or more bytes of names, than 32 bits count.
+    #[error("{path} has more files, or longer names in all, than an index holds ({})", u32::MAX)]
+    TooLarge {
+        /// The store path.
+        path: StorePath,
+    },
+    /// No source has it.
+    #[error("{path} is in none of the store directories")]
+    Missing {
+        /// The store path.
+        path: StorePath,
+    },
+}
+
+fn below(names: &[u8]) -> String {
+    if names.is_empty() { String::new() } else { format!("/{}", String::from_utf8_lossy(names)) }
+}
+
+impl Manifest {
+    /// Reads the metadata of `path` in the store directory `store`.
+    pub fn build(store: BorrowedFd<'_>, path: &StorePath) -> Result<Self, IndexError> {
+        let io = |names: &[&[u8]]| {
+            let names = names.join(&b'/');
+            move |source| IndexError::Io { path: path.clone(), names, source }
+        };
+        let mut manifest = Self::default();
+        let base = OsStr::new(path.base_name());
+        let stat = fstatat(store, base, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(io(&[]))?;
+        let mut root = inode(&stat).ok_or_else(|| IndexError::Kind { path: path.clone() })?;
+        if root.kind() == Kind::Symlink {
+            let target = readlinkat(store, base).map_err(io(&[]))?.into_vec();
+            manifest
+                .add_target(&mut root, &target)
+                .ok_or_else(|| IndexError::TooLarge { path: path.clone() })?;
+        }
+        manifest.inodes.push(root);
+
+        let mut number = 0;
+        while let Some(directory) = manifest.inode(number) {
+            if directory.is_directory() {
+                let names = manifest.path(number).unwrap_or_default();
+                let components: Vec<&[u8]> =
+                    std::iter::once(path.base_name().as_bytes()).chain(names.iter().copied()).collect();
+                let found = list(store, &components).map_err(io(&names))?;
+                manifest
+                    .add_children(number, found)
+                    .ok_or_else(|| IndexError::TooLarge { path: path.clone() })?;
+            }
+            number = number.checked_add(1).ok_or_else(|| IndexError::TooLarge { path: path.clone() })?;
+        }
+        Ok(manifest)
+    }
+
+    /// `None` if 32 bits do not hold it.
+    fn add_children(&mut self, directory: u32, found: Vec<Found>) -> Option<()> {
+        let first = u32::try_from(self.inodes.len()).ok()?;
+        let count = u32::try_from(found.len()).ok()?;
+        first.checked_add(count)?;
+        let mut subdirectories: u32 = 0;
+        for Found { name, mut inode, target } in found {
+            inode.parent = directory;
+            inode.name = u32::try_from(self.names.len()).ok()?;
+            inode.name_len = u8::try_from(name.as_bytes().len()).ok()?;
+            self.names.extend_from_slice(name.as_bytes());
+            if inode.kind() == Kind::Symlink {
+                self.add_target(&mut inode, &target)?;
+            }
+            subdirectories = subdirectories.checked_add(u32::from(inode.is_directory()))?;
+            self.inodes.push(inode);
+        }
+        let directory = self.inodes.get_mut(usize::try_from(directory).ok()?)?;
+        directory.first = first;
+        directory.count = count;
+        directory.links = directory.links.checked_add(subdirectories)?;
+        Some(())
+    }
+
+    fn add_target(&mut self, link: &mut Inode, target: &[u8]) -> Option<()> {
+        link.first = u32::try_from(self.targets.len()).ok()?;
+        link.size = u64::try_from(target.len()).ok()?;
+        self.targets.extend_from_slice(target);
+        Some(())
+    }
+}
+
+struct Found {
+    name: CString,
+    inode: Inode,
+    target: Vec<u8>,
+}
+
+/// What a directory holds and the index takes, sorted by name.
+fn list(store: BorrowedFd<'_>, components: &[&[u8]]) -> nix::Result<Vec<Found>> {
+    let fd = beneath::open(store, components, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    let mut dir = Dir::from_fd(fd)?;
+    let mut names = Vec::new();
+    for entry in dir.iter() {
+        let name = entry?.file_name().to_owned();
+        if !matches!(name.as_bytes(), b"." | b"..") {
+            names.push(name);
+        }
+    }
+    names.sort();
+    let mut found = Vec::new();
+    for name in names {
+        let stat = fstatat(dir.as_fd(), name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let Some(inode) = inode(&stat) else { continue };
+        let target = match inode.kind() {
+            Kind::Symlink => readlinkat(dir.as_fd(), name.as_c_str())?.into_vec(),
+            _ => Vec::new(),
+        };
+        found.push(Found { name, inode, target });
+    }
+    Ok(found)
+}
+
+/// `None` for what is not served.
+fn inode(stat: &FileStat) -> Option<Inode> {
+    let size = u64::try_from(stat.st_size).ok()?;
+    match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
+        SFlag::S_IFDIR => Some(Inode::new(Kind::Directory, 0)),
+        SFlag::S_IFREG => Some(Inode::new(Kind::File { executable: stat.st_mode & 0o100 != 0 }, size)),
+        SFlag::S_IFLNK => Some(Inode::new(Kind::Symlink, size)),
+        _ => None,
+    }
+}

@@ -1,0 +1,177 @@
+//! The device of one connection, as the library's worker and request handler see it.
+
+use super::{
+    Config, QUEUE_SIZE_MAX, Service,
+    queue::{Context, Memory, QueueState, Vring},
+};
+use crate::fuse::Session;
+use std::{
+    cell::RefCell,
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend};
+use virtio_bindings::bindings::{
+    virtio_config::VIRTIO_F_VERSION_1,
+    virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
+};
+use vmm_sys_util::{
+    epoll::EventSet,
+    event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier},
+};
+
+/// A connection's device.
+pub(super) struct Device {
+    service: Arc<Service>,
+    config: Config,
+    memory: Memory,
+    session: Session,
+    queues: Vec<QueueState>,
+    stopping: AtomicBool,
+    /// Ends the connection.
+    shutdown: OnceLock<ShutdownHandle>,
+    /// The reading ends of the exit events. The library forgets them without closing them.
+    exits: Mutex<Vec<RawFd>>,
+}
+
+thread_local! {
+    static WORKER: RefCell<Option<WorkerGuard>> = const { RefCell::new(None) };
+}
+
+/// Ends the connection when the worker ends: it never comes back, and the guest would wait for ever.
+struct WorkerGuard(ShutdownHandle);
+
+impl Drop for WorkerGuard {
+    fn drop(&mut self) {
+        self.0.shutdown();
+    }
+}
+
+impl Device {
+    pub(super) fn new(service: Arc<Service>, config: Config, memory: Memory) -> Self {
+        let queues = (0..config.queues()).map(|_| QueueState::default()).collect();
+        Self {
+            service,
+            config,
+            memory,
+            session: Session::new(),
+            queues,
+            stopping: AtomicBool::new(false),
+            shutdown: OnceLock::new(),
+            exits: Mutex::default(),
+        }
+    }
+
+    /// Says how to end the connection.
+    pub(super) fn set_shutdown(&self, handle: ShutdownHandle) {
+        let _ = self.shutdown.set(handle);
+    }
+
+    /// Takes no more requests, whatever the guest does.
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// The descriptors to close once the worker has ended.
+    pub(super) fn take_exits(&self) -> Vec<RawFd> {
+        std::mem::take(&mut self.exits.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn watch_worker(&self) {
+        WORKER.with_borrow_mut(|guard| {
+            if guard.is_none() {
+                *guard = self.shutdown.get().cloned().map(WorkerGuard);
+            }
+        });
+    }
+}
+
+impl VhostUserBackend for Device {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        self.config.queues()
+    }
+
+    fn max_queue_size(&self) -> usize {
+        usize::from(QUEUE_SIZE_MAX)
+    }
+
+    fn features(&self) -> u64 {
+        (1 << VIRTIO_F_VERSION_1)
+            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
+            | (1 << VIRTIO_RING_F_EVENT_IDX)
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
+    }
+
+    fn reset_device(&self) {
+        self.queues.iter().for_each(QueueState::stop);
+    }
+
+    /// The library's queues know it.
+    fn set_event_idx(&self, _enabled: bool) {}
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        self.config.read(offset, size)
+    }
+
+    fn set_config(&self, _offset: u32, _buf: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    /// The device shares the library's.
+    fn update_memory(&self, _mem: Memory) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let (consumer, notifier) =
+            new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()?;
+        self.exits.lock().unwrap_or_else(PoisonError::into_inner).push(consumer.as_raw_fd());
+        Some((consumer, notifier))
+    }
+
+    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
+        if let Some(queue) = usize::try_from(queue_index).ok().and_then(|index| self.queues.get(index)) {
+            queue.stop();
+        }
+        Ok(())
+    }
+
+    /// Never an error: that would end the worker for good.
+    fn handle_event(
+        &self,
+        device_event: u16,
+        _evset: EventSet,
+        vrings: &[Vring],
+        _thread_id: usize,
+    ) -> io::Result<()> {
+        self.watch_worker();
+        let number = usize::from(device_event);
+        if let (Some(queue), Some(vring)) = (self.queues.get(number), vrings.get(number)) {
+            let context = Context {
+                service: &self.service,
+                session: &self.session,
+                memory: &self.memory,
+                stopping: &self.stopping,
+                number,
+            };
+            queue.run(&context, vring);
+        }
+        Ok(())
+    }
+}
