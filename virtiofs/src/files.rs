@@ -7,18 +7,26 @@ use crate::{
     index::{Node, NodeId, Tree},
     stats::Stats,
 };
-use nix::errno::Errno;
+use nix::{errno::Errno, fcntl::OFlag, sys::stat::Mode};
 use std::{
     collections::HashMap,
     fs::File,
-    io,
     os::fd::{AsFd, OwnedFd},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
+use thiserror::Error;
 
 /// How many files are kept open.
 pub const OPEN_MAX: usize = 256;
+
+/// A store directory could not be opened.
+#[derive(Debug, Error)]
+#[error("Cannot open the store directory {path}")]
+pub struct OpenError {
+    path: PathBuf,
+    source: Errno,
+}
 
 /// The store directories, and the files of them that are open.
 #[derive(Debug)]
@@ -36,18 +44,13 @@ struct Cache {
 
 impl Files {
     /// Opens the store directories, in the order in which [`Tree::build`] gets them.
-    pub fn open_stores(directories: &[impl AsRef<Path>]) -> io::Result<Self> {
-        let stores = directories
-            .iter()
-            .map(|directory| {
-                let directory = directory.as_ref();
-                let file = File::open(directory)?;
-                if !file.metadata()?.is_dir() {
-                    return Err(io::ErrorKind::NotADirectory.into());
-                }
-                Ok(OwnedFd::from(file))
-            })
-            .collect::<io::Result<_>>()?;
+    pub fn open_stores(directories: &[impl AsRef<Path>]) -> Result<Self, OpenError> {
+        let open = |directory: &Path| {
+            let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+            nix::fcntl::open(directory, flags, Mode::empty())
+                .map_err(|source| OpenError { path: directory.to_owned(), source })
+        };
+        let stores = directories.iter().map(|d| open(d.as_ref())).collect::<Result<_, _>>()?;
         Ok(Self { stores, cache: Mutex::default() })
     }
 

@@ -77,8 +77,10 @@ struct Listen {
 const AFTER_HELP: &str = "\
 Example:
   lair-virtiofs --socket fs.sock --source /nix/store --view view.txt
-  qemu-system-x86_64 ... -object memory-backend-memfd,id=m,size=1G,share=on -machine q35,memory-backend=m \\
-    -chardev socket,id=fs,path=fs.sock -device vhost-user-fs-pci,chardev=fs,tag=store,queue-size=1024
+  qemu-system-x86_64 -machine q35,memory-backend=m \\
+    -object memory-backend-memfd,id=m,size=1G,share=on \\
+    -chardev socket,id=fs,path=fs.sock \\
+    -device vhost-user-fs-pci,chardev=fs,tag=store,queue-size=1024 ...
 
 Logs go to standard error; RUST_LOG sets what is logged (error, warn, info).";
 
@@ -113,9 +115,10 @@ fn run(args: Args) -> Result<()> {
     let made = Arc::new(Mutex::new(Vec::new()));
     exit_on_signal(made.clone())?;
 
-    let files = Files::open_stores(&args.sources).context("Cannot open a store directory")?;
+    let files = Files::open_stores(&args.sources)?;
     let begin = Instant::now();
-    let tree = Tree::build(files.stores(), &view)?;
+    let tree = Tree::build(files.stores(), &view)
+        .with_context(|| format!("Cannot read the metadata of the view from {:?}", args.sources))?;
     info!(
         view = view.id(),
         paths = tree.entries().len(),
@@ -125,8 +128,10 @@ fn run(args: Args) -> Result<()> {
     );
     // Sockets appear once there is something to serve.
     let bind = |path: &Path| -> Result<UnixListener> {
+        // Locked before, so that no signal finds a socket that is not in the list yet.
+        let mut made = made.lock().unwrap_or_else(PoisonError::into_inner);
         let (listener, bound) = Bound::bind(path)?;
-        made.lock().unwrap_or_else(PoisonError::into_inner).push(bound);
+        made.push(bound);
         Ok(listener)
     };
     let control = args.control.as_deref().map(bind).transpose()?;

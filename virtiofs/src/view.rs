@@ -53,7 +53,7 @@ pub enum ViewError {
         path: PathBuf,
     },
     /// The file is wrong.
-    #[error("The view file {path} is of no use")]
+    #[error("Cannot use the view file {path}")]
     Parse {
         /// The file.
         path: PathBuf,
@@ -75,7 +75,7 @@ pub enum ParseError {
     #[error("Line {0}, the last one, does not end with a newline; the file may be cut short")]
     Unterminated(usize),
     /// A line is no store path.
-    #[error("Line {0} is wrong")]
+    #[error("Line {0} is no store path")]
     Line(usize, #[source] StorePathError),
     /// A line repeats an earlier one.
     #[error("Line {0} lists {1} a second time")]

@@ -106,6 +106,7 @@ fn preadv(file: &File, offset: u64, pieces: &[VolatileSlice<'_>]) -> Result<usiz
 }
 
 #[cfg(test)]
+#[allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)] // Small, chosen numbers.
 mod tests {
     use super::*;
     use std::io::Write;

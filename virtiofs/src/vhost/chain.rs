@@ -116,6 +116,7 @@ impl<'a> Chain<'a> {
 }
 
 #[cfg(test)]
+#[allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)] // Small, chosen numbers.
 mod tests {
     use super::*;
     use virtio_bindings::bindings::virtio_ring::{

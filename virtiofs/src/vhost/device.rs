@@ -20,6 +20,7 @@ use virtio_bindings::bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::{
     epoll::EventSet,
     event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier},
@@ -91,6 +92,17 @@ impl Device {
     }
 }
 
+fn has_whole_file(region: &GuestRegionMmap) -> bool {
+    let Some(at) = region.file_offset() else { return true };
+    match at.file().metadata() {
+        // Devices have no length.
+        Ok(meta) => {
+            !meta.is_file() || at.start().checked_add(region.len()).is_some_and(|end| end <= meta.len())
+        }
+        Err(_) => false,
+    }
+}
+
 impl VhostUserBackend for Device {
     type Bitmap = ();
     type Vring = Vring;
@@ -133,9 +145,15 @@ impl VhostUserBackend for Device {
         Err(io::ErrorKind::PermissionDenied.into())
     }
 
-    /// The device shares the library's.
-    fn update_memory(&self, _mem: Memory) -> io::Result<()> {
-        Ok(())
+    /// The device shares the library's memory, so all there is to do is to check it: nobody else looks whether the files are
+    /// as long as the regions. Beyond a file's end, an access would be the end of this process.
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        if memory.memory().iter().all(has_whole_file) {
+            return Ok(());
+        }
+        let exclusive = memory.lock().unwrap_or_else(PoisonError::into_inner);
+        exclusive.replace(GuestMemoryMmap::new());
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "A file is shorter than the memory region in it"))
     }
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {

@@ -28,10 +28,17 @@ const REQUEST_MAX: usize = 8 << 10;
 /// What is kept for a queue besides the library's state.
 #[derive(Debug, Default)]
 pub(super) struct QueueState {
+    /// Locked while a request is between taken and published.
     phase: Mutex<Phase>,
 }
 
-/// Held while a request is between taken and published.
+/// What became of an attempt to serve a request.
+enum Step {
+    Served,
+    Empty,
+    Stopped,
+}
+
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// Set up anew, or never run.
@@ -73,7 +80,11 @@ impl QueueState {
     /// Serves all that the guest has made available.
     pub(super) fn run(&self, context: &Context<'_>, vring: &Vring) {
         if let Err(error) = self.drain(context, vring) {
-            *self.lock() = Phase::Broken;
+            let mut phase = self.lock();
+            // It may have been stopped meanwhile. It cannot have been started again: only this thread does that.
+            if *phase == Phase::Running {
+                *phase = Phase::Broken;
+            }
             context.service.server.stats().broken_queues.add(1);
             if let Some(skipped) = context.service.trouble.admit() {
                 let error: &dyn std::error::Error = &error;
@@ -93,11 +104,15 @@ impl QueueState {
         }
         loop {
             vring.disable_notification()?;
-            while self.one(context, vring)? {}
-            if context.stopping.load(Ordering::Relaxed) || !runs(&vring.get_ref()) {
-                return Ok(());
-            }
-            if !vring.enable_notification()? {
+            let stopped = loop {
+                match self.one(context, vring)? {
+                    Step::Served => {}
+                    Step::Empty => break false,
+                    Step::Stopped => break true,
+                }
+            };
+            // A queue that was stopped may have been set up anew by now. Then another event says so.
+            if stopped || !vring.enable_notification()? {
                 return Ok(());
             }
         }
@@ -128,24 +143,21 @@ impl QueueState {
         Ok(true)
     }
 
-    /// Serves one request. `false` if there is none.
-    fn one(&self, context: &Context<'_>, vring: &Vring) -> Result<bool, Broken> {
-        if context.stopping.load(Ordering::Relaxed) {
-            return Ok(false);
-        }
+    /// Serves one request.
+    fn one(&self, context: &Context<'_>, vring: &Vring) -> Result<Step, Broken> {
         let phase = self.lock();
-        if *phase != Phase::Running {
-            return Ok(false);
+        if *phase != Phase::Running || context.stopping.load(Ordering::Relaxed) {
+            return Ok(Step::Stopped);
         }
         let memory = context.memory.memory();
         let (head, table, size) = {
             let mut state = vring.get_mut();
             if !runs(&state) {
-                return Ok(false);
+                return Ok(Step::Stopped);
             }
             match take(&mut state, &memory)? {
                 Some(head) => (head, state.get_queue().desc_table(), state.get_queue().size()),
-                None => return Ok(false),
+                None => return Ok(Step::Empty),
             }
         };
         let used = match Chain::walk(&memory, table, size, head) {
@@ -163,7 +175,7 @@ impl QueueState {
             // A full eventfd has told the guest already.
             let _ = vring.signal_used_queue();
         }
-        Ok(true)
+        Ok(Step::Served)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Phase> {

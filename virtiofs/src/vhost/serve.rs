@@ -22,6 +22,10 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 /// How long a worker may take to end. It ends at once, unless the hypervisor gave it a descriptor that blocks.
 const WORKER_END: Duration = Duration::from_secs(5);
 
+/// How long one who connects waits while a connection is served, before being refused: it may be the successor of one that is
+/// just ending.
+const SUCCESSION: Duration = Duration::from_millis(250);
+
 /// How long to wait after a failed `accept`, as when descriptors have run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -129,23 +133,22 @@ fn refusing_others<T>(
 }
 
 fn refuse(listener: &UnixListener, service: &Service, done: &PipeReader) {
+    let over = || PollFd::new(done.as_fd(), PollFlags::POLLIN);
+    let succession = PollTimeout::try_from(SUCCESSION).unwrap_or(PollTimeout::ZERO);
     loop {
-        let mut fds =
-            [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(done.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [over(), PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) => {}
             Err(Errno::EINTR) => continue,
             Err(_) => return,
         }
-        let [connecting, over] = fds.map(|fd| fd.any().unwrap_or(true));
-        if over {
+        // Any event on the pipe, or an error, is the end.
+        if poll(&mut [over()], succession) != Ok(0) {
             return;
         }
-        if connecting {
-            match listener.accept() {
-                Ok(_) => service.server.stats().refused.add(1),
-                Err(_) => thread::sleep(ACCEPT_PAUSE),
-            }
+        match listener.accept() {
+            Ok(_) => service.server.stats().refused.add(1),
+            Err(_) => thread::sleep(ACCEPT_PAUSE),
         }
     }
 }

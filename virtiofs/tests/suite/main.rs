@@ -2,6 +2,9 @@
 //!
 //! One binary, so that it is linked once. Tests of rows of the catalogue of faults carry their ids.
 
+// Clippy takes only `#[test]` functions for tests, not what they call.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
 mod driver;
 mod fixture;
 mod frontend;
