@@ -161,7 +161,9 @@ fn exit_on_signal(made: Arc<Mutex<Vec<Bound>>>) -> Result<()> {
     thread::Builder::new().name("signals".into()).spawn(move || {
         // Only a signal ends the wait; an error would mean an empty set.
         let _ = signals.wait();
-        made.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        // Kept locked, so that none is made any more.
+        let mut made = made.lock().unwrap_or_else(PoisonError::into_inner);
+        made.clear();
         std::process::exit(0);
     })?;
     Ok(())

@@ -107,22 +107,23 @@ fn vu3_memory_tables() {
 
 #[test]
 fn vu4_memory_regions_added_and_removed() {
-    let (_fixture, program, mut guest, mut connection) = connected();
+    let (_fixture, program, guest, mut connection) = connected();
     let region = guest.region();
     let unknown = VhostUserMemoryRegionInfo { guest_phys_addr: 1 << 40, ..region };
     assert!(connection.vhost.remove_mem_region(&unknown).is_err());
     assert!(connection.vhost.add_mem_region(&region).is_err(), "it overlaps itself");
     drop(connection);
     // The region that holds the live rings goes.
-    guest.reset();
+    let mut guest = Guest::new();
+    let region = guest.region();
     let mut connection = Connection::new(&program.socket, &guest);
     connection.init(&mut guest);
     connection.vhost.remove_mem_region(&region).unwrap();
     getattr(&guest, REQUEST);
     guest.offer(REQUEST, 0);
     connection.kick(REQUEST);
-    assert!(!connection.interrupted(REQUEST, Duration::from_millis(100)));
-    wait_for("the queue to be given up", || program.stat("lair_virtiofs_broken_queues_total") == 1);
+    // The other queue too, if it has not run yet.
+    wait_for("the queue to be given up", || program.stat("lair_virtiofs_broken_queues_total") > 0);
     drop(connection);
     serves(&program);
 }
@@ -236,8 +237,7 @@ fn vu8_descriptors_that_are_no_eventfds() {
 fn vu10_surplus_descriptors() {
     let (_fixture, mut program) = start();
     serves(&program);
-    wait_for("the memory to be unmapped", || program.guest_mappings() == 0);
-    let before = program.descriptors();
+    let before = program.descriptors_at_rest();
     let file = tempfile::tempfile().unwrap();
     for request in 1..=44 {
         for body in [&[0; 0][..], &[0; 8], &[0; 40]] {
@@ -259,8 +259,7 @@ fn vu10_surplus_descriptors() {
 fn vu11_disconnect_anywhere() {
     let (_fixture, program) = start();
     serves(&program);
-    wait_for("the memory to be unmapped", || program.guest_mappings() == 0);
-    let before = program.descriptors();
+    let before = program.descriptors_at_rest();
     let guest = Guest::new();
     let region = guest.region();
     let memory: Vec<u8> = [1u64, region.guest_phys_addr, region.memory_size, region.userspace_addr, 0]
@@ -329,8 +328,10 @@ fn vq2_head_outside_the_queue() {
     // Nothing more is taken from it.
     getattr(&guest, REQUEST);
     guest.offer(REQUEST, 0);
+    let published = guest.used_index(REQUEST);
     connection.kick(REQUEST);
-    assert!(!connection.interrupted(REQUEST, Duration::from_millis(50)));
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(guest.used_index(REQUEST), published);
     // Until it is set up anew.
     let mut connection = connection;
     connection.vhost.get_vring_base(REQUEST).unwrap();

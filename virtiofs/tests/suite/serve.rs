@@ -135,8 +135,7 @@ fn serves_again_after_disconnect_and_reboot() {
     connection.init(&mut guest);
     check(&connection, &mut guest);
     drop(connection);
-    wait_for("the memory to be unmapped", || program.guest_mappings() == 0);
-    let descriptors = program.descriptors();
+    let descriptors = program.descriptors_at_rest();
     for _ in 0..20 {
         guest.reset();
         let connection = Connection::new(&program.socket, &guest);
