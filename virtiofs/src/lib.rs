@@ -1,21 +1,17 @@
-//! `lair-virtiofs`: shows a guest its view of a Nix store, read-only, over vhost-user.
+//! A view of a Nix store for one VM: its closure, its metadata, and the vhost-user-fs device that shows it, read-only.
 //!
-//! | module | what is in it |
-//! |---|---|
-//! | [`store`] | store paths, Nix databases, closures, registrations |
-//! | [`view`] | the set of store paths that one guest may see, as a file |
-//! | [`index`] | the metadata of store paths in flat arrays |
-//! | [`fuse`] | the protocol, and a server that answers from the index; no I/O |
-//! | [`vhost`] | the device: virtqueues, connections; and file contents |
-//! | [`stats`] | counters of requests |
-//! | [`control`] | the control socket |
-//! | [`quiet`] | a log that a guest cannot flood |
+//! The parts, from the outside in: [`vhost`] talks to the hypervisor and takes requests from the guest's virtqueues,
+//! [`fuse`] answers them, [`index`] is the metadata that it answers from, [`files`] reads contents. [`view`] and
+//! [`store`] say what is shown; the supervisor uses them too.
 
+mod beneath;
 pub mod control;
+pub mod fd;
+pub mod files;
 pub mod fuse;
 pub mod index;
-pub mod quiet;
 pub mod stats;
 pub mod store;
+pub mod throttle;
 pub mod vhost;
 pub mod view;

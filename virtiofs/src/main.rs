@@ -1,134 +1,170 @@
-//! `lair-virtiofs`: the store backend of one VM.
+//! `lair-virtiofs`: shows one VM its view of the host's Nix stores.
 
-use anyhow::{Context, Result};
+mod socket;
+
+use anyhow::{Context, Result, bail};
 use clap::Parser;
 use lair_virtiofs::{
-    control,
-    fuse::server::Server,
-    index::Index,
-    quiet::Quiet,
-    stats::Stats,
-    store::Source,
-    vhost::{device::Shared, files::Files, listen},
+    control, fd,
+    files::Files,
+    fuse::Server,
+    index::Tree,
+    vhost::{Config, Service, serve},
     view::View,
 };
+use nix::sys::{
+    prctl,
+    signal::{SigSet, Signal},
+};
+use socket::Bound;
 use std::{
-    os::{
-        fd::{FromRawFd, OwnedFd, RawFd},
-        unix::net::UnixListener,
-    },
+    io::IsTerminal,
+    os::{fd::RawFd, unix::net::UnixListener},
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
+    thread,
     time::Instant,
 };
+use tracing::{error, info};
 
-/// Shows one guest its view of a Nix store, read-only, as a vhost-user virtiofs device.
+/// Shows one VM its view of the host's Nix stores, read-only, as a vhost-user-fs (virtiofs) device.
 ///
-/// It serves one connection after the other until it is told to stop (SIGTERM), so a guest may reboot and a hypervisor may start anew.
-/// There is no way to write: requests to change anything are answered with EROFS, and what is not in the view does not exist.
-#[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
-struct Arguments {
-    /// Where to listen for the hypervisor
-    #[arg(long, value_name = "PATH", required_unless_present = "fd")]
-    socket: Option<PathBuf>,
-    /// A descriptor that listens already
-    #[arg(long, value_name = "N", conflicts_with = "socket")]
-    fd: Option<RawFd>,
-    /// A directory of store paths on the host; each path of the view is looked up in them in order
-    #[arg(long = "source", value_name = "DIR", required = true)]
+/// The guest sees exactly the store paths that the view file lists, with all that is in them, and mounts them with
+/// `mount -t virtiofs -o ro TAG /nix/store`. All files belong to root and date from 1970-01-01 00:00:01.
+///
+/// Metadata is read once, at the start; the store paths must not change while this runs. One hypervisor may connect at a
+/// time; when it disconnects, the next one may. The program runs until SIGTERM or SIGINT.
+#[derive(Parser)]
+#[command(version, max_term_width = 100, after_help = AFTER_HELP)]
+struct Args {
+    #[command(flatten)]
+    listen: Listen,
+
+    /// A physical store directory, such as /nix/store. With several, a store path is taken from the first that has it.
+    #[arg(long = "source", value_name = "DIR", required = true, num_args = 1..)]
     sources: Vec<PathBuf>,
-    /// The view: logical store paths, one a line
+
+    /// The view: logical store paths (/nix/store/HASH-NAME), one a line. A missing, empty or damaged file is an error.
     #[arg(long, value_name = "FILE")]
     view: PathBuf,
-    /// The tag by which the guest mounts
-    #[arg(long, default_value = "store", value_parser = tag)]
+
+    /// The name by which the guest mounts the device, 1 to 36 bytes.
+    #[arg(long, default_value = "store")]
     tag: String,
-    /// How many queues for requests there are
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=16))]
-    queues: u8,
-    /// Where to tell counters: a client sends the line `stats` and gets Prometheus text
+
+    /// The number of request queues, 1 to 31. QEMU: num-request-queues.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    queues: u16,
+
+    /// A unix socket to make, for asking what is going on: send the line `stats`, get counters as Prometheus text.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 }
 
-fn tag(text: &str) -> Result<String, String> {
-    match text.len() {
-        1..=36 => Ok(text.into()),
-        length => Err(format!("a tag has 1 to 36 bytes, not {length}")),
-    }
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct Listen {
+    /// The unix socket to make, for the hypervisor to connect to.
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+
+    /// A listening unix socket that is open already, as descriptor N.
+    #[arg(long, value_name = "N")]
+    fd: Option<RawFd>,
 }
 
+const AFTER_HELP: &str = "\
+Example:
+  lair-virtiofs --socket fs.sock --source /nix/store --view view.txt
+  qemu-system-x86_64 -machine q35,memory-backend=m \\
+    -object memory-backend-memfd,id=m,size=1G,share=on \\
+    -chardev socket,id=fs,path=fs.sock \\
+    -device vhost-user-fs-pci,chardev=fs,tag=store,queue-size=1024 ...
+
+Logs go to standard error; RUST_LOG sets what is logged (error, warn, info).";
+
 fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("LAIR_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
-    match run(Arguments::parse()) {
-        Ok(never) => never,
+    let args = Args::parse();
+    init_log();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lair-virtiofs: {error:#}");
+            error!("{error:#}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(arguments: Arguments) -> Result<ExitCode> {
-    nix::sys::prctl::set_no_new_privs().context("Cannot give up new privileges")?;
-    let began = Instant::now();
-    let sources: Vec<_> = arguments
-        .sources
-        .iter()
-        .map(|store| Source { store: store.clone(), database: PathBuf::new() })
-        .collect();
-    let view = View::read(&arguments.view)?;
-    let index = Index::build(&sources, &view)?;
-    tracing::info!(paths = index.paths(), inodes = index.inodes(), took = ?began.elapsed(), "indexed");
-    let stats = Arc::new(Stats::default());
-    let shared = Arc::new(Shared {
-        server: Server::new(index),
-        files: Files::new(&sources).context("Cannot open a source")?,
-        stats: Arc::clone(&stats),
-        tag: arguments.tag,
-        request_queues: usize::from(arguments.queues),
-        trouble: Quiet::default(),
-        failures: Quiet::default(),
-    });
-    if let Some(path) = &arguments.control {
-        let listener = bind(path)?;
-        std::thread::Builder::new()
-            .name("control".into())
-            .spawn(move || control::serve(&listener, &stats))?;
-    }
-    // Last, so that a hypervisor that connects is answered.
-    let listener = match (&arguments.socket, arguments.fd) {
-        (Some(path), _) => bind(path)?,
-        (None, Some(fd)) => adopt(fd)?,
-        (None, None) => anyhow::bail!("Neither --socket nor --fd is given"),
+fn init_log() {
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing::Level::INFO.into())
+        .from_env_lossy();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+}
+
+fn run(args: Args) -> Result<()> {
+    prctl::set_no_new_privs().context("Cannot give up gaining privileges")?;
+    let config = Config::new(&args.tag, args.queues)?;
+    let view = View::read(&args.view)?;
+    let made = Arc::new(Mutex::new(Vec::new()));
+    exit_on_signal(made.clone())?;
+
+    let files = Files::open_stores(&args.sources)?;
+    let begin = Instant::now();
+    let tree = Tree::build(files.stores(), &view)
+        .with_context(|| format!("Cannot read the metadata of the view from {:?}", args.sources))?;
+    info!(
+        view = view.id(),
+        paths = tree.entries().len(),
+        inodes = tree.inodes(),
+        milliseconds = begin.elapsed().as_millis(),
+        "Read the view's metadata"
+    );
+    // Sockets appear once there is something to serve.
+    let bind = |path: &Path| -> Result<UnixListener> {
+        // Locked before, so that no signal finds a socket that is not in the list yet.
+        let mut made = made.lock().unwrap_or_else(PoisonError::into_inner);
+        let (listener, bound) = Bound::bind(path)?;
+        made.push(bound);
+        Ok(listener)
     };
-    listen::serve(listener, &shared)
-}
+    let control = args.control.as_deref().map(bind).transpose()?;
+    let listener = match (&args.listen.socket, args.listen.fd) {
+        (Some(path), _) => bind(path)?,
+        (None, Some(number)) => fd::inherited_listener(number)?,
+        (None, None) => bail!("Neither --socket nor --fd is given"),
+    };
 
-fn bind(path: &Path) -> Result<UnixListener> {
-    // Left by one that was killed; whoever starts us sees to it that there is only one.
-    let _ = std::fs::remove_file(path);
-    UnixListener::bind(path).with_context(|| format!("Cannot listen on {}", path.display()))
-}
-
-fn adopt(fd: RawFd) -> Result<UnixListener> {
-    anyhow::ensure!(fd > 2, "--fd {fd} is a standard stream");
-    nix::fcntl::fcntl(borrow(fd), nix::fcntl::FcntlArg::F_GETFD)
-        .with_context(|| format!("--fd {fd} is not open"))?;
-    #[expect(unsafe_code, reason = "a descriptor by its number is how a parent hands it over")]
-    // SAFETY: it is open, as was just seen, and nothing else in this process knows its number.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    Ok(fd.into())
-}
-
-fn borrow(fd: RawFd) -> std::os::fd::BorrowedFd<'static> {
-    #[expect(unsafe_code, reason = "the only way to ask whether a number is an open descriptor")]
-    // SAFETY: used for one query, which fails for a number that is not open.
-    unsafe {
-        std::os::fd::BorrowedFd::borrow_raw(fd)
+    let service = Arc::new(Service::new(Server::new(tree), files));
+    if let Some(listener) = control {
+        let service = service.clone();
+        thread::Builder::new()
+            .name("control".into())
+            .spawn(move || control::serve(&listener, &service.server))?;
     }
+    let result = serve(listener, &service, &config);
+    made.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    Ok(result?)
+}
+
+/// Lets SIGTERM and SIGINT remove the sockets in `made` and end the program with status 0. To be called before any other
+/// thread starts, since threads inherit which signals are blocked.
+fn exit_on_signal(made: Arc<Mutex<Vec<Bound>>>) -> Result<()> {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+    signals.thread_block().context("Cannot block signals")?;
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        // Only a signal ends the wait; an error would mean an empty set.
+        let _ = signals.wait();
+        // Kept locked, so that none is made any more.
+        let mut made = made.lock().unwrap_or_else(PoisonError::into_inner);
+        made.clear();
+        std::process::exit(0);
+    })?;
+    Ok(())
 }

@@ -1,7 +1,19 @@
-//! FUSE as a guest's kernel speaks it over virtio: the wire format, the table of opcodes, and a server that answers from the index.
+//! The FUSE server: bytes of a request in, bytes of a reply out. It knows nothing of virtqueues and opens no files,
+//! so it can be driven directly, by tests and fuzzers.
 //!
-//! Numbers and layouts are those of the kernel's `include/uapi/linux/fuse.h`, protocol 7.31 and later.
+//! Everything in a request comes from the guest and may be hostile. What a request answers depends on the request and the
+//! view alone; the one thing that is remembered is in [`Session`].
 
-pub mod opcode;
-pub mod server;
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
+
+mod attr;
+mod init;
+mod listing;
+mod opcode;
+mod server;
+mod session;
 pub mod wire;
+
+pub use opcode::{Opcode, Treatment};
+pub use server::{FileRead, Outcome, Request, Server};
+pub use session::Session;

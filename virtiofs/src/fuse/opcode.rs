@@ -1,132 +1,108 @@
-//! The opcodes, and what is done with each.
+//! Every operation of FUSE, and what becomes of it.
 
-/// What becomes of a request.
+/// What becomes of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Treatment {
-    /// It has an answer of its own.
-    Answered(Request),
-    /// It would change something: EROFS, from its header alone.
-    Write,
-    /// The guest's kernel does it by itself once it has been told ENOSYS.
-    Unsupported,
-    /// A device's control: ENOTTY.
-    Ioctl,
-    /// It has no reply.
+    /// It has a handler.
+    Served,
+    /// The guest expects no reply to it, and there is nothing to do.
     Silent,
+    /// It would change something: EROFS. There is no handler behind it.
+    ReadOnly,
+    /// ENOTTY.
+    NotATerminal,
+    /// ENOSYS. Linux remembers that for most of these, and does without.
+    Unsupported,
 }
 
-/// The requests that have an answer of their own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Request {
-    /// Begins a session.
-    Init,
-    /// Ends a session.
-    Destroy,
-    /// Looks a name up.
-    Lookup,
-    /// Attributes of a file.
-    GetAttr,
-    /// The target of a link.
-    ReadLink,
-    /// Contents of a file.
-    Read,
-    /// Names in a directory.
-    ReadDir,
-    /// Names in a directory with their attributes.
-    ReadDirPlus,
-    /// Figures of the file system.
-    StatFs,
-}
-
-/// One row of the table.
-#[derive(Debug, Clone, Copy)]
-pub struct Opcode {
-    /// The number on the wire.
-    pub number: u32,
-    /// The name, for counters.
-    pub name: &'static str,
-    /// What is done.
-    pub treatment: Treatment,
-}
-
-const fn row(number: u32, name: &'static str, treatment: Treatment) -> Opcode {
-    Opcode { number, name, treatment }
-}
-
-use Request::{Destroy, GetAttr, Init, Lookup, Read, ReadDir, ReadDirPlus, ReadLink, StatFs};
-use Treatment::{Answered, Ioctl, Silent, Unsupported, Write};
-
-/// All opcodes up to 7.45. What is not here is answered like [`Treatment::Unsupported`].
-///
-/// OPEN, OPENDIR and FLUSH are refused once and then never sent again: a file is named by its node alone.
-pub const OPCODES: &[Opcode] = &[
-    row(1, "lookup", Answered(Lookup)),
-    row(2, "forget", Silent),
-    row(3, "getattr", Answered(GetAttr)),
-    row(4, "setattr", Write),
-    row(5, "readlink", Answered(ReadLink)),
-    row(6, "symlink", Write),
-    row(8, "mknod", Write),
-    row(9, "mkdir", Write),
-    row(10, "unlink", Write),
-    row(11, "rmdir", Write),
-    row(12, "rename", Write),
-    row(13, "link", Write),
-    row(14, "open", Unsupported),
-    row(15, "read", Answered(Read)),
-    row(16, "write", Write),
-    row(17, "statfs", Answered(StatFs)),
-    row(18, "release", Unsupported),
-    row(20, "fsync", Unsupported),
-    row(21, "setxattr", Write),
-    row(22, "getxattr", Unsupported),
-    row(23, "listxattr", Unsupported),
-    row(24, "removexattr", Write),
-    row(25, "flush", Unsupported),
-    row(26, "init", Answered(Init)),
-    row(27, "opendir", Unsupported),
-    row(28, "readdir", Answered(ReadDir)),
-    row(29, "releasedir", Unsupported),
-    row(30, "fsyncdir", Unsupported),
-    row(31, "getlk", Unsupported),
-    row(32, "setlk", Unsupported),
-    row(33, "setlkw", Unsupported),
-    row(34, "access", Unsupported),
-    row(35, "create", Write),
-    row(36, "interrupt", Silent),
-    row(37, "bmap", Unsupported),
-    row(38, "destroy", Answered(Destroy)),
-    row(39, "ioctl", Ioctl),
-    row(40, "poll", Unsupported),
-    row(41, "notify_reply", Silent),
-    row(42, "batch_forget", Silent),
-    row(43, "fallocate", Write),
-    row(44, "readdirplus", Answered(ReadDirPlus)),
-    row(45, "rename2", Write),
-    row(46, "lseek", Unsupported),
-    row(47, "copy_file_range", Write),
-    row(48, "setupmapping", Unsupported),
-    row(49, "removemapping", Unsupported),
-    row(50, "syncfs", Unsupported),
-    row(51, "tmpfile", Write),
-    row(52, "statx", Unsupported),
-];
-
-/// The place of an opcode in [`OPCODES`]; `None` if it is unknown.
-pub fn find(number: u32) -> Option<usize> {
-    OPCODES.binary_search_by_key(&number, |row| row.number).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_table_is_sorted_so_that_it_can_be_searched() {
-        assert!(OPCODES.is_sorted_by(|a, b| a.number < b.number));
-        for (place, row) in OPCODES.iter().enumerate() {
-            assert_eq!(find(row.number), Some(place));
+macro_rules! opcodes {
+    ($($name:ident = $number:literal $treatment:ident,)*) => {
+        /// An operation of FUSE.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        #[allow(missing_docs)]
+        pub enum Opcode {
+            $($name = $number,)*
         }
-        assert_eq!((find(0), find(7), find(u32::MAX)), (None, None, None));
-    }
+
+        impl Opcode {
+            /// All operations.
+            pub const ALL: &[Self] = &[$(Self::$name,)*];
+
+            /// `None` for a number that FUSE does not define.
+            pub fn from_wire(number: u32) -> Option<Self> {
+                match number {
+                    $($number => Some(Self::$name),)*
+                    _ => None,
+                }
+            }
+
+            /// What becomes of it.
+            pub fn treatment(self) -> Treatment {
+                match self {
+                    $(Self::$name => Treatment::$treatment,)*
+                }
+            }
+
+            /// Its name, as in metrics.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$name => stringify!($name),)*
+                }
+            }
+        }
+    };
+}
+
+opcodes! {
+    Lookup = 1 Served,
+    Forget = 2 Silent,
+    Getattr = 3 Served,
+    Setattr = 4 ReadOnly,
+    Readlink = 5 Served,
+    Symlink = 6 ReadOnly,
+    Mknod = 8 ReadOnly,
+    Mkdir = 9 ReadOnly,
+    Unlink = 10 ReadOnly,
+    Rmdir = 11 ReadOnly,
+    Rename = 12 ReadOnly,
+    Link = 13 ReadOnly,
+    Open = 14 Served,
+    Read = 15 Served,
+    Write = 16 ReadOnly,
+    Statfs = 17 Served,
+    Release = 18 Served,
+    Fsync = 20 Unsupported,
+    Setxattr = 21 ReadOnly,
+    Getxattr = 22 Unsupported,
+    Listxattr = 23 Unsupported,
+    Removexattr = 24 ReadOnly,
+    Flush = 25 Unsupported,
+    Init = 26 Served,
+    Opendir = 27 Served,
+    Readdir = 28 Served,
+    Releasedir = 29 Served,
+    Fsyncdir = 30 Unsupported,
+    Getlk = 31 Unsupported,
+    Setlk = 32 Unsupported,
+    Setlkw = 33 Unsupported,
+    Access = 34 Unsupported,
+    Create = 35 ReadOnly,
+    Interrupt = 36 Unsupported,
+    Bmap = 37 Unsupported,
+    Destroy = 38 Served,
+    Ioctl = 39 NotATerminal,
+    Poll = 40 Unsupported,
+    NotifyReply = 41 Silent,
+    BatchForget = 42 Silent,
+    Fallocate = 43 ReadOnly,
+    Readdirplus = 44 Served,
+    Rename2 = 45 ReadOnly,
+    Lseek = 46 Unsupported,
+    CopyFileRange = 47 ReadOnly,
+    Setupmapping = 48 Unsupported,
+    Removemapping = 49 Unsupported,
+    Syncfs = 50 Unsupported,
+    Tmpfile = 51 ReadOnly,
+    Statx = 52 Unsupported,
+    CopyFileRange64 = 53 ReadOnly,
 }

@@ -1,185 +1,167 @@
-//! Reading the metadata of a store path. Nothing is followed: each directory is opened from its parent, links are read, not walked.
+//! Walking a store path to make its [`Manifest`].
+//!
+//! Only directories, regular files and symbolic links are taken; anything else is left out, as Nix makes nothing else.
+//! No symbolic link is followed. Directories are opened one at a time, so the walk needs two descriptors.
 
-use super::{Inode, Kind, Manifest};
-use crate::store::{Source, path::StorePath};
+use super::manifest::{Inode, Kind, Manifest};
+use crate::{beneath, store::StorePath};
 use nix::{
     dir::Dir,
     errno::Errno,
     fcntl::{AtFlags, OFlag, readlinkat},
-    sys::stat::{FileStat, Mode, SFlag, fstatat},
+    sys::stat::{FileStat, SFlag, fstatat},
 };
 use std::{
     ffi::{CString, OsStr},
-    ops::Range,
-    os::{fd::AsFd, unix::ffi::OsStrExt},
-    path::PathBuf,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::ffi::OsStringExt,
+    },
 };
+use thiserror::Error;
 
-/// Why a store path's metadata could not be read.
-#[derive(Debug, thiserror::Error)]
-pub enum BuildError {
-    /// No source has it.
-    #[error("{0} is in no source")]
-    Absent(StorePath),
-    /// A part of it cannot be read.
-    #[error("Cannot read {0}")]
-    Io(PathBuf, #[source] Errno),
-    /// It has more files or names than a manifest can number.
-    #[error("{0} has more than 2^32 files or bytes of names")]
-    TooLarge(StorePath),
+/// Why a store path has no manifest.
+#[derive(Debug, Error)]
+pub enum IndexError {
+    /// A system call failed.
+    #[error("Cannot read the metadata of {path}{}", below(.names))]
+    Io {
+        /// The store path.
+        path: StorePath,
+        /// The names below it.
+        names: Vec<u8>,
+        /// Why.
+        source: Errno,
+    },
     /// It is a device, a FIFO or a socket.
-    #[error("{0} is neither a file, a directory nor a symbolic link")]
-    Kind(PathBuf),
+    #[error("{path} is neither a directory nor a regular file nor a symbolic link")]
+    Kind {
+        /// The store path.
+        path: StorePath,
+    },
+    /// It has more inodes, or more bytes of names, than 32 bits count.
+    #[error("{path} has more files, or longer names in all, than an index holds ({})", u32::MAX)]
+    TooLarge {
+        /// The store path.
+        path: StorePath,
+    },
+    /// No source has it.
+    #[error("{path} is in none of the store directories")]
+    Missing {
+        /// The store path.
+        path: StorePath,
+    },
 }
 
-const OPEN: OFlag =
-    OFlag::O_RDONLY.union(OFlag::O_DIRECTORY).union(OFlag::O_NOFOLLOW).union(OFlag::O_CLOEXEC);
+fn below(names: &[u8]) -> String {
+    if names.is_empty() { String::new() } else { format!("/{}", String::from_utf8_lossy(names)) }
+}
 
-/// Reads the metadata of `path` from the first source that has it.
-pub(super) fn manifest(sources: &[Source], path: &StorePath) -> Result<Manifest, BuildError> {
-    for (number, source) in sources.iter().enumerate() {
-        let store = match Dir::open(&source.store, OPEN.difference(OFlag::O_NOFOLLOW), Mode::empty()) {
-            Ok(store) => store,
-            Err(error) => return Err(BuildError::Io(source.store.clone(), error)),
+impl Manifest {
+    /// Reads the metadata of `path` in the store directory `store`.
+    pub fn build(store: BorrowedFd<'_>, path: &StorePath) -> Result<Self, IndexError> {
+        let io = |names: &[&[u8]]| {
+            let names = names.join(&b'/');
+            move |source| IndexError::Io { path: path.clone(), names, source }
         };
-        let file = source.store.join(path.name());
-        match fstatat(store.as_fd(), path.name(), AtFlags::AT_SYMLINK_NOFOLLOW) {
-            Err(Errno::ENOENT) => {}
-            Err(error) => return Err(BuildError::Io(file, error)),
-            Ok(stat) => {
-                let mut builder =
-                    Builder { path, manifest: Manifest { source: number, ..Manifest::default() } };
-                let name = path.name().as_bytes();
-                let Some(kind) = kind(&stat) else { return Err(BuildError::Kind(file)) };
-                builder.add(&store, &file, 0, name, kind, &stat)?;
-                builder.fill(&source.store)?;
-                return Ok(builder.manifest);
+        let mut manifest = Self::default();
+        let base = OsStr::new(path.base_name());
+        let stat = fstatat(store, base, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(io(&[]))?;
+        let mut root = inode(&stat).ok_or_else(|| IndexError::Kind { path: path.clone() })?;
+        if root.kind() == Kind::Symlink {
+            let target = readlinkat(store, base).map_err(io(&[]))?.into_vec();
+            manifest
+                .add_target(&mut root, &target)
+                .ok_or_else(|| IndexError::TooLarge { path: path.clone() })?;
+        }
+        manifest.inodes.push(root);
+
+        let mut number = 0;
+        while let Some(directory) = manifest.inode(number) {
+            if directory.is_directory() {
+                let names = manifest.path(number).unwrap_or_default();
+                let components: Vec<&[u8]> =
+                    std::iter::once(path.base_name().as_bytes()).chain(names.iter().copied()).collect();
+                let found = list(store, &components).map_err(io(&names))?;
+                manifest
+                    .add_children(number, found)
+                    .ok_or_else(|| IndexError::TooLarge { path: path.clone() })?;
             }
+            number = number.checked_add(1).ok_or_else(|| IndexError::TooLarge { path: path.clone() })?;
+        }
+        Ok(manifest)
+    }
+
+    /// `None` if 32 bits do not hold it.
+    fn add_children(&mut self, directory: u32, found: Vec<Found>) -> Option<()> {
+        let first = u32::try_from(self.inodes.len()).ok()?;
+        let count = u32::try_from(found.len()).ok()?;
+        first.checked_add(count)?;
+        let mut subdirectories: u32 = 0;
+        for Found { name, mut inode, target } in found {
+            inode.parent = directory;
+            inode.name = u32::try_from(self.names.len()).ok()?;
+            inode.name_len = u8::try_from(name.as_bytes().len()).ok()?;
+            self.names.extend_from_slice(name.as_bytes());
+            if inode.kind() == Kind::Symlink {
+                self.add_target(&mut inode, &target)?;
+            }
+            subdirectories = subdirectories.checked_add(u32::from(inode.is_directory()))?;
+            self.inodes.push(inode);
+        }
+        let directory = self.inodes.get_mut(usize::try_from(directory).ok()?)?;
+        directory.first = first;
+        directory.count = count;
+        directory.links = directory.links.checked_add(subdirectories)?;
+        Some(())
+    }
+
+    fn add_target(&mut self, link: &mut Inode, target: &[u8]) -> Option<()> {
+        link.first = u32::try_from(self.targets.len()).ok()?;
+        link.size = u64::try_from(target.len()).ok()?;
+        self.targets.extend_from_slice(target);
+        Some(())
+    }
+}
+
+struct Found {
+    name: CString,
+    inode: Inode,
+    target: Vec<u8>,
+}
+
+/// What a directory holds and the index takes, sorted by name.
+fn list(store: BorrowedFd<'_>, components: &[&[u8]]) -> nix::Result<Vec<Found>> {
+    let fd = beneath::open(store, components, OFlag::O_RDONLY | OFlag::O_DIRECTORY)?;
+    let mut dir = Dir::from_fd(fd)?;
+    let mut names = Vec::new();
+    for entry in dir.iter() {
+        let name = entry?.file_name().to_owned();
+        if !matches!(name.as_bytes(), b"." | b"..") {
+            names.push(name);
         }
     }
-    Err(BuildError::Absent(path.clone()))
-}
-
-struct Builder<'a> {
-    path: &'a StorePath,
-    manifest: Manifest,
-}
-
-impl Builder<'_> {
-    fn number(&self, length: usize) -> Result<u32, BuildError> {
-        u32::try_from(length).map_err(|_| BuildError::TooLarge(self.path.clone()))
-    }
-
-    fn text(&mut self, bytes: &[u8]) -> Result<Range<u32>, BuildError> {
-        let start = self.number(self.manifest.text.len())?;
-        self.manifest.text.extend_from_slice(bytes);
-        Ok(start..self.number(self.manifest.text.len())?)
-    }
-
-    /// Adds one inode; a directory's children come later.
-    fn add(
-        &mut self,
-        directory: &Dir,
-        file: &std::path::Path,
-        parent: u32,
-        name: &[u8],
-        kind: Kind,
-        stat: &FileStat,
-    ) -> Result<(), BuildError> {
-        let range = if kind == Kind::Symlink {
-            let target = readlinkat(directory.as_fd(), OsStr::from_bytes(name))
-                .map_err(|error| BuildError::Io(file.into(), error))?;
-            self.text(target.as_bytes())?
-        } else {
-            0..0
+    names.sort();
+    let mut found = Vec::new();
+    for name in names {
+        let stat = fstatat(dir.as_fd(), name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let Some(inode) = inode(&stat) else { continue };
+        let target = match inode.kind() {
+            Kind::Symlink => readlinkat(dir.as_fd(), name.as_c_str())?.into_vec(),
+            _ => Vec::new(),
         };
-        let size = match kind {
-            Kind::Symlink => u64::from(range.end.saturating_sub(range.start)),
-            Kind::Directory => 0,
-            Kind::File { .. } => u64::try_from(stat.st_size).unwrap_or(0),
-        };
-        let name = self.text(name)?;
-        self.manifest.inodes.push(Inode { kind, size, parent, name, range });
-        Ok(())
+        found.push(Found { name, inode, target });
     }
-
-    /// Reads the directories in the order of their numbers, which makes the numbering breadth first.
-    fn fill(&mut self, store: &std::path::Path) -> Result<(), BuildError> {
-        let mut at = 0;
-        while let Some(inode) = self.manifest.inodes.get(at) {
-            if inode.kind == Kind::Directory {
-                let place = self.place(at);
-                let children = self.read_directory(store, &place, at)?;
-                if let Some(inode) = self.manifest.inodes.get_mut(at) {
-                    inode.size = u64::from(children.end.saturating_sub(children.start));
-                    inode.range = children;
-                }
-            }
-            at = at.saturating_add(1);
-        }
-        Ok(())
-    }
-
-    /// The path of an inode below the store directory.
-    fn place(&self, at: usize) -> PathBuf {
-        let mut names = Vec::new();
-        let mut number = at;
-        while let Some(inode) = self.manifest.inodes.get(number) {
-            names.push(OsStr::from_bytes(self.manifest.slice(&inode.name)).to_owned());
-            if number == 0 {
-                break;
-            }
-            number = usize::try_from(inode.parent).unwrap_or(0);
-        }
-        names.into_iter().rev().collect()
-    }
-
-    fn read_directory(
-        &mut self,
-        store: &std::path::Path,
-        place: &std::path::Path,
-        parent: usize,
-    ) -> Result<Range<u32>, BuildError> {
-        let path = store.join(place);
-        let failed = |error| BuildError::Io(path.clone(), error);
-        let mut directory = open_below(store, place).map_err(failed)?;
-        let mut names = directory
-            .iter()
-            .map(|entry| entry.map(|entry| entry.file_name().to_owned()))
-            .collect::<Result<Vec<CString>, _>>()
-            .map_err(failed)?;
-        names.retain(|name| !matches!(name.to_bytes(), b"." | b".."));
-        names.sort_by(|a, b| a.to_bytes().cmp(b.to_bytes()));
-        let start = self.number(self.manifest.inodes.len())?;
-        let parent = self.number(parent)?;
-        for name in names {
-            let file = path.join(OsStr::from_bytes(name.to_bytes()));
-            let stat = fstatat(directory.as_fd(), name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
-                .map_err(|error| BuildError::Io(file.clone(), error))?;
-            // What is nothing that Nix could have put there is not shown.
-            if let Some(kind) = kind(&stat) {
-                self.add(&directory, &file, parent, name.to_bytes(), kind, &stat)?;
-            }
-        }
-        Ok(start..self.number(self.manifest.inodes.len())?)
-    }
+    Ok(found)
 }
 
-/// Opens a directory below the store without following any link on the way.
-fn open_below(store: &std::path::Path, place: &std::path::Path) -> nix::Result<Dir> {
-    use nix::fcntl::{OpenHow, ResolveFlag, openat2};
-    let store = Dir::open(store, OPEN.difference(OFlag::O_NOFOLLOW), Mode::empty())?;
-    let resolve =
-        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS;
-    let fd = openat2(store.as_fd(), place, OpenHow::new().flags(OPEN).resolve(resolve))?;
-    Dir::from_fd(fd)
-}
-
-fn kind(stat: &FileStat) -> Option<Kind> {
+/// `None` for what is not served.
+fn inode(stat: &FileStat) -> Option<Inode> {
+    let size = u64::try_from(stat.st_size).ok()?;
     match SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits()) {
-        SFlag::S_IFREG => Some(Kind::File { executable: stat.st_mode & 0o100 != 0 }),
-        SFlag::S_IFDIR => Some(Kind::Directory),
-        SFlag::S_IFLNK => Some(Kind::Symlink),
+        SFlag::S_IFDIR => Some(Inode::new(Kind::Directory, 0)),
+        SFlag::S_IFREG => Some(Inode::new(Kind::File { executable: stat.st_mode & 0o100 != 0 }, size)),
+        SFlag::S_IFLNK => Some(Inode::new(Kind::Symlink, size)),
         _ => None,
     }
 }

@@ -1,17 +1,15 @@
-//! Nix stores of the host: paths, databases, closures, registrations.
+//! Nix stores on the host: store paths, sources, their databases, closures and registrations.
+//!
+//! Everything here only reads. A store path is *logical* (`/nix/store/HASH-NAME`) whatever directory holds its files.
 
-pub mod closure;
-pub mod database;
-pub mod path;
-pub mod registration;
+mod closure;
+mod database;
+mod path;
+mod registration;
+mod source;
 
-use std::path::PathBuf;
-
-/// A Nix store of the host.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
-    /// The directory that holds the store paths.
-    pub store: PathBuf,
-    /// The directory that holds `db.sqlite`.
-    pub database: PathBuf,
-}
+pub use closure::{Closure, ClosureError, closure};
+pub use database::{DatabaseError, PathInfo};
+pub use path::{STORE_DIR, StorePath, StorePathError};
+pub use registration::registration;
+pub use source::Source;

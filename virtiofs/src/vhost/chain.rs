@@ -1,94 +1,221 @@
-//! A descriptor chain as bytes to read and room to write, all of it checked.
-//!
-//! A chain is a guest's. Its walk is bounded by the library; an error in it looks like a shorter chain, which then disagrees with
-//! the length in the request's header.
+//! Walking a descriptor chain. The library's own iterator ends at the first mistake as if the chain ended there; here a
+//! mistake is an error, so that a request is either whole or refused.
 
-#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
+use thiserror::Error;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
-use std::ops::Deref;
-use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemory};
+use super::QUEUE_SIZE_MAX;
 
-/// Why a chain cannot be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum ChainError {
-    /// A descriptor to read stands behind one to write.
-    #[error("A descriptor to read stands behind one to write")]
+/// The guest's buffers of one request. What they hold may change at any time.
+#[derive(Debug, Default)]
+pub(super) struct Chain<'a> {
+    /// The request.
+    pub(super) readable: Vec<VolatileSlice<'a>>,
+    /// Room for the reply.
+    pub(super) writable: Vec<VolatileSlice<'a>>,
+    /// Bytes of the request.
+    pub(super) request: u32,
+    /// Bytes of room.
+    pub(super) room: u32,
+}
+
+/// How a chain breaks the rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub(super) enum ChainError {
+    #[error("A descriptor is outside its table of {0}")]
+    Index(u16),
+    #[error("A descriptor table is outside the guest's memory")]
+    Table,
+    #[error("A chain has more than {QUEUE_SIZE_MAX} descriptors, or goes round in circles")]
+    Length,
+    #[error("A chain has more than 4 GiB")]
+    Bytes,
+    #[error("A buffer is outside the guest's memory")]
+    Buffer,
+    #[error("A buffer to read from follows one to write to")]
     Order,
-    /// The lengths add up to more than can be.
-    #[error("The descriptors' lengths add up to more than 4 GiB")]
-    TooLong,
-    /// A descriptor is outside the guest's memory.
-    #[error("A descriptor is outside the guest's memory")]
-    Outside,
+    #[error("An indirect table is not one: {0} bytes, or within another, or in mid-chain")]
+    Indirect(u32),
 }
 
-/// The buffers of a chain.
-#[derive(Debug)]
-pub struct Buffers {
-    readable: Vec<(GuestAddress, u32)>,
-    writable: Vec<(GuestAddress, u32)>,
-    /// Bytes to read.
-    pub length: u64,
-    /// Room to write, in bytes.
-    pub room: u64,
+/// A descriptor table: a queue's own, or an indirect one.
+#[derive(Clone, Copy)]
+struct Table {
+    address: GuestAddress,
+    size: u16,
+    indirect: bool,
 }
 
-impl Buffers {
-    /// Walks a chain.
-    pub fn new<M>(chain: DescriptorChain<M>) -> Result<Self, ChainError>
-    where
-        M: Deref + Clone,
-        M::Target: GuestMemory,
-    {
-        let mut buffers = Self { readable: vec![], writable: vec![], length: 0, room: 0 };
-        for descriptor in chain {
-            let buffer = (descriptor.addr(), descriptor.len());
-            if descriptor.is_write_only() {
-                buffers.writable.push(buffer);
-                buffers.room = buffers.room.saturating_add(buffer.1.into());
-            } else if buffers.writable.is_empty() {
-                buffers.readable.push(buffer);
-                buffers.length = buffers.length.saturating_add(buffer.1.into());
-            } else {
-                return Err(ChainError::Order);
-            }
+impl Table {
+    fn get(self, mem: &GuestMemoryMmap, index: u16) -> Result<Descriptor, ChainError> {
+        if index >= self.size {
+            return Err(ChainError::Index(self.size));
         }
-        let most = buffers.length.max(buffers.room);
-        if most > u64::from(u32::MAX) { Err(ChainError::TooLong) } else { Ok(buffers) }
+        let offset = u64::from(index).saturating_mul(size_of::<Descriptor>() as u64);
+        let address = self.address.checked_add(offset).ok_or(ChainError::Table)?;
+        mem.read_obj(address).map_err(|_| ChainError::Table)
     }
 
-    /// Copies the beginning of what there is to read, at most `most` bytes. It is read once: what the guest changes later is not
-    /// seen.
-    pub fn read<M: GuestMemory>(&self, memory: &M, most: usize) -> Result<Vec<u8>, ChainError> {
-        let wanted = usize::try_from(self.length).unwrap_or(usize::MAX).min(most);
-        let mut bytes = vec![0; wanted];
-        let mut rest = bytes.as_mut_slice();
-        for (address, length) in &self.readable {
-            let here = usize::try_from(*length).unwrap_or(usize::MAX).min(rest.len());
-            let (part, others) = rest.split_at_mut(here);
-            memory.read_slice(part, *address).map_err(|_| ChainError::Outside)?;
-            rest = others;
+    fn indirect(self, desc: &Descriptor) -> Result<Self, ChainError> {
+        let entry = u32::try_from(size_of::<Descriptor>()).unwrap_or(1);
+        let wrong = ChainError::Indirect(desc.len());
+        if self.indirect || desc.has_next() || desc.len() == 0 || !desc.len().is_multiple_of(entry) {
+            return Err(wrong);
         }
-        Ok(bytes)
+        let size = desc.len().checked_div(entry).and_then(|n| u16::try_from(n).ok()).ok_or(wrong)?;
+        Ok(Self { address: desc.addr(), size, indirect: true })
+    }
+}
+
+impl<'a> Chain<'a> {
+    /// Walks the chain that begins at `head` in a queue's table at `table` of `size` descriptors.
+    pub(super) fn walk(
+        mem: &'a GuestMemoryMmap,
+        table: u64,
+        size: u16,
+        head: u16,
+    ) -> Result<Self, ChainError> {
+        let mut table = Table { address: GuestAddress(table), size, indirect: false };
+        let mut chain = Self::default();
+        let mut index = head;
+        for _ in 0..QUEUE_SIZE_MAX {
+            let mut desc = table.get(mem, index)?;
+            if desc.refers_to_indirect_table() {
+                table = table.indirect(&desc)?;
+                desc = table.get(mem, 0)?;
+                if desc.refers_to_indirect_table() {
+                    return Err(ChainError::Indirect(desc.len()));
+                }
+            }
+            chain.add(mem, &desc)?;
+            if !desc.has_next() {
+                return Ok(chain);
+            }
+            index = desc.next();
+        }
+        Err(ChainError::Length)
     }
 
-    /// Writes `bytes` from place `skip` of the room on.
-    pub fn write<M: GuestMemory>(&self, memory: &M, skip: usize, bytes: &[u8]) -> Result<(), ChainError> {
-        let mut skip = skip;
-        let mut rest = bytes;
-        for (address, length) in &self.writable {
-            let length = usize::try_from(*length).unwrap_or(usize::MAX);
-            let from = skip.min(length);
-            skip = skip.saturating_sub(length);
-            let (part, others) = rest.split_at(rest.len().min(length.saturating_sub(from)));
-            if !part.is_empty() {
-                let offset = u64::try_from(from).map_err(|_| ChainError::TooLong)?;
-                let at = address.0.checked_add(offset).ok_or(ChainError::Outside)?;
-                memory.write_slice(part, GuestAddress(at)).map_err(|_| ChainError::Outside)?;
-            }
-            rest = others;
+    fn add(&mut self, mem: &'a GuestMemoryMmap, desc: &Descriptor) -> Result<(), ChainError> {
+        let (slices, total) = if desc.is_write_only() {
+            (&mut self.writable, &mut self.room)
+        } else if self.writable.is_empty() {
+            (&mut self.readable, &mut self.request)
+        } else {
+            return Err(ChainError::Order);
+        };
+        *total = total.checked_add(desc.len()).ok_or(ChainError::Bytes)?;
+        self.request.checked_add(self.room).ok_or(ChainError::Bytes)?;
+        let length = usize::try_from(desc.len()).map_err(|_| ChainError::Bytes)?;
+        for slice in mem.get_slices(desc.addr(), length) {
+            slices.push(slice.map_err(|_| ChainError::Buffer)?);
         }
-        if rest.is_empty() { Ok(()) } else { Err(ChainError::TooLong) }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)] // Small, chosen numbers.
+mod tests {
+    use super::*;
+    use virtio_bindings::bindings::virtio_ring::{
+        VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+    };
+    use virtio_queue::desc::RawDescriptor;
+
+    const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+    const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+    const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+    const TABLE: u64 = 0x1000;
+    const SIZE: u16 = 8;
+
+    /// Two regions that touch at 1 MiB, then a hole.
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20), (GuestAddress(1 << 20), 1 << 20)]).unwrap()
+    }
+
+    fn put(mem: &GuestMemoryMmap, table: u64, descriptors: &[(u64, u32, u16, u16)]) {
+        for (i, &(addr, len, flags, next)) in descriptors.iter().enumerate() {
+            let desc = RawDescriptor::from(Descriptor::new(addr, len, flags, next));
+            mem.write_obj(desc, GuestAddress(table + 16 * i as u64)).unwrap();
+        }
+    }
+
+    fn walk(mem: &GuestMemoryMmap, descriptors: &[(u64, u32, u16, u16)]) -> Result<(u32, u32), ChainError> {
+        put(mem, TABLE, descriptors);
+        Chain::walk(mem, TABLE, SIZE, 0).map(|c| (c.request, c.room))
+    }
+
+    #[test]
+    fn whole_chains() {
+        let mem = memory();
+        assert_eq!(walk(&mem, &[(0x4000, 40, NEXT, 1), (0x5000, 16, WRITE, 0)]), Ok((40, 16)));
+        put(&mem, 0x8000, &[(0x4000, 40, NEXT, 2), (0, 0, 0, 0), (0x5000, 16, WRITE, 0)]);
+        assert_eq!(walk(&mem, &[(0x8000, 48, INDIRECT, 0)]), Ok((40, 16)));
+        // Across two regions: two slices.
+        put(&mem, TABLE, &[((1 << 20) - 8, 16, 0, 0)]);
+        assert_eq!(Chain::walk(&mem, TABLE, SIZE, 0).unwrap().readable.len(), 2);
+    }
+
+    #[test]
+    fn vq1_descriptor_loop() {
+        let mem = memory();
+        assert_eq!(walk(&mem, &[(0x4000, 4, NEXT, 0)]), Err(ChainError::Length));
+        assert_eq!(walk(&mem, &[(0x4000, 4, NEXT, 1), (0x4000, 4, NEXT, 0)]), Err(ChainError::Length));
+    }
+
+    #[test]
+    fn vq3_next_outside_the_table() {
+        let mem = memory();
+        assert_eq!(walk(&mem, &[(0x4000, 4, NEXT, SIZE)]), Err(ChainError::Index(SIZE)));
+        assert_eq!(walk(&mem, &[(0x4000, 4, NEXT, u16::MAX)]), Err(ChainError::Index(SIZE)));
+    }
+
+    #[test]
+    fn vq5_lengths() {
+        let mem = memory();
+        assert_eq!(walk(&mem, &[(0x4000, 0, 0, 0)]), Ok((0, 0)));
+        assert_eq!(walk(&mem, &[(0x4000, u32::MAX, 0, 0)]), Err(ChainError::Buffer));
+        let long = [(0, 1 << 20, NEXT, 1), (0, u32::MAX, WRITE, 0)];
+        assert_eq!(walk(&mem, &long), Err(ChainError::Bytes));
+    }
+
+    #[test]
+    fn vq6_addresses_outside() {
+        let mem = memory();
+        for address in [2 << 20, (2 << 20) - 8, u64::MAX, u64::MAX - 15, 0xfee0_0000] {
+            assert_eq!(walk(&mem, &[(address, 16, 0, 0)]), Err(ChainError::Buffer), "{address:#x}");
+        }
+        assert_eq!(Chain::walk(&mem, u64::MAX - 7, SIZE, 1).err(), Some(ChainError::Table));
+        assert_eq!(Chain::walk(&mem, 1 << 40, SIZE, 0).err(), Some(ChainError::Table));
+    }
+
+    #[test]
+    fn vq7_indirect_tables() {
+        let mem = memory();
+        put(&mem, 0x8000, &[(0x4000, 40, 0, 0)]);
+        for length in [0, 8, 17, 16 * 65_536] {
+            assert_eq!(
+                walk(&mem, &[(0x8000, length, INDIRECT, 0)]),
+                Err(ChainError::Indirect(length)),
+                "{length}"
+            );
+        }
+        assert_eq!(walk(&mem, &[(0x8000, 16, INDIRECT | NEXT, 1)]), Err(ChainError::Indirect(16)));
+        assert_eq!(walk(&mem, &[(4 << 20, 16, INDIRECT, 0)]), Err(ChainError::Table));
+        put(&mem, 0x8000, &[(0x8000, 32, INDIRECT, 0)]);
+        assert_eq!(walk(&mem, &[(0x8000, 16, INDIRECT, 0)]), Err(ChainError::Indirect(32)));
+        put(&mem, 0x8000, &[(0x4000, 4, NEXT, 1), (0x8000, 32, INDIRECT, 0)]);
+        assert_eq!(walk(&mem, &[(0x8000, 32, INDIRECT, 0)]), Err(ChainError::Indirect(32)));
+        // A loop in the largest table is bounded too.
+        put(&mem, 0x8000, &[(0x4000, 1, NEXT, 0)]);
+        assert_eq!(walk(&mem, &[(0x8000, 16 * 65_535, INDIRECT, 0)]), Err(ChainError::Length));
+    }
+
+    #[test]
+    fn vq8_read_after_write() {
+        let mem = memory();
+        assert_eq!(walk(&mem, &[(0x4000, 16, WRITE | NEXT, 1), (0x5000, 40, 0, 0)]), Err(ChainError::Order));
     }
 }

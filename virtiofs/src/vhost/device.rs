@@ -1,271 +1,194 @@
-//! The device of one connection, for rust-vmm's vhost-user framework.
-//!
-//! An error returned to the framework ends the queue's thread for good, so nothing that a guest does becomes one. A ring that cannot be
-//! read is given up until it is set up anew; all else is answered with an errno, or with a length of zero.
-
-#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
+//! The device of one connection, as the library's worker and request handler see it.
 
 use super::{
-    chain::{Buffers, ChainError},
-    files::Files,
+    Config, QUEUE_SIZE_MAX, Service,
+    queue::{Context, Memory, QueueState, Vring},
 };
-use crate::{
-    fuse::{
-        server::{Answer, OUT_HEADER, REQUEST_MAX, Reply, Server},
-        wire::OutHeader,
-    },
-    quiet::Quiet,
-    stats::Stats,
-};
-use nix::errno::Errno;
+use crate::fuse::Session;
 use std::{
+    cell::RefCell,
     io,
+    os::fd::{AsRawFd, RawFd},
     sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
     },
 };
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
-use virtio_bindings::{
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend};
+use virtio_bindings::bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::{
     epoll::EventSet,
     event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier},
 };
-use zerocopy::IntoBytes;
 
-/// The most entries of a queue: what QEMU allows.
-const QUEUE_SIZE: usize = 1024;
-
-/// The queue for FORGET and INTERRUPT, which stands before those for requests.
-const PRIORITY_QUEUES: usize = 1;
-
-/// Bytes of the tag in the configuration space.
-const TAG_LENGTH: usize = 36;
-
-/// What all connections of one process share.
-#[derive(Debug)]
-pub struct Shared {
-    /// Answers requests.
-    pub server: Server,
-    /// Contents of files.
-    pub files: Files,
-    /// Counters.
-    pub stats: Arc<Stats>,
-    /// The tag by which the guest mounts.
-    pub tag: String,
-    /// How many queues for requests there are.
-    pub request_queues: usize,
-    /// Trouble with the guest.
-    pub trouble: Quiet,
-    /// Trouble with the host's files.
-    pub failures: Quiet,
+/// A connection's device.
+pub(super) struct Device {
+    service: Arc<Service>,
+    config: Config,
+    memory: Memory,
+    session: Session,
+    queues: Vec<QueueState>,
+    stopping: AtomicBool,
+    /// Ends the connection.
+    shutdown: OnceLock<ShutdownHandle>,
+    /// The reading ends of the exit events. The library forgets them without closing them.
+    exits: Mutex<Vec<RawFd>>,
 }
 
-type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
-type Snapshot = GuestMemoryLoadGuard<GuestMemoryMmap>;
+thread_local! {
+    static WORKER: RefCell<Option<WorkerGuard>> = const { RefCell::new(None) };
+}
 
-/// The device of one connection.
-#[derive(Debug)]
-pub struct Device {
-    shared: Arc<Shared>,
-    memory: Memory,
-    event_idx: AtomicBool,
-    /// For each queue the ring that was given up: the address of its table. Another one is tried again.
-    broken: Vec<AtomicU64>,
-    exit: Mutex<Option<(EventConsumer, EventNotifier)>>,
+/// Ends the connection when the worker ends: it never comes back, and the guest would wait for ever.
+struct WorkerGuard(ShutdownHandle);
+
+impl Drop for WorkerGuard {
+    fn drop(&mut self) {
+        self.0.shutdown();
+    }
 }
 
 impl Device {
-    /// A device over `memory`, which the framework fills.
-    pub fn new(shared: Arc<Shared>, memory: Memory) -> io::Result<Self> {
-        let queues = PRIORITY_QUEUES.saturating_add(shared.request_queues);
-        Ok(Self {
-            shared,
+    pub(super) fn new(service: Arc<Service>, config: Config, memory: Memory) -> Self {
+        let queues = (0..config.queues()).map(|_| QueueState::default()).collect();
+        Self {
+            service,
+            config,
             memory,
-            event_idx: AtomicBool::new(false),
-            broken: (0..queues).map(|_| AtomicU64::new(u64::MAX)).collect(),
-            exit: Mutex::new(Some(new_event_consumer_and_notifier(EventFlag::NONBLOCK)?)),
-        })
-    }
-
-    /// Answers all that is in a queue.
-    fn serve(&self, place: usize, vring: &VringMutex<Memory>) {
-        let Some(broken) = self.broken.get(place) else { return };
-        let ring = vring.get_ref().get_queue().desc_table();
-        if broken.load(Ordering::Relaxed) == ring {
-            return;
-        }
-        loop {
-            // A ring that cannot be written to shows below.
-            let _ = vring.disable_notification();
-            if !self.drain(vring) {
-                broken.store(ring, Ordering::Relaxed);
-                self.shared.stats.broken();
-                self.shared.trouble.say(|unsaid| {
-                    tracing::warn!(
-                        queue = place,
-                        unsaid,
-                        "the guest's ring is broken; it must reset the queue"
-                    );
-                });
-                return;
-            }
-            match vring.enable_notification() {
-                Ok(true) => {}
-                Ok(false) | Err(_) => return,
-            }
+            session: Session::new(),
+            queues,
+            stopping: AtomicBool::new(false),
+            shutdown: OnceLock::new(),
+            exits: Mutex::default(),
         }
     }
 
-    /// Answers what is in a queue now; false if the ring makes no sense.
-    fn drain(&self, vring: &VringMutex<Memory>) -> bool {
-        let memory = self.memory.memory();
-        let mut served = 0_u32;
-        loop {
-            let chain = {
-                let mut state = vring.get_mut();
-                let Ok(mut chains) = state.get_queue_mut().iter(memory.clone()) else { return false };
-                chains.next()
-            };
-            let Some(chain) = chain else { break };
-            let head = chain.head_index();
-            let used = self.request(&memory, chain);
-            // A head beyond the queue's size cannot be given back.
-            if vring.add_used(head, used).is_err() {
-                return false;
-            }
-            served = served.saturating_add(1);
-        }
-        if served > 0 && vring.needs_notification().unwrap_or(true) {
-            // A guest that does not take its interrupts has none to miss.
-            let _ = vring.signal_used_queue();
-        }
-        true
+    /// Says how to end the connection.
+    pub(super) fn set_shutdown(&self, handle: ShutdownHandle) {
+        let _ = self.shutdown.set(handle);
     }
 
-    /// Answers one request; the number of bytes that were written.
-    fn request(&self, memory: &Snapshot, chain: DescriptorChain<Snapshot>) -> u32 {
-        match self.try_request(memory, chain) {
-            Ok(used) => used,
-            Err(error) => {
-                self.shared.trouble.say(|unsaid| {
-                    tracing::warn!(error = %error, unsaid, "a request of the guest cannot be used");
-                });
-                0
-            }
-        }
+    /// Takes no more requests, whatever the guest does.
+    pub(super) fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
     }
 
-    fn try_request(&self, memory: &Snapshot, chain: DescriptorChain<Snapshot>) -> Result<u32, ChainError> {
-        let buffers = Buffers::new(chain)?;
-        let bytes = buffers.read(&**memory, REQUEST_MAX)?;
-        let room = usize::try_from(buffers.room).unwrap_or(usize::MAX);
-        let Some(mut answer) =
-            self.shared.server.answer(&bytes, buffers.length, room.saturating_sub(OUT_HEADER))
-        else {
-            return Ok(0);
-        };
-        let contents = self.contents(&mut answer);
-        self.shared.stats.request(answer.opcode, matches!(answer.reply, Reply::Error(_)));
-        let data = match &answer.reply {
-            Reply::None => return Ok(0),
-            Reply::Error(_) => &[],
-            Reply::Bytes(data) => data.as_slice(),
-            Reply::Contents { .. } => contents.as_slice(),
-        };
-        if room < OUT_HEADER {
-            return Ok(0);
-        }
-        let header: OutHeader = answer.header(u32::try_from(data.len()).map_err(|_| ChainError::TooLong)?);
-        buffers.write(&**memory, OUT_HEADER, data)?;
-        buffers.write(&**memory, 0, header.as_bytes())?;
-        Ok(header.len)
+    /// The descriptors to close once the worker has ended.
+    pub(super) fn take_exits(&self) -> Vec<RawFd> {
+        std::mem::take(&mut self.exits.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Reads the contents that an answer names; the answer becomes an error where that fails.
-    fn contents(&self, answer: &mut Answer) -> Vec<u8> {
-        let Reply::Contents { node, offset, length } = answer.reply else { return vec![] };
-        let mut data = vec![0; usize::try_from(length).unwrap_or(0)];
-        match self.shared.files.read(self.shared.server.index(), node, offset, &mut data) {
-            Ok(()) => self.shared.stats.contents(length.into()),
-            Err(error) => {
-                self.shared.failures.say(|unsaid| {
-                    let place =
-                        self.shared.server.index().location(node).map(|(_, place)| place).unwrap_or_default();
-                    let file = String::from_utf8_lossy(&place).into_owned();
-                    tracing::error!(file, %error, unsaid, "cannot read a file of the view");
-                });
-                answer.reply = Reply::Error(Errno::EIO);
+    fn watch_worker(&self) {
+        WORKER.with_borrow_mut(|guard| {
+            if guard.is_none() {
+                *guard = self.shutdown.get().cloned().map(WorkerGuard);
             }
+        });
+    }
+}
+
+fn has_whole_file(region: &GuestRegionMmap) -> bool {
+    let Some(at) = region.file_offset() else { return true };
+    match at.file().metadata() {
+        // Devices have no length.
+        Ok(meta) => {
+            !meta.is_file() || at.start().checked_add(region.len()).is_some_and(|end| end <= meta.len())
         }
-        data
+        Err(_) => false,
     }
 }
 
 impl VhostUserBackend for Device {
     type Bitmap = ();
-    type Vring = VringMutex<Memory>;
+    type Vring = Vring;
 
     fn num_queues(&self) -> usize {
-        self.broken.len()
+        self.config.queues()
     }
 
     fn max_queue_size(&self) -> usize {
-        QUEUE_SIZE
+        usize::from(QUEUE_SIZE_MAX)
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VIRTIO_RING_F_EVENT_IDX
+        (1 << VIRTIO_F_VERSION_1)
+            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
+            | (1 << VIRTIO_RING_F_EVENT_IDX)
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::MQ
-            | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
     }
 
-    fn set_event_idx(&self, enabled: bool) {
-        self.event_idx.store(enabled, Ordering::Relaxed);
+    fn reset_device(&self) {
+        self.queues.iter().for_each(QueueState::stop);
     }
+
+    /// The library's queues know it.
+    fn set_event_idx(&self, _enabled: bool) {}
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let mut config = self.shared.tag.as_bytes().to_vec();
-        config.resize(TAG_LENGTH, 0);
-        config.extend_from_slice(&u32::try_from(self.shared.request_queues).unwrap_or(1).to_le_bytes());
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let end = start.saturating_add(usize::try_from(size).unwrap_or(usize::MAX));
-        config.get(start..end).unwrap_or_default().to_vec()
+        self.config.read(offset, size)
     }
 
-    fn update_memory(&self, _memory: Memory) -> io::Result<()> {
-        // The framework has put it into the one that we share.
+    fn set_config(&self, _offset: u32, _buf: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::PermissionDenied.into())
+    }
+
+    /// The device shares the library's memory, so all there is to do is to check it: nobody else looks whether the files are
+    /// as long as the regions. Beyond a file's end, an access would be the end of this process.
+    fn update_memory(&self, memory: Memory) -> io::Result<()> {
+        if memory.memory().iter().all(has_whole_file) {
+            return Ok(());
+        }
+        let exclusive = memory.lock().unwrap_or_else(PoisonError::into_inner);
+        exclusive.replace(GuestMemoryMmap::new());
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "A file is shorter than the memory region in it"))
+    }
+
+    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        let (consumer, notifier) =
+            new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()?;
+        self.exits.lock().unwrap_or_else(PoisonError::into_inner).push(consumer.as_raw_fd());
+        Some((consumer, notifier))
+    }
+
+    fn stop_vring(&self, queue_index: u32) -> io::Result<()> {
+        if let Some(queue) = usize::try_from(queue_index).ok().and_then(|index| self.queues.get(index)) {
+            queue.stop();
+        }
         Ok(())
     }
 
-    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        self.exit.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
+    /// Never an error: that would end the worker for good.
     fn handle_event(
         &self,
-        event: u16,
-        _events: EventSet,
-        vrings: &[VringMutex<Memory>],
-        _thread: usize,
+        device_event: u16,
+        _evset: EventSet,
+        vrings: &[Vring],
+        _thread_id: usize,
     ) -> io::Result<()> {
-        let place = usize::from(event);
-        if let Some(vring) = vrings.get(place) {
-            self.serve(place, vring);
+        self.watch_worker();
+        let number = usize::from(device_event);
+        if let (Some(queue), Some(vring)) = (self.queues.get(number), vrings.get(number)) {
+            let context = Context {
+                service: &self.service,
+                session: &self.session,
+                memory: &self.memory,
+                stopping: &self.stopping,
+                number,
+            };
+            queue.run(&context, vring);
         }
         Ok(())
     }

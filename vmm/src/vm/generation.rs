@@ -12,13 +12,8 @@ use crate::{
     },
 };
 use lair_virtiofs::{
-    store::{
-        self,
-        closure::{ClosureError, closure},
-        path::{PathError, StorePath},
-        registration::registration,
-    },
-    view::View,
+    store::{self, ClosureError, StorePath, StorePathError, closure, registration},
+    view::{View, ViewError},
 };
 use std::{
     collections::HashSet,
@@ -30,10 +25,13 @@ use std::{
 pub enum GenerationError {
     /// A root is no store path.
     #[error("roots: cannot use {0}")]
-    Root(PathBuf, #[source] PathError),
+    Root(PathBuf, #[source] StorePathError),
     /// The closure cannot be computed.
     #[error("Cannot compute the closure of roots")]
     Closure(#[from] ClosureError),
+    /// The view is none, or cannot be written.
+    #[error(transparent)]
+    View(#[from] ViewError),
     /// A path of the fleet file is not in the view.
     #[error(transparent)]
     Outside(#[from] view::Outside),
@@ -48,19 +46,21 @@ pub enum GenerationError {
 /// Computes the view of `vm` and writes it below `directory`. The same view has the same id, so it is there only once.
 pub fn make(vm: &Vm, sources: &[Source], directory: &Path) -> Result<Generation, GenerationError> {
     let root = |root: &PathBuf| {
-        root.to_string_lossy().parse().map_err(|source| GenerationError::Root(root.clone(), source))
+        StorePath::parse(&root.to_string_lossy())
+            .map_err(|source| GenerationError::Root(root.clone(), source))
     };
     let roots: Vec<StorePath> = vm.roots.iter().map(root).collect::<Result<_, _>>()?;
     let sources: Vec<_> = sources
         .iter()
         .map(|source| store::Source { store: source.store_dir(), database: source.database_dir() })
         .collect();
-    let closure = closure(&sources, &roots)?;
+    let closure = closure(&sources, &roots)?.paths;
     let paths: HashSet<_> = closure.iter().map(|info| info.path.to_string()).collect();
     if let Some(outside) = view::outside(vm, |path| paths.contains(path)).into_iter().next() {
         return Err(outside.into());
     }
-    let view = View::new(closure.iter().map(|info| info.path.clone()));
+    let in_memory = |source| ViewError::Parse { path: directory.into(), source };
+    let view = View::new(closure.iter().map(|info| info.path.clone())).map_err(in_memory)?;
     let id = view.id();
     let directory = directory.join(&id);
     dirs::create(&directory, 0o750)?;
@@ -71,7 +71,7 @@ pub fn make(vm: &Vm, sources: &[Source], directory: &Path) -> Result<Generation,
         paths: closure.len().try_into().unwrap_or(u64::MAX),
         bytes: closure.iter().map(|info| info.nar_size).sum(),
     };
-    file::replace(&generation.view, view.text().as_bytes(), 0o640)?;
+    view.write(&generation.view)?;
     file::replace(&generation.registration, registration(&closure).as_bytes(), 0o640)?;
     Ok(generation)
 }

@@ -1,0 +1,129 @@
+//! Drives the FUSE server directly: requests in, replies out, invariants checked on each.
+
+use lair_virtiofs::{
+    files::Files,
+    fuse::{
+        Opcode, Outcome, Request, Server, Session,
+        wire::{AttrOut, EntryOut, InHeader, InitIn, OutHeader, ReadIn},
+    },
+    index::Tree,
+    view::View,
+};
+use nix::errno::Errno;
+use std::{
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+/// Room for a reply that is never too little.
+pub(crate) const ROOM: usize = 8 << 20;
+
+/// What Linux 6.12 offers: all bits.
+pub(crate) const OFFERED: u32 = u32::MAX;
+
+/// A server and what it needs. Requests begin after INIT.
+pub(crate) struct Driver {
+    pub(crate) server: Server,
+    files: Files,
+    pub(crate) session: Session,
+}
+
+/// A request as bytes. Each has a unique of its own.
+pub(crate) fn request(opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+    static UNIQUE: AtomicU64 = AtomicU64::new(2);
+    let len = u32::try_from(size_of::<InHeader>() + body.len()).unwrap();
+    let unique = UNIQUE.fetch_add(2, Ordering::Relaxed);
+    let header = InHeader { len, opcode, unique, nodeid: node, ..InHeader::default() };
+    [header.as_bytes(), body].concat()
+}
+
+pub(crate) fn init_request(major: u32, minor: u32, flags: u32) -> Vec<u8> {
+    let init = InitIn { major, minor, max_readahead: 131_072, flags, flags2: u32::MAX, ..InitIn::default() };
+    request(Opcode::Init as u32, 0, init.as_bytes())
+}
+
+pub(crate) fn read_in(offset: u64, size: u32) -> Vec<u8> {
+    ReadIn { offset, size, ..ReadIn::default() }.as_bytes().to_vec()
+}
+
+/// A name as LOOKUP carries it.
+pub(crate) fn c_name(name: &[u8]) -> Vec<u8> {
+    [name, b"\0"].concat()
+}
+
+/// The body of a reply, or its error. Panics if the reply breaks a rule.
+pub(crate) fn parse(request: &[u8], reply: &[u8]) -> Result<Vec<u8>, Errno> {
+    let (header, body) = OutHeader::read_from_prefix(reply).expect("a whole header");
+    let (asked, _) = InHeader::read_from_prefix(request).expect("a whole request");
+    assert_eq!(header.unique, asked.unique);
+    assert_eq!(usize::try_from(header.len).unwrap(), reply.len());
+    if header.error == 0 {
+        return Ok(body.to_vec());
+    }
+    assert!((-4095..0).contains(&header.error), "{}", header.error);
+    assert!(body.is_empty(), "an error with a body");
+    Err(Errno::from_raw(-header.error))
+}
+
+pub(crate) fn take<T: FromBytes + IntoBytes + Immutable>(body: &[u8]) -> T {
+    T::read_from_bytes(body).unwrap_or_else(|_| panic!("{} bytes, not {}", body.len(), size_of::<T>()))
+}
+
+impl Driver {
+    pub(crate) fn new(store: &Path, view: &View) -> Self {
+        let files = Files::open_stores(&[store]).unwrap();
+        let server = Server::new(Tree::build(files.stores(), view).unwrap());
+        let driver = Self { server, files, session: Session::new() };
+        driver.send(&init_request(7, 41, OFFERED)).unwrap();
+        driver
+    }
+
+    /// The reply's bytes; `None` for no reply.
+    pub(crate) fn raw(&self, request: &[u8], room: usize) -> Option<Vec<u8>> {
+        let mut reply = Vec::new();
+        let whole = Request { bytes: request, total: request.len() as u64 };
+        match self.server.handle(&self.session, whole, room, &mut reply) {
+            Outcome::Silent => return None,
+            Outcome::Reply => {}
+            Outcome::Read(read) => {
+                let file = self.files.get(self.server.tree(), self.server.stats(), read.node).unwrap();
+                let mut content = vec![0; read.length as usize];
+                file.read_exact_at(&mut content, read.offset).unwrap();
+                reply.extend(content);
+            }
+        }
+        assert!(reply.len() <= room, "{} bytes in room for {room}", reply.len());
+        Some(reply)
+    }
+
+    pub(crate) fn send(&self, request: &[u8]) -> Result<Vec<u8>, Errno> {
+        parse(request, &self.raw(request, ROOM).expect("a reply"))
+    }
+
+    pub(crate) fn call(&self, opcode: Opcode, node: u64, body: &[u8]) -> Result<Vec<u8>, Errno> {
+        self.send(&request(opcode as u32, node, body))
+    }
+
+    pub(crate) fn lookup(&self, parent: u64, name: &[u8]) -> Result<EntryOut, Errno> {
+        self.call(Opcode::Lookup, parent, &c_name(name)).map(|body| take(&body))
+    }
+
+    /// The node at a path from the root.
+    pub(crate) fn walk(&self, path: &str) -> u64 {
+        path.split('/').fold(1, |node, name| {
+            let id = self.lookup(node, name.as_bytes()).unwrap().nodeid;
+            assert_ne!(id, 0, "{name} in {path}");
+            id
+        })
+    }
+
+    pub(crate) fn getattr(&self, node: u64) -> Result<AttrOut, Errno> {
+        self.call(Opcode::Getattr, node, &[0; 16]).map(|body| take(&body))
+    }
+
+    pub(crate) fn read(&self, node: u64, offset: u64, size: u32) -> Result<Vec<u8>, Errno> {
+        self.call(Opcode::Read, node, &read_in(offset, size))
+    }
+}
