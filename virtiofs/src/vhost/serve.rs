@@ -15,8 +15,8 @@ use std::{
 };
 use thiserror::Error;
 use tracing::{info, warn};
-use vhost::vhost_user::Listener;
-use vhost_user_backend::VhostUserDaemon;
+use vhost::vhost_user::{Error as VhostUserError, Listener};
+use vhost_user_backend::{Error, VhostUserDaemon};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 /// How long a worker may take to end. It ends at once, unless the hypervisor gave it a descriptor that blocks.
@@ -88,7 +88,9 @@ fn connection(
             let ended = refusing_others(watched, service, || daemon.wait())?;
             if let Some(skipped) = service.trouble.admit() {
                 match ended {
-                    Ok(()) => info!(skipped, "The hypervisor disconnected"),
+                    Ok(()) | Err(Error::HandleRequest(VhostUserError::Disconnected)) => {
+                        info!(skipped, "The hypervisor disconnected")
+                    }
                     Err(error) => warn!(%error, skipped, "The connection broke"),
                 }
             }

@@ -556,3 +556,21 @@ fn fu19_lookups_leave_nothing_behind() {
     // Other tests of this process run at the same time; 200,000 lookups of 128 bytes would be 25 MB.
     assert!(resident() < before + (20 << 20), "{} -> {}", before, resident());
 }
+
+#[test]
+fn st6_hard_links_are_inodes_of_their_own() {
+    let fixture = Fixture::new();
+    let one = fixture.host(&path(1, "tree")).join("share/doc/readme");
+    // Linked within the path, with one outside the view, and in the store's own directory of links.
+    std::fs::hard_link(&one, fixture.host(&path(1, "tree")).join("again")).unwrap();
+    std::fs::hard_link(&one, fixture.host(&path(4, "hidden")).join("again")).unwrap();
+    std::fs::create_dir(fixture.store().join(".links")).unwrap();
+    std::fs::hard_link(&one, fixture.store().join(".links/x")).unwrap();
+    let driver = Driver::new(&fixture.store(), &fixture.view());
+    let nodes = [driver.walk(&tree("/again")), driver.walk(&tree("/share/doc/readme"))];
+    let attrs = nodes.map(|node| driver.getattr(node).unwrap().attr);
+    assert_ne!(attrs[0].ino, attrs[1].ino);
+    assert_eq!(attrs.map(|a| a.nlink), [1, 1]);
+    assert_eq!(nodes.map(|node| driver.read(node, 0, 100).unwrap()), [b"read me"; 2]);
+    assert_eq!(driver.lookup(ROOT, b".links"), Err(Errno::ENOENT));
+}

@@ -49,32 +49,63 @@ fn connected() -> (crate::fixture::Fixture, Program, Guest, Connection) {
     (fixture, program, guest, connection)
 }
 
-#[test]
-fn vu1_vu2_vu9_malformed_messages() {
+/// Sends each message on a connection of its own. That ends, and the program serves the next one.
+fn refused(messages: &[(&str, Vec<u8>)]) {
     let (_fixture, mut program) = start();
-    for (what, bytes) in [
-        ("version 0", message(1, 0, &[])),
-        ("version 2", message(1, 2, &[])),
-        ("a reply", message(1, VERSION | 4, &[])),
-        ("5 KiB", message(2, VERSION, &[0; 5 << 10])),
-        ("a length of 4 GiB", [&message(2, VERSION, &[])[..8], &u32::MAX.to_le_bytes()].concat()),
-        ("request 0", message(0, VERSION, &[])),
-        ("request 4096", message(4096, VERSION, &[])),
-        ("a body too short", message(2, VERSION, &[0; 3])),
-        ("ring 255", message(8, VERSION, &[255u32.to_le_bytes(), [0; 4]].concat())),
-        ("ring 255 enabled", message(18, VERSION, &[255u32.to_le_bytes(), 1u32.to_le_bytes()].concat())),
-        ("ring 255 kick", message(12, VERSION, &(255u64 | 256).to_le_bytes())),
-        ("ring 255 call", message(13, VERSION, &(255u64 | 256).to_le_bytes())),
-        ("ring u32::MAX base", message(11, VERSION, &[0xff; 8])),
-        ("features never offered", message(2, VERSION, &u64::MAX.to_le_bytes())),
-    ] {
+    for (what, bytes) in messages {
         let mut stream = raw_connection(&program.socket);
-        stream.write_all(&bytes).unwrap();
+        stream.write_all(bytes).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();
         assert!(hung_up(stream), "{what}");
         assert!(program.is_running(), "{what}");
     }
     serves(&program);
+}
+
+#[test]
+fn vu1_message_headers() {
+    refused(&[
+        ("version 0", message(1, 0, &[])),
+        ("version 2", message(1, 2, &[])),
+        ("a reply", message(1, VERSION | 4, &[])),
+        ("5 KiB", message(2, VERSION, &[0; 5 << 10])),
+        ("a length of 4 GiB", [&message(2, VERSION, &[])[..8], &u32::MAX.to_le_bytes()].concat()),
+        ("no body", message(2, VERSION, &[])),
+        ("a body too short", message(2, VERSION, &[0; 3])),
+        ("a body too long", message(2, VERSION, &[0; 9])),
+    ]);
+}
+
+#[test]
+fn vu2_requests_unknown_or_not_offered() {
+    refused(&[
+        ("request 0", message(0, VERSION, &[])),
+        ("request 4096", message(4096, VERSION, &[])),
+        ("before SET_OWNER", message(8, VERSION, &[0, 0, 0, 0, 64, 0, 0, 0])),
+        ("features never offered", message(2, VERSION, &u64::MAX.to_le_bytes())),
+        ("protocol features never offered", message(16, VERSION, &u64::MAX.to_le_bytes())),
+    ]);
+}
+
+#[test]
+fn vu9_ring_255() {
+    let state = |index: u32, value: u32| [index.to_le_bytes(), value.to_le_bytes()].concat();
+    refused(&[
+        ("num", message(8, VERSION, &state(255, 64))),
+        ("address", message(9, VERSION, &[&state(255, 0)[..], &[0; 32]].concat())),
+        ("base", message(10, VERSION, &state(255, 0))),
+        ("get base", message(11, VERSION, &state(255, 0))),
+        ("get base of the last", message(11, VERSION, &state(u32::MAX, 0))),
+        ("kick", message(12, VERSION, &(255u64 | 256).to_le_bytes())),
+        ("call", message(13, VERSION, &(255u64 | 256).to_le_bytes())),
+        ("err", message(14, VERSION, &(255u64 | 256).to_le_bytes())),
+        ("enable", message(18, VERSION, &state(255, 1))),
+    ]);
+}
+
+#[test]
+fn vu13_inflight_is_not_offered() {
+    refused(&[("get", message(31, VERSION, &[0; 24])), ("set", message(32, VERSION, &[0; 24]))]);
 }
 
 #[test]
@@ -129,14 +160,21 @@ fn vu4_memory_regions_added_and_removed() {
 }
 
 #[test]
-fn vu5_vu6_vu7_ring_geometry() {
-    let (_fixture, mut program) = start();
+fn vu5_ring_sizes() {
+    let (_fixture, program) = start();
     let guest = Guest::new();
-    let good = Connection::addresses(&guest, REQUEST);
-    for size in [0, 32_768, 1025, 2048, u16::MAX] {
+    for size in [0, 1025, 2048, 32_768, u16::MAX] {
         let connection = Connection::bare(&program.socket, &guest);
         assert!(connection.vhost.set_vring_num(REQUEST, size).is_err(), "{size}");
     }
+    serves(&program);
+}
+
+#[test]
+fn vu6_ring_addresses() {
+    let (_fixture, mut program) = start();
+    let guest = Guest::new();
+    let good = Connection::addresses(&guest, REQUEST);
     for (what, addresses) in [
         ("outside", VringConfigData { desc_table_addr: 0x1000, ..good }),
         ("end", VringConfigData { used_ring_addr: guest.region().userspace_addr + MEMORY as u64, ..good }),
@@ -162,13 +200,23 @@ fn vu5_vu6_vu7_ring_geometry() {
         connection.kick(REQUEST);
         std::thread::sleep(Duration::from_millis(20));
         assert!(program.is_running());
-        guest.write(0, &[0; 0x2_0000]);
     }
-    // VU7: a base far from the used index counts for nothing.
-    let mut fresh = Guest::new();
-    let connection = Connection::with_base(&program.socket, &fresh, [0, 40_000]);
-    connection.init(&mut fresh);
-    check(&connection, &mut fresh);
+    serves(&program);
+}
+
+#[test]
+fn vu7_base_far_from_the_used_index() {
+    let (_fixture, program) = start();
+    for base in [1, 40_000, u16::MAX] {
+        let mut guest = Guest::new();
+        let connection = Connection::with_base(&program.socket, &guest, [base, base]);
+        connection.init(&mut guest);
+        check(&connection, &mut guest);
+    }
+    let guest = Guest::new();
+    let connection = Connection::bare(&program.socket, &guest);
+    let beyond = [(REQUEST as u32).to_le_bytes(), 65_536u32.to_le_bytes()].concat();
+    (&connection.stream).write_all(&message(10, VERSION, &beyond)).unwrap();
     drop(connection);
     serves(&program);
 }
@@ -415,25 +463,21 @@ fn vq10_same_head_many_times() {
 }
 
 #[test]
-fn vq11_vq12_bytes_change_and_buffers_overlap() {
-    let (_fixture, mut program, mut guest, connection) = connected();
-    // The reply over the request, and over the rings.
+fn vq11_bytes_change_while_processed() {
+    let (_fixture, _program, mut guest, connection) = connected();
     let bytes = request(Opcode::Getattr as u32, 1, &[0; 16]);
     guest.write(REQUEST_AT, &bytes);
     let readable = Part { at: REQUEST_AT, len: bytes.len() as u32, write: false };
-    guest.chain(REQUEST, &[readable, Part { at: REQUEST_AT, len: GETATTR_ROOM, write: true }]);
-    assert_eq!(connection.submit(&mut guest, REQUEST), GETATTR_ROOM);
     let memory = guest.memory.clone();
     let done = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let flip = || {
+        scope.spawn(|| {
             let mut value = 0u32;
             while !done.load(std::sync::atomic::Ordering::Relaxed) {
                 value = value.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
                 memory.write_obj(value, GuestAddress(REQUEST_AT + u64::from(value >> 27) * 4)).unwrap();
             }
-        };
-        scope.spawn(flip);
+        });
         for _ in 0..300 {
             guest.chain(REQUEST, &[readable, Part { at: REPLY_AT, len: 8192, write: true }]);
             let used = connection.submit(&mut guest, REQUEST) as usize;
@@ -445,6 +489,18 @@ fn vq11_vq12_bytes_change_and_buffers_overlap() {
         }
         done.store(true, std::sync::atomic::Ordering::Relaxed);
     });
+}
+
+#[test]
+fn vq12_buffers_overlap() {
+    let (_fixture, mut program, mut guest, connection) = connected();
+    let bytes = request(Opcode::Getattr as u32, 1, &[0; 16]);
+    guest.write(REQUEST_AT, &bytes);
+    let readable = Part { at: REQUEST_AT, len: bytes.len() as u32, write: false };
+    // The reply over the request.
+    guest.chain(REQUEST, &[readable, Part { at: REQUEST_AT, len: GETATTR_ROOM, write: true }]);
+    assert_eq!(connection.submit(&mut guest, REQUEST), GETATTR_ROOM);
+    // And over the ring itself.
     guest.write(REQUEST_AT, &bytes);
     guest.chain(REQUEST, &[readable, Part { at: Guest::table(REQUEST), len: GETATTR_ROOM, write: true }]);
     guest.offer(REQUEST, 0);

@@ -242,6 +242,18 @@ fn fu20_file_truncated_replaced_or_gone() {
 }
 
 #[test]
+fn st1_a_store_path_is_collected() {
+    let (fixture, program) = start();
+    let mut guest = Guest::new();
+    let connection = Connection::new(&program.socket, &guest);
+    connection.init(&mut guest);
+    let file = lookup(&connection, &mut guest, path(2, "file").base_name());
+    fs::remove_file(fixture.host(&path(2, "file"))).unwrap();
+    assert_eq!(read(&connection, &mut guest, file, 0, 4096), Err(Errno::ESTALE));
+    check(&connection, &mut guest);
+}
+
+#[test]
 fn vu15_get_vring_base_under_load() {
     let (_fixture, program) = start();
     let mut guest = Guest::new();
