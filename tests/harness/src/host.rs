@@ -209,17 +209,22 @@ impl Host {
         self.vmctl(&arguments).stdin(Stdio::null()).output().context("Cannot run vmctl")
     }
 
-    /// Writes a file in a VM.
-    pub fn write_file(&self, vm: &str, path: &str, contents: &[u8]) -> Result<()> {
-        let script = format!("mkdir -p \"$(dirname '{path}')\" && cat > '{path}'");
+    /// Runs a shell script in a VM with standard input, whatever its exit status.
+    pub fn try_shell_with(&self, vm: &str, script: &str, input: &[u8]) -> Result<Output> {
         let mut child = self
-            .vmctl(&["exec", vm, "--", "sh", "-euc", &script])
+            .vmctl(&["exec", vm, "--", "sh", "-euc", script])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()?;
-        child.stdin.take().context("no standard input")?.write_all(contents)?;
-        success(&format!("{vm}: write {path}"), child.wait_with_output()?).map(drop)
+        child.stdin.take().context("no standard input")?.write_all(input)?;
+        Ok(child.wait_with_output()?)
+    }
+
+    /// Writes a file in a VM.
+    pub fn write_file(&self, vm: &str, path: &str, contents: &[u8]) -> Result<()> {
+        let script = format!("mkdir -p \"$(dirname '{path}')\" && cat > '{path}'");
+        success(&format!("{vm}: write {path}"), self.try_shell_with(vm, &script, contents)?).map(drop)
     }
 
     /// Stops all VMs and `laird`, and removes the directory.

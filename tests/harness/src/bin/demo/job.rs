@@ -11,7 +11,7 @@ use std::{
     fmt::Write,
     fs,
     io::{BufRead, BufReader},
-    process::Stdio,
+    process::{Command, Stdio},
     time::Duration,
 };
 
@@ -168,11 +168,10 @@ pub(crate) fn serve_and_substitute(
         let secret = fs::read_to_string(&keys.signing)?;
         let secret = secret.trim().split_once(':').context("no key")?.1.to_owned();
         for vm in ["hydra", "builder"] {
-            // The first word would find the search itself, so it is put together by the guest's shell.
-            let (head, tail) = secret.split_at(20);
-            let places = "/run /etc /root /tmp /var /srv";
-            let found =
-                host.try_shell(vm, &format!("k='{head}'; grep -rlF -- \"$k\"'{tail}' {places} 2>/dev/null"))?;
+            // By standard input, so that no audit log has it. The store is the host's and is searched there.
+            let script =
+                "read -r key; grep -rlF -- \"$key\" /run/credentials /etc /root /tmp /var /srv 2>/dev/null";
+            let found = host.try_shell_with(vm, script, format!("{secret}\n").as_bytes())?;
             ensure!(
                 found.stdout.is_empty(),
                 "the key is in {vm}: {}",
@@ -181,17 +180,12 @@ pub(crate) fn serve_and_substitute(
         }
         let here = host.shell("cache", "grep -c lair-demo-1: /run/credentials/lair/signing-key")?;
         ensure!(here.trim() == "1", "the cache has no key");
-        for vm in VMS {
-            for path in host_files_of(host, vm)? {
-                let bytes = fs::read(&path).unwrap_or_default();
-                ensure!(!contains(&bytes, secret.as_bytes()), "the key is in {}", path.display());
-            }
-        }
         let store = testbed.store_root.join("nix/store");
-        let found = std::process::Command::new("grep").args(["-rlF", "--", &secret]).arg(&store).output()?;
+        let files = VMS.into_iter().map(|vm| host_files_of(host, vm)).collect::<Result<Vec<_>>>()?.concat();
+        let found = Command::new("grep").args(["-rlF", "--", &secret]).arg(&store).args(files).output()?;
         ensure!(
-            found.stdout.is_empty(),
-            "the key is in the store: {}",
+            found.status.code() == Some(1),
+            "the key is on the host: {}",
             String::from_utf8_lossy(&found.stdout)
         );
         say.lines(
@@ -334,8 +328,4 @@ fn host_files_of(host: &Host, vm: &str) -> Result<Vec<std::path::PathBuf>> {
         }
     }
     Ok(files)
-}
-
-fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
-    bytes.windows(wanted.len()).any(|window| window == wanted)
 }
