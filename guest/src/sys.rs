@@ -1,16 +1,36 @@
 //! What needs `unsafe` in this program: work between fork and exec, and real-time signals.
 #![allow(unsafe_code)] // The two calls below have no safe counterpart in std or nix.
 
-use nix::{errno::Errno, libc, sys::stat::Mode};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::{
+        resource::{Resource, setrlimit},
+        stat::Mode,
+    },
+};
 use seccompiler::BpfProgram;
 use std::io;
 
-/// Makes the command start in a session of its own, as likely a victim of the OOM killer as any program (the agent
-/// is spared, and its children would inherit that), and behind `filter`.
+/// The most descriptors of the agent: two for a connection of a link, up to six for a command.
+const AGENT_DESCRIPTORS: u64 = 16_384;
+
+/// What every program starts with, and how far it may raise that: systemd's values. More at the start would break
+/// programs that use select(2).
+const DESCRIPTORS: (u64, u64) = (1024, 524_288);
+
+/// Gives the agent its descriptors: the kernel's 1024 are fewer than its connections.
+pub(crate) fn raise_descriptor_limit() -> nix::Result<()> {
+    setrlimit(Resource::RLIMIT_NOFILE, AGENT_DESCRIPTORS, DESCRIPTORS.1)
+}
+
+/// Makes the command start in a session of its own and behind `filter`, with the usual limit of descriptors and as
+/// likely a victim of the OOM killer as any program: what the agent has for itself is not for its children.
 pub(crate) fn isolate(command: &mut tokio::process::Command, filter: Option<BpfProgram>) {
     let prepare = move || -> io::Result<()> {
         nix::unistd::setsid()?;
-        // Not there in a test's sandbox; nothing depends on it.
+        // Neither is worth a command that does not start.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS.0, DESCRIPTORS.1);
         if let Ok(file) =
             nix::fcntl::open(c"/proc/self/oom_score_adj", nix::fcntl::OFlag::O_WRONLY, Mode::empty())
         {

@@ -134,6 +134,8 @@ pub(crate) fn run() -> Result<(), AgentError> {
     let config: BootConfig = serde_json::from_slice(&json).map_err(AgentError::Config)?;
     let boot_id = handshake::boot_id().map_err(start("read the boot id"))?;
     let log = Log::start().map_err(start("start the log"))?;
+    crate::sys::raise_descriptor_limit()
+        .map_err(|errno| AgentError::Start { what: "raise the limit of open files", source: errno.into() })?;
     // The guest is of no use without its agent. Needs root, as everything here.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
