@@ -142,7 +142,9 @@ async fn open(shim: &Shim) -> Result<Channel, ChannelError> {
             Err(ChannelError::BootId(foreign(&boot_id)))
         }
         HelloReply::Welcome { boot_id, phase, .. } => {
-            shim.tickets().taken(&boot_id);
+            if shim.tickets().taken(&boot_id) {
+                shim.guest_rebooted();
+            }
             Ok(Channel { stream, boot_id, phase })
         }
         HelloReply::Refused { reason } => Err(ChannelError::Refused(foreign(&reason))),

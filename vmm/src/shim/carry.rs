@@ -47,7 +47,7 @@ impl Drop for Open {
     }
 }
 
-/// Relays between the two ends until they are done, the link is removed or the shim stops. `link` is `None` where an
+/// Relays between the two ends until they are done, the link is removed, the guest reboots or the shim stops. `link` is `None` where an
 /// operator connects to a port.
 pub(super) async fn carry<OR, OW>(
     shim: &Shim,
@@ -81,6 +81,7 @@ pub(super) async fn carry<OR, OW>(
             |bytes| count(&back, &counters.bytes_in, bytes),
         ) => done.err().map(|error| chain(&error)),
         () = removed => Some("The link was removed".into()),
+        () = shim.rebooted() => Some("The guest was started anew".into()),
         () = shim.stopped() => Some("The shim was stopped".into()),
     };
     drop((opener, target, open));

@@ -151,6 +151,7 @@ async fn run_exec(shim: &Shim, client: &mut UnixStream, exec: Exec, attempt: Att
     let end = tokio::select! {
         end = watch_agent(Passage::new(from_agent, to_client), &back) => end,
         reason = pass_input(Passage::new(from_client, to_agent), &out) => ExecEnd::Cut(reason),
+        () = shim.rebooted() => ExecEnd::Cut("The guest was started anew".into()),
         () = shim.stopped() => ExecEnd::Cut("The shim was stopped".into()),
     };
     let mut outcome = Outcome {

@@ -58,6 +58,8 @@ pub(super) struct Shim {
     /// The agent is to be told of a new configuration.
     pub(super) renewed: Notify,
     stop: watch::Sender<bool>,
+    /// Counts the guest's reboots.
+    reboots: watch::Sender<u64>,
     connections: Arc<Semaphore>,
     sessions: Arc<Semaphore>,
 }
@@ -88,6 +90,7 @@ impl Shim {
             agent: Mutex::default(),
             renewed: Notify::new(),
             stop: watch::Sender::new(false),
+            reboots: watch::Sender::new(0),
             connections: Arc::new(Semaphore::new(limits::CONNECTIONS)),
             sessions: Arc::new(Semaphore::new(limits::SESSIONS)),
         };
@@ -115,6 +118,17 @@ impl Shim {
         self.links.apply(config);
         *locked(&self.credentials) = config.credentials.clone();
         self.observed.send_modify(|seen| seen.generation = seen.generation.wrapping_add(1));
+    }
+
+    /// Ends all connections to the guest that was: the vsock device does not, and their other ends would wait for ever.
+    pub(super) fn guest_rebooted(&self) {
+        self.reboots.send_modify(|count| *count = count.wrapping_add(1));
+    }
+
+    /// Waits until the guest has been started anew.
+    pub(super) async fn rebooted(&self) {
+        // The sender lives as long as the shim, so this ends only with a reboot.
+        let _ = self.reboots.subscribe().changed().await;
     }
 
     pub(super) fn credentials(&self) -> BTreeMap<String, PathBuf> {

@@ -48,12 +48,12 @@ impl BootTickets {
         self.offered = Some(ticket);
     }
 
-    /// The agent has taken the offered ticket.
-    pub(super) fn taken(&mut self, boot_id: &str) {
+    /// The agent has taken the offered ticket. Returns whether the guest has been started anew since the last one.
+    pub(super) fn taken(&mut self, boot_id: &str) -> bool {
         let same = self.boot_id.as_deref() == Some(boot_id);
         self.previous = self.current.take().filter(|_| same);
         self.current = self.offered.take();
-        self.boot_id = Some(boot_id.into());
+        self.boot_id.replace(boot_id.into()).is_some() && !same
     }
 
     /// Whether a guest that repeats `ticket` has it from a control channel of this boot.
