@@ -6,7 +6,7 @@ use crate::fleet::{
     problem::{Finding, Path, Spot, quoted},
     schema::{Fleet, HostTarget, Link, Target, VmTarget},
 };
-use lair_guest::wire::{AGENT_PORT, LINK_PORT};
+use lair_guest::wire::AGENT_PORT;
 
 /// The most sides that one link may have.
 const FROM_MAX: usize = 1024;
@@ -114,11 +114,11 @@ fn to_vm<'a>(
     }
     let port_path = path.key("port");
     // The last is vsock's word for "any".
-    if [0, AGENT_PORT, LINK_PORT, u32::MAX].contains(&target.port) {
+    if [0, AGENT_PORT, u32::MAX].contains(&target.port) {
         let message = format!(
             "vsock port {} cannot be used; {} to {} can, below that are Lair's own",
             target.port,
-            LINK_PORT.saturating_add(1),
+            AGENT_PORT.saturating_add(1),
             u32::MAX - 1
         );
         verdict.error(Finding::at(&port_path, message));
