@@ -279,7 +279,7 @@ struct address { unsigned short family, zero; unsigned port, cid; unsigned char 
 int main(void) {
   const char *text = "{\"version\":1,\"ticket\":\"0000000000000000000000000000000000000000000000000000000000000000\",\"link\":\"out\"}";
   unsigned char head[5] = { 0, strlen(text), 0, 0, 0 }, reply[4096];
-  struct address host = { 40, 0, 2, 2 };
+  struct address host = { 40, 0, PORT, 2 };
   int fd = socket(40, SOCK_STREAM, 0);
   if (fd < 0 || connect(fd, (struct sockaddr *)&host, sizeof host)) return printf("no connection: %s\n", strerror(errno)), 0;
   write(fd, head, 5);
@@ -306,7 +306,8 @@ int main(void) {
     host.start()?;
     host.wait_ready("guest", BOOT)?;
     host.write_file("guest", "/tmp/forge.c", FORGE.as_bytes())?;
-    let said = host.shell("guest", "cd /tmp && tcc forge.c -o forge && ./forge")?;
+    let port = lair_guest::wire::LINK_PORT;
+    let said = host.shell("guest", &format!("cd /tmp && tcc -DPORT={port}u forge.c -o forge && ./forge"))?;
     assert!(said.contains("refused") && said.contains("then closed"), "{said}");
     assert!(listener.accept().is_err(), "the forged connection reached the host's socket");
     let audit = std::fs::read_to_string(host.state_file("guest", "audit.jsonl"))?;
