@@ -1,4 +1,4 @@
-//! The test bed as a library: what `tests/demo`, `tests/run` and `tests/bench` share.
+//! The test bed as a library: what `tests/demo` and `tests/run` share.
 //!
 //! | module | what is in it |
 //! |---|---|
