@@ -17,14 +17,38 @@ use std::{
 /// The kernel takes paths of up to 4095 bytes, so deeper ones are walked in pieces of about this size.
 const PIECE: usize = 3072;
 
+/// RESOLVE_CACHED of openat2(2), since Linux 5.12: EAGAIN instead of waiting for a directory to be read.
+const CACHED: ResolveFlag = ResolveFlag::from_bits_retain(0x20);
+
 /// Opens the file or directory with these components below `dir`. No components: `dir` itself, again.
 pub(crate) fn open(dir: BorrowedFd<'_>, components: &[&[u8]], flags: OFlag) -> nix::Result<OwnedFd> {
+    walk(dir, components, flags, ResolveFlag::empty())
+}
+
+/// Opens a regular file for reading. What else may lie there by now is not opened for good: a FIFO does not block.
+/// With `cached`, EAGAIN if what leads to it is not in memory, or if that cannot be told.
+pub(crate) fn open_file(dir: BorrowedFd<'_>, components: &[&[u8]], cached: bool) -> nix::Result<File> {
+    let flags = OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let fd = if cached {
+        walk(dir, components, flags, CACHED).map_err(|errno| match errno {
+            // An older kernel.
+            Errno::EINVAL => Errno::EAGAIN,
+            errno => errno,
+        })?
+    } else {
+        walk(dir, components, flags, ResolveFlag::empty())?
+    };
+    let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode & SFlag::S_IFMT.bits());
+    if kind == SFlag::S_IFREG { Ok(File::from(fd)) } else { Err(Errno::EIO) }
+}
+
+fn walk(dir: BorrowedFd<'_>, components: &[&[u8]], flags: OFlag, how: ResolveFlag) -> nix::Result<OwnedFd> {
     let mut held: Option<OwnedFd> = None;
     let mut piece: Vec<u8> = Vec::new();
     for component in components {
         if piece.len() > PIECE {
             let from = held.as_ref().map_or(dir, AsFd::as_fd);
-            held = Some(open_piece(from, &piece, OFlag::O_PATH | OFlag::O_DIRECTORY)?);
+            held = Some(open_piece(from, &piece, OFlag::O_PATH | OFlag::O_DIRECTORY, how)?);
             piece.clear();
         }
         if !piece.is_empty() {
@@ -35,21 +59,14 @@ pub(crate) fn open(dir: BorrowedFd<'_>, components: &[&[u8]], flags: OFlag) -> n
     if piece.is_empty() {
         piece.push(b'.');
     }
-    open_piece(held.as_ref().map_or(dir, AsFd::as_fd), &piece, flags)
+    open_piece(held.as_ref().map_or(dir, AsFd::as_fd), &piece, flags, how)
 }
 
-/// Opens a regular file for reading. What else may lie there by now is not opened for good: a FIFO does not block.
-pub(crate) fn open_file(dir: BorrowedFd<'_>, components: &[&[u8]]) -> nix::Result<File> {
-    let fd = open(dir, components, OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)?;
-    let kind = SFlag::from_bits_truncate(fstat(&fd)?.st_mode & SFlag::S_IFMT.bits());
-    if kind == SFlag::S_IFREG { Ok(File::from(fd)) } else { Err(Errno::EIO) }
-}
-
-fn open_piece(dir: BorrowedFd<'_>, path: &[u8], flags: OFlag) -> nix::Result<OwnedFd> {
-    let how = OpenHow::new().flags(flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW).resolve(
-        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS,
-    );
-    openat2(dir, OsStr::from_bytes(path), how)
+fn open_piece(dir: BorrowedFd<'_>, path: &[u8], flags: OFlag, how: ResolveFlag) -> nix::Result<OwnedFd> {
+    let beneath =
+        ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+    let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW;
+    openat2(dir, OsStr::from_bytes(path), OpenHow::new().flags(flags).resolve(beneath | how))
 }
 
 #[cfg(test)]
@@ -60,7 +77,7 @@ mod tests {
     fn read(dir: &OwnedFd, components: &[&str]) -> nix::Result<String> {
         let components: Vec<&[u8]> = components.iter().map(|c| c.as_bytes()).collect();
         let mut text = String::new();
-        open_file(dir.as_fd(), &components)?.read_to_string(&mut text).unwrap();
+        open_file(dir.as_fd(), &components, false)?.read_to_string(&mut text).unwrap();
         Ok(text)
     }
 

@@ -5,6 +5,7 @@
 //! [`store`] say what is shown; the supervisor uses them too.
 
 mod beneath;
+pub(crate) mod buffers;
 pub mod control;
 pub mod fd;
 pub mod files;

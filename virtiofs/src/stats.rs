@@ -55,6 +55,8 @@ pub struct Stats {
     pub read_failures: Counter,
     /// Files opened on the host.
     pub opens: Counter,
+    /// Reads that had to wait for a disk.
+    pub cold_reads: Counter,
 }
 
 impl Default for Stats {
@@ -69,6 +71,7 @@ impl Default for Stats {
             refused: Counter::default(),
             read_failures: Counter::default(),
             opens: Counter::default(),
+            cold_reads: Counter::default(),
         }
     }
 }
@@ -110,6 +113,7 @@ pub fn prometheus(server: &Server) -> String {
         ("refused_connections", "Connections refused because one was served", &stats.refused),
         ("read_failures", "Reads that failed on the host", &stats.read_failures),
         ("opens", "Files opened on the host", &stats.opens),
+        ("cold_reads", "Reads that had to wait for a disk", &stats.cold_reads),
     ] {
         let value = counter.get();
         let _ = writeln!(text, "# HELP lair_virtiofs_{name}_total {help}.");

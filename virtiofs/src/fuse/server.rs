@@ -59,6 +59,18 @@ pub struct FileRead {
     pub unique: u64,
 }
 
+impl FileRead {
+    /// Makes `reply` the header that goes before the contents.
+    pub fn header(&self, reply: &mut Vec<u8>) {
+        reply.clear();
+        reply.resize(OUT_HEADER, 0);
+        let header = u32::try_from(OUT_HEADER).unwrap_or_default();
+        // READ_MAX keeps it within 32 bits.
+        let len = self.length.saturating_add(header);
+        put_header(OutHeader { len, error: 0, unique: self.unique }, reply);
+    }
+}
+
 /// Answers requests about one tree.
 #[derive(Debug)]
 pub struct Server {

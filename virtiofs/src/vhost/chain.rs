@@ -1,19 +1,23 @@
 //! Walking a descriptor chain. The library's own iterator ends at the first mistake as if the chain ended there; here a
 //! mistake is an error, so that a request is either whole or refused.
 
+use smallvec::SmallVec;
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
 
 use super::QUEUE_SIZE_MAX;
 
-/// The guest's buffers of one request. What they hold may change at any time.
+/// Buffers of the guest. Those of all requests but large READs fit on the stack.
+pub(super) type Buffers<'a> = SmallVec<[VolatileSlice<'a>; 8]>;
+
+/// The guest's buffers of one request, neighbours merged. What they hold may change at any time.
 #[derive(Debug, Default)]
 pub(super) struct Chain<'a> {
     /// The request.
-    pub(super) readable: Vec<VolatileSlice<'a>>,
+    pub(super) readable: Buffers<'a>,
     /// Room for the reply.
-    pub(super) writable: Vec<VolatileSlice<'a>>,
+    pub(super) writable: Buffers<'a>,
     /// Bytes of the request.
     pub(super) request: u32,
     /// Bytes of room.
@@ -40,56 +44,74 @@ pub(super) enum ChainError {
 }
 
 /// A descriptor table: a queue's own, or an indirect one.
-#[derive(Clone, Copy)]
-struct Table {
-    address: GuestAddress,
+pub(super) struct Table<'a> {
+    slice: VolatileSlice<'a>,
     size: u16,
     indirect: bool,
 }
 
-impl Table {
-    fn get(self, mem: &GuestMemoryMmap, index: u16) -> Result<Descriptor, ChainError> {
+impl<'a> Table<'a> {
+    /// Bytes of a descriptor.
+    pub(super) const ENTRY: usize = size_of::<Descriptor>();
+
+    /// A queue's own table of `size` descriptors.
+    pub(super) fn new(slice: VolatileSlice<'a>, size: u16) -> Self {
+        Self { slice, size, indirect: false }
+    }
+
+    fn get(&self, index: u16) -> Result<Descriptor, ChainError> {
         if index >= self.size {
             return Err(ChainError::Index(self.size));
         }
-        let offset = u64::from(index).saturating_mul(size_of::<Descriptor>() as u64);
-        let address = self.address.checked_add(offset).ok_or(ChainError::Table)?;
-        mem.read_obj(address).map_err(|_| ChainError::Table)
+        self.slice.read_obj(usize::from(index).saturating_mul(Self::ENTRY)).map_err(|_| ChainError::Table)
     }
 
-    fn indirect(self, desc: &Descriptor) -> Result<Self, ChainError> {
-        let entry = u32::try_from(size_of::<Descriptor>()).unwrap_or(1);
+    fn indirect(&self, mem: &'a GuestMemoryMmap, desc: &Descriptor) -> Result<Self, ChainError> {
         let wrong = ChainError::Indirect(desc.len());
-        if self.indirect || desc.has_next() || desc.len() == 0 || !desc.len().is_multiple_of(entry) {
+        let length = usize::try_from(desc.len()).map_err(|_| wrong)?;
+        if self.indirect || desc.has_next() || length == 0 || !length.is_multiple_of(Self::ENTRY) {
             return Err(wrong);
         }
-        let size = desc.len().checked_div(entry).and_then(|n| u16::try_from(n).ok()).ok_or(wrong)?;
-        Ok(Self { address: desc.addr(), size, indirect: true })
+        let size = length.checked_div(Self::ENTRY).and_then(|n| u16::try_from(n).ok()).ok_or(wrong)?;
+        let slice = mem.get_slice(desc.addr(), length).map_err(|_| ChainError::Table)?;
+        Ok(Self { slice, size, indirect: true })
     }
 }
 
+/// Neighbouring buffers of one direction, which become one.
+#[derive(Default)]
+struct Run {
+    at: u64,
+    length: u64,
+    write: bool,
+}
+
 impl<'a> Chain<'a> {
-    /// Walks the chain that begins at `head` in a queue's table at `table` of `size` descriptors.
-    pub(super) fn walk(
-        mem: &'a GuestMemoryMmap,
-        table: u64,
-        size: u16,
-        head: u16,
-    ) -> Result<Self, ChainError> {
-        let mut table = Table { address: GuestAddress(table), size, indirect: false };
+    /// Walks the chain that begins at `head` in `table`.
+    pub(super) fn walk(mem: &'a GuestMemoryMmap, table: Table<'a>, head: u16) -> Result<Self, ChainError> {
+        let mut table = table;
         let mut chain = Self::default();
+        let mut run = Run::default();
         let mut index = head;
         for _ in 0..QUEUE_SIZE_MAX {
-            let mut desc = table.get(mem, index)?;
+            let mut desc = table.get(index)?;
             if desc.refers_to_indirect_table() {
-                table = table.indirect(&desc)?;
-                desc = table.get(mem, 0)?;
+                table = table.indirect(mem, &desc)?;
+                desc = table.get(0)?;
                 if desc.refers_to_indirect_table() {
                     return Err(ChainError::Indirect(desc.len()));
                 }
             }
-            chain.add(mem, &desc)?;
+            chain.count(&desc, run.write)?;
+            let length = u64::from(desc.len());
+            if run.write == desc.is_write_only() && run.at.checked_add(run.length) == Some(desc.addr().0) {
+                run.length = run.length.saturating_add(length);
+            } else {
+                chain.add(mem, &run)?;
+                run = Run { at: desc.addr().0, length, write: desc.is_write_only() };
+            }
             if !desc.has_next() {
+                chain.add(mem, &run)?;
                 return Ok(chain);
             }
             index = desc.next();
@@ -97,18 +119,21 @@ impl<'a> Chain<'a> {
         Err(ChainError::Length)
     }
 
-    fn add(&mut self, mem: &'a GuestMemoryMmap, desc: &Descriptor) -> Result<(), ChainError> {
-        let (slices, total) = if desc.is_write_only() {
-            (&mut self.writable, &mut self.room)
-        } else if self.writable.is_empty() {
-            (&mut self.readable, &mut self.request)
-        } else {
-            return Err(ChainError::Order);
+    fn count(&mut self, desc: &Descriptor, writing: bool) -> Result<(), ChainError> {
+        let total = match (writing, desc.is_write_only()) {
+            (_, true) => &mut self.room,
+            (false, false) => &mut self.request,
+            (true, false) => return Err(ChainError::Order),
         };
         *total = total.checked_add(desc.len()).ok_or(ChainError::Bytes)?;
         self.request.checked_add(self.room).ok_or(ChainError::Bytes)?;
-        let length = usize::try_from(desc.len()).map_err(|_| ChainError::Bytes)?;
-        for slice in mem.get_slices(desc.addr(), length) {
+        Ok(())
+    }
+
+    fn add(&mut self, mem: &'a GuestMemoryMmap, run: &Run) -> Result<(), ChainError> {
+        let slices = if run.write { &mut self.writable } else { &mut self.readable };
+        let length = usize::try_from(run.length).map_err(|_| ChainError::Bytes)?;
+        for slice in mem.get_slices(GuestAddress(run.at), length) {
             slices.push(slice.map_err(|_| ChainError::Buffer)?);
         }
         Ok(())
@@ -144,7 +169,12 @@ mod tests {
 
     fn walk(mem: &GuestMemoryMmap, descriptors: &[(u64, u32, u16, u16)]) -> Result<(u32, u32), ChainError> {
         put(mem, TABLE, descriptors);
-        Chain::walk(mem, TABLE, SIZE, 0).map(|c| (c.request, c.room))
+        whole(mem, TABLE, 0).map(|c| (c.request, c.room))
+    }
+
+    fn whole(mem: &GuestMemoryMmap, at: u64, head: u16) -> Result<Chain<'_>, ChainError> {
+        let slice = mem.get_slice(GuestAddress(at), usize::from(SIZE) * Table::ENTRY).unwrap();
+        Chain::walk(mem, Table::new(slice, SIZE), head)
     }
 
     #[test]
@@ -155,7 +185,21 @@ mod tests {
         assert_eq!(walk(&mem, &[(0x8000, 48, INDIRECT, 0)]), Ok((40, 16)));
         // Across two regions: two slices.
         put(&mem, TABLE, &[((1 << 20) - 8, 16, 0, 0)]);
-        assert_eq!(Chain::walk(&mem, TABLE, SIZE, 0).unwrap().readable.len(), 2);
+        assert_eq!(whole(&mem, TABLE, 0).unwrap().readable.len(), 2);
+    }
+
+    #[test]
+    fn neighbours_are_merged() {
+        let mem = memory();
+        let pages = [(0x4000, 40, NEXT, 1), (0x6000, 4096, WRITE | NEXT, 2), (0x7000, 4096, WRITE | NEXT, 3)];
+        put(&mem, TABLE, &pages);
+        put(&mem, TABLE + 48, &[(0x9000, 16, WRITE, 0)]);
+        let chain = whole(&mem, TABLE, 0).unwrap();
+        let lengths = |buffers: &Buffers<'_>| buffers.iter().map(VolatileSlice::len).collect::<Vec<_>>();
+        assert_eq!((lengths(&chain.readable), lengths(&chain.writable)), (vec![40], vec![8192, 16]));
+        // One that ends where a buffer of the other direction begins.
+        put(&mem, TABLE, &[(0x4000, 40, NEXT, 1), (0x4028, 16, WRITE, 0)]);
+        assert_eq!(lengths(&whole(&mem, TABLE, 0).unwrap().writable), [16]);
     }
 
     #[test]
@@ -187,8 +231,6 @@ mod tests {
         for address in [2 << 20, (2 << 20) - 8, u64::MAX, u64::MAX - 15, 0xfee0_0000] {
             assert_eq!(walk(&mem, &[(address, 16, 0, 0)]), Err(ChainError::Buffer), "{address:#x}");
         }
-        assert_eq!(Chain::walk(&mem, u64::MAX - 7, SIZE, 1).err(), Some(ChainError::Table));
-        assert_eq!(Chain::walk(&mem, 1 << 40, SIZE, 0).err(), Some(ChainError::Table));
     }
 
     #[test]
@@ -208,9 +250,10 @@ mod tests {
         assert_eq!(walk(&mem, &[(0x8000, 16, INDIRECT, 0)]), Err(ChainError::Indirect(32)));
         put(&mem, 0x8000, &[(0x4000, 4, NEXT, 1), (0x8000, 32, INDIRECT, 0)]);
         assert_eq!(walk(&mem, &[(0x8000, 32, INDIRECT, 0)]), Err(ChainError::Indirect(32)));
-        // A loop in the largest table is bounded too.
+        // A loop in a large table is bounded too; a table across two regions is none.
         put(&mem, 0x8000, &[(0x4000, 1, NEXT, 0)]);
-        assert_eq!(walk(&mem, &[(0x8000, 16 * 65_535, INDIRECT, 0)]), Err(ChainError::Length));
+        assert_eq!(walk(&mem, &[(0x8000, 16 * 60_000, INDIRECT, 0)]), Err(ChainError::Length));
+        assert_eq!(walk(&mem, &[(0x8000, 16 * 65_535, INDIRECT, 0)]), Err(ChainError::Table));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::{
     Config, QUEUE_SIZE_MAX, Service,
-    queue::{Context, Memory, QueueState, Vring},
+    queue::{Memory, Queue, State, Vring},
 };
 use crate::fuse::Session;
 use std::{
@@ -26,14 +26,11 @@ use vmm_sys_util::{
     event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier},
 };
 
-/// A connection's device.
+/// A connection's device. Each queue has a worker thread of its own.
 pub(super) struct Device {
-    service: Arc<Service>,
     config: Config,
-    memory: Memory,
-    session: Session,
-    queues: Vec<QueueState>,
-    stopping: AtomicBool,
+    queues: Vec<Arc<Queue>>,
+    stopping: Arc<AtomicBool>,
     /// Ends the connection.
     shutdown: OnceLock<ShutdownHandle>,
     /// The reading ends of the exit events. The library forgets them without closing them.
@@ -55,14 +52,22 @@ impl Drop for WorkerGuard {
 
 impl Device {
     pub(super) fn new(service: Arc<Service>, config: Config, memory: Memory) -> Self {
-        let queues = (0..config.queues()).map(|_| QueueState::default()).collect();
+        let session = Arc::new(Session::new());
+        let stopping = Arc::new(AtomicBool::new(false));
+        let queue = |number| {
+            Arc::new(Queue {
+                service: service.clone(),
+                session: session.clone(),
+                memory: memory.clone(),
+                stopping: stopping.clone(),
+                number,
+                state: Mutex::new(State::default()),
+            })
+        };
         Self {
-            service,
+            queues: (0..config.queues()).map(queue).collect(),
             config,
-            memory,
-            session: Session::new(),
-            queues,
-            stopping: AtomicBool::new(false),
+            stopping,
             shutdown: OnceLock::new(),
             exits: Mutex::default(),
         }
@@ -115,6 +120,11 @@ impl VhostUserBackend for Device {
         usize::from(QUEUE_SIZE_MAX)
     }
 
+    fn queues_per_thread(&self) -> Vec<u64> {
+        let bit = |number| u32::try_from(number).ok().and_then(|number| 1u64.checked_shl(number));
+        (0..self.config.queues()).filter_map(bit).collect()
+    }
+
     fn features(&self) -> u64 {
         (1 << VIRTIO_F_VERSION_1)
             | (1 << VIRTIO_RING_F_INDIRECT_DESC)
@@ -131,7 +141,7 @@ impl VhostUserBackend for Device {
     }
 
     fn reset_device(&self) {
-        self.queues.iter().for_each(QueueState::stop);
+        self.queues.iter().for_each(|queue| queue.stop());
     }
 
     /// The library's queues know it.
@@ -176,19 +186,12 @@ impl VhostUserBackend for Device {
         device_event: u16,
         _evset: EventSet,
         vrings: &[Vring],
-        _thread_id: usize,
+        thread_id: usize,
     ) -> io::Result<()> {
         self.watch_worker();
-        let number = usize::from(device_event);
-        if let (Some(queue), Some(vring)) = (self.queues.get(number), vrings.get(number)) {
-            let context = Context {
-                service: &self.service,
-                session: &self.session,
-                memory: &self.memory,
-                stopping: &self.stopping,
-                number,
-            };
-            queue.run(&context, vring);
+        // A worker's only vring is its queue's. Other events than that queue's are the library's.
+        if let (0, Some(queue), [vring]) = (device_event, self.queues.get(thread_id), vrings) {
+            queue.run(vring);
         }
         Ok(())
     }

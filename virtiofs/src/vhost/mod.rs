@@ -5,17 +5,20 @@
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
-mod buffers;
 mod chain;
+mod cold;
 mod config;
 mod device;
 mod queue;
+mod ring;
 mod serve;
+mod spin;
 
 pub use config::{Config, ConfigError};
 pub use serve::{ServeError, serve};
 
 use crate::{files::Files, fuse::Server, throttle::Throttle};
+use cold::Pool;
 
 /// The largest queue, in descriptors.
 pub const QUEUE_SIZE_MAX: u16 = 1024;
@@ -29,11 +32,13 @@ pub struct Service {
     pub files: Files,
     /// For lines about what the guest or the hypervisor does wrong.
     pub(crate) trouble: Throttle,
+    /// Waits for disks.
+    pool: Pool,
 }
 
 impl Service {
     /// A service of what `server` knows, with the store directories from which its tree was built.
     pub fn new(server: Server, files: Files) -> Self {
-        Self { server, files, trouble: Throttle::new() }
+        Self { server, files, trouble: Throttle::new(), pool: Pool::new() }
     }
 }

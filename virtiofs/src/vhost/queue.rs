@@ -1,22 +1,37 @@
-//! One virtqueue: taking requests and publishing replies, strictly one after the other.
+//! One virtqueue: taking requests, answering them, publishing the replies in the order of the requests.
 //!
-//! Because a request is published before the next one is taken, the next request is always the one at the used index. So
-//! a queue that starts, starts there, whatever base the frontend gives: a backend that was killed loses no request.
+//! Because replies are published in order, the requests that are left are always those from the used index on. So a queue that
+//! starts, starts there, whatever base the frontend gives: a backend that was killed loses no request. All requests may be
+//! answered twice without harm.
+//!
+//! What is in memory is answered at once, by the queue's own thread. A read that has to wait for a disk goes to the [`Pool`];
+//! meanwhile the requests behind it are answered too, and their replies wait to be published.
 
-use super::{Service, buffers, chain::Chain};
+use super::{
+    Service,
+    chain::{Chain, ChainError},
+    ring::{Ring, RingError},
+    spin::{Pace, WINDOW},
+};
 use crate::{
-    fd,
+    buffers, fd,
+    files::Read,
     fuse::{FileRead, Outcome, Request, Session},
 };
 use nix::errno::Errno;
-use std::sync::{
-    Mutex, PoisonError,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    collections::VecDeque,
+    hint::spin_loop,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Instant,
 };
 use thiserror::Error;
 use tracing::warn;
 use vhost_user_backend::{VringMutex, VringState, VringT};
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
@@ -25,18 +40,56 @@ pub(super) type Vring = VringMutex<Memory>;
 /// The most of a request that is copied. What is served is far shorter; a long WRITE is refused by its header.
 const REQUEST_MAX: usize = 8 << 10;
 
-/// What is kept for a queue besides the library's state.
-#[derive(Debug, Default)]
-pub(super) struct QueueState {
-    /// Locked while a request is between taken and published.
-    phase: Mutex<Phase>,
+/// After so many requests the guest is told, and others get a look at the queue.
+const BURST: u32 = 32;
+
+/// After so many bytes of replies likewise: copying them takes longer than an interrupt.
+const BURST_BYTES: u32 = 256 << 10;
+
+/// How often the available index is looked at before the clock is.
+const POLLS: u32 = 32;
+
+/// The high-priority queue, which only brings FORGET: nobody waits for it.
+const HIPRIO: usize = 0;
+
+/// One virtqueue of a connection.
+pub(super) struct Queue {
+    pub(super) service: Arc<Service>,
+    pub(super) session: Arc<Session>,
+    pub(super) memory: Memory,
+    /// The connection is over.
+    pub(super) stopping: Arc<AtomicBool>,
+    /// For log lines, and for which queues poll.
+    pub(super) number: usize,
+    /// Locked before the vring is.
+    pub(super) state: Mutex<State>,
 }
 
-/// What became of an attempt to serve a request.
-enum Step {
-    Served,
-    Empty,
-    Stopped,
+/// What is kept for a queue besides the library's state, whose next available index is always the next used one here: what is
+/// taken but not published would be taken again after a stop.
+#[derive(Default)]
+pub(super) struct State {
+    phase: Phase,
+    /// Counts starts and stops, so that a read that began before one is not published after it.
+    epoch: u64,
+    /// Requests taken and not yet published, the oldest first. Empty unless that one waits for a disk.
+    pending: VecDeque<Pending>,
+    pace: Pace,
+    /// Where it is, once it has run.
+    vring: Option<Vring>,
+    scratch: Box<Scratch>,
+}
+
+/// Private memory for one request and its reply, so that serving allocates nothing.
+struct Scratch {
+    request: [u8; REQUEST_MAX],
+    reply: Vec<u8>,
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self { request: [0; REQUEST_MAX], reply: Vec::new() }
+    }
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -49,137 +102,383 @@ enum Phase {
     Broken,
 }
 
+/// A request that was taken.
+#[derive(Debug)]
+struct Pending {
+    head: u16,
+    answer: Answer,
+}
+
+#[derive(Debug)]
+enum Answer {
+    /// So many bytes of the chain were used.
+    Used(u32),
+    /// It waits for a disk.
+    Waits(FileRead),
+}
+
+/// How a burst ended.
+enum Burst {
+    /// There may be more.
+    More,
+    /// Nothing is left. The guest was not asked for a kick.
+    Empty,
+    /// The queue does not run.
+    Stopped,
+}
+
 /// How a guest breaks a queue.
 #[derive(Debug, Error)]
 enum Broken {
     #[error("The available index is {available} where {next} is next, in a queue of {size}")]
     AvailableIndex { available: u16, next: u16, size: u16 },
-    #[error("The ring cannot be used")]
-    Ring(#[from] virtio_queue::Error),
-    #[error("A ring entry cannot be read")]
-    Entry,
+    #[error("A chain begins at descriptor {head}, in a queue of {size}")]
+    Head { head: u16, size: u16 },
+    #[error(transparent)]
+    Ring(#[from] RingError),
 }
 
-/// What a queue needs to be served.
-pub(super) struct Context<'a> {
-    pub(super) service: &'a Service,
-    pub(super) session: &'a Session,
-    pub(super) memory: &'a Memory,
-    /// The connection is over.
-    pub(super) stopping: &'a AtomicBool,
-    /// For log lines.
-    pub(super) number: usize,
-}
-
-impl QueueState {
-    /// Waits for the request in progress. The queue then is as new.
+impl Queue {
+    /// Gives up what is not published. The queue then is as new.
     pub(super) fn stop(&self) {
-        *self.lock() = Phase::Stopped;
+        let mut state = self.lock();
+        state.phase = Phase::Stopped;
+        state.forget();
     }
 
     /// Serves all that the guest has made available.
-    pub(super) fn run(&self, context: &Context<'_>, vring: &Vring) {
-        if let Err(error) = self.drain(context, vring) {
-            let mut phase = self.lock();
-            // It may have been stopped meanwhile. It cannot have been started again: only this thread does that.
-            if *phase == Phase::Running {
-                *phase = Phase::Broken;
-            }
-            context.service.server.stats().broken_queues.add(1);
-            if let Some(skipped) = context.service.trouble.admit() {
-                let error: &dyn std::error::Error = &error;
-                warn!(
-                    error,
-                    queue = context.number,
-                    skipped,
-                    "The guest broke a queue; it is served no more"
-                );
-            }
+    pub(super) fn run(self: &Arc<Self>, vring: &Vring) {
+        if let Err(error) = self.serve(vring) {
+            self.broke(&error);
         }
     }
 
-    fn drain(&self, context: &Context<'_>, vring: &Vring) -> Result<(), Broken> {
-        if !self.start(context, vring)? {
+    fn broke(&self, error: &Broken) {
+        let mut state = self.lock();
+        // It may have been stopped meanwhile.
+        if state.phase == Phase::Running {
+            state.phase = Phase::Broken;
+            state.forget();
+        }
+        drop(state);
+        self.service.server.stats().broken_queues.add(1);
+        if let Some(skipped) = self.service.trouble.admit() {
+            let error: &dyn std::error::Error = error;
+            warn!(error, queue = self.number, skipped, "The guest broke a queue; it is served no more");
+        }
+    }
+
+    fn serve(self: &Arc<Self>, vring: &Vring) -> Result<(), Broken> {
+        if !self.start(vring)? {
             return Ok(());
         }
         loop {
-            vring.disable_notification()?;
-            let stopped = loop {
-                match self.one(context, vring)? {
-                    Step::Served => {}
-                    Step::Empty => break false,
-                    Step::Stopped => break true,
+            match self.burst(vring)? {
+                Burst::More => {}
+                Burst::Stopped => return Ok(()),
+                Burst::Empty => {
+                    if !self.poll(vring)? && !self.sleep(vring)? {
+                        return Ok(());
+                    }
                 }
-            };
-            // A queue that was stopped may have been set up anew by now. Then another event says so.
-            if stopped || !vring.enable_notification()? {
-                return Ok(());
             }
         }
     }
 
     /// Makes a stopped queue run. `false` if it cannot.
-    fn start(&self, context: &Context<'_>, vring: &Vring) -> Result<bool, Broken> {
-        let mut phase = self.lock();
-        let mut state = vring.get_mut();
-        match *phase {
-            Phase::Running => return Ok(true),
+    fn start(&self, place: &Vring) -> Result<bool, Broken> {
+        let mut state = self.lock();
+        match state.phase {
+            Phase::Running => {
+                state.pace.wakes(Instant::now());
+                return Ok(true);
+            }
             Phase::Broken => return Ok(false),
-            Phase::Stopped if !runs(&state) => return Ok(false),
             Phase::Stopped => {}
         }
+        let mut vring = place.get_mut();
+        if !runs(&vring) {
+            return Ok(false);
+        }
         // The descriptors are the hypervisor's; a blocking one could hold the worker, and with it the connection.
-        state.get_kick().iter().for_each(fd::set_nonblocking);
-        state.get_call().iter().for_each(fd::set_nonblocking);
-        let queue = state.get_queue_mut();
+        vring.get_kick().iter().for_each(fd::set_nonblocking);
+        vring.get_call().iter().for_each(fd::set_nonblocking);
+        let queue = vring.get_queue_mut();
         let used = queue.next_used();
         queue.set_next_avail(used);
         if used != 0 {
-            context.session.resume();
+            self.session.resume();
         }
-        *phase = Phase::Running;
+        state.phase = Phase::Running;
+        state.vring = Some(place.clone());
+        state.forget();
         // What was published before may never have been told.
-        let _ = state.signal_used_queue();
+        let _ = vring.signal_used_queue();
         Ok(true)
     }
 
-    /// Serves one request.
-    fn one(&self, context: &Context<'_>, vring: &Vring) -> Result<Step, Broken> {
-        let phase = self.lock();
-        if *phase != Phase::Running || context.stopping.load(Ordering::Relaxed) {
-            return Ok(Step::Stopped);
+    /// Serves what is available, up to a limit, and tells the guest.
+    fn burst(self: &Arc<Self>, vring: &Vring) -> Result<Burst, Broken> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if state.phase != Phase::Running || self.stopping.load(Ordering::Relaxed) {
+            return Ok(Burst::Stopped);
         }
-        let memory = context.memory.memory();
-        let (head, table, size) = {
-            let mut state = vring.get_mut();
-            if !runs(&state) {
-                return Ok(Step::Stopped);
+        let memory = self.memory.memory();
+        let mut vring = vring.get_mut();
+        if !runs(&vring) {
+            return Ok(Burst::Stopped);
+        }
+        let ring = Ring::new(&memory, vring.get_queue())?;
+        ring.want_no_kick()?;
+        let begin = vring.get_queue().next_used();
+        let mut used = begin;
+        let (mut count, mut bytes) = (0u32, 0u32);
+        let end = loop {
+            if count >= BURST || bytes >= BURST_BYTES {
+                break Burst::More;
             }
-            match take(&mut state, &memory)? {
-                Some(head) => (head, state.get_queue().desc_table(), state.get_queue().size()),
-                None => return Ok(Step::Empty),
-            }
-        };
-        let used = match Chain::walk(&memory, table, size, head) {
-            Ok(chain) => answer(context, &chain),
-            Err(error) => {
-                context.service.server.stats().bad_chains.add(1);
-                if let Some(skipped) = context.service.trouble.admit() {
-                    warn!(%error, queue = context.number, skipped, "The guest sent a bad descriptor chain");
+            let Some(head) = state.take(&ring, used)? else { break Burst::Empty };
+            count = count.saturating_add(1);
+            match self.answer(&mut state.scratch, &ring, head) {
+                Answer::Used(length) if state.pending.is_empty() => {
+                    ring.publish(used, head, length)?;
+                    used = used.wrapping_add(1);
+                    bytes = bytes.saturating_add(length);
                 }
-                0
+                Answer::Waits(read) => {
+                    state.pending.push_back(Pending { head, answer: Answer::Waits(read) });
+                    self.warm(state, used, &read);
+                }
+                answer => state.pending.push_back(Pending { head, answer }),
             }
         };
-        vring.add_used(head, used)?;
-        if vring.needs_notification()? {
+        self.published(&ring, &mut vring, begin, used)?;
+        Ok(end)
+    }
+
+    /// Has a part of a file read by the pool; then the request is answered.
+    fn warm(self: &Arc<Self>, state: &State, used: u16, read: &FileRead) {
+        self.service.server.stats().cold_reads.add(1);
+        let behind = u16::try_from(state.pending.len().saturating_sub(1)).unwrap_or(u16::MAX);
+        let index = used.wrapping_add(behind);
+        let (queue, service, epoch, read) = (Arc::downgrade(self), self.service.clone(), state.epoch, *read);
+        self.service.pool.run(move || {
+            let Service { server, files, .. } = &*service;
+            files.warm(server.tree(), server.stats(), read.node, read.offset, u64::from(read.length));
+            // The connection may be over.
+            if let Some(queue) = Weak::upgrade(&queue) {
+                queue.finish(epoch, index).unwrap_or_else(|error| queue.broke(&error));
+            }
+        });
+    }
+
+    /// Answers a request whose contents are in memory by now, and publishes it with what it held up.
+    fn finish(&self, epoch: u64, index: u16) -> Result<(), Broken> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let Some(vring) =
+            state.vring.clone().filter(|_| state.phase == Phase::Running && state.epoch == epoch)
+        else {
+            return Ok(());
+        };
+        let memory = self.memory.memory();
+        let mut vring = vring.get_mut();
+        if !runs(&vring) {
+            // When it runs again, what is not published is taken again.
+            state.phase = Phase::Stopped;
+            state.forget();
+            return Ok(());
+        }
+        let ring = Ring::new(&memory, vring.get_queue())?;
+        let begin = vring.get_queue().next_used();
+        let place = usize::from(index.wrapping_sub(begin));
+        let Some(Pending { head, answer: Answer::Waits(read) }) = state.pending.get(place) else {
+            return Ok(());
+        };
+        let (head, read) = (*head, *read);
+        let answer = match ring.chain(head) {
+            Ok(chain) => {
+                read.header(&mut state.scratch.reply);
+                self.read(&mut state.scratch.reply, &chain, &read, true)
+            }
+            Err(error) => self.bad_chain(&error),
+        };
+        if let Some(pending) = state.pending.get_mut(place) {
+            pending.answer = answer;
+        }
+        let mut used = begin;
+        while let Some(Pending { head, answer: Answer::Used(length) }) = state.pending.front() {
+            ring.publish(used, *head, *length)?;
+            used = used.wrapping_add(1);
+            state.pending.pop_front();
+        }
+        self.published(&ring, &mut vring, begin, used)
+    }
+
+    /// Records what was published, and interrupts the guest if it wants that.
+    fn published(
+        &self,
+        ring: &Ring<'_>,
+        vring: &mut VringState<Memory>,
+        from: u16,
+        to: u16,
+    ) -> Result<(), Broken> {
+        let queue = vring.get_queue_mut();
+        queue.set_next_used(to);
+        queue.set_next_avail(to);
+        if ring.wants_interrupt(from, to)? {
             // A full eventfd has told the guest already.
             let _ = vring.signal_used_queue();
         }
-        Ok(Step::Served)
+        Ok(())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Phase> {
-        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Polls for the next request. Whether there is something to do.
+    fn poll(&self, vring: &Vring) -> Result<bool, Broken> {
+        let next = {
+            let state = self.lock();
+            if self.number == HIPRIO || !state.pace.polls() {
+                return Ok(false);
+            }
+            state.next(vring.get_ref().get_queue().next_used())
+        };
+        let memory = self.memory.memory();
+        let ring = Ring::new(&memory, vring.get_ref().get_queue())?;
+        let begin = Instant::now();
+        loop {
+            for _ in 0..POLLS {
+                if ring.available()? != next {
+                    self.lock().pace.hit();
+                    return Ok(true);
+                }
+                spin_loop();
+            }
+            if self.stopping.load(Ordering::Relaxed) {
+                return Ok(true);
+            }
+            let spent = begin.elapsed();
+            if spent > WINDOW {
+                self.lock().pace.miss(spent);
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Asks for a kick. Whether there is something to do after all.
+    fn sleep(&self, vring: &Vring) -> Result<bool, Broken> {
+        let mut state = self.lock();
+        if state.phase != Phase::Running {
+            return Ok(false);
+        }
+        let memory = self.memory.memory();
+        let vring = vring.get_ref();
+        let ring = Ring::new(&memory, vring.get_queue())?;
+        let next = state.next(vring.get_queue().next_used());
+        ring.want_kick(next)?;
+        let more = ring.available()? != next;
+        if !more {
+            state.pace.sleeps(Instant::now());
+        }
+        Ok(more)
+    }
+
+    /// Answers a request, or says what it waits for.
+    fn answer(&self, scratch: &mut Scratch, ring: &Ring<'_>, head: u16) -> Answer {
+        let chain = match ring.chain(head) {
+            Ok(chain) => chain,
+            Err(error) => return self.bad_chain(&error),
+        };
+        let Scratch { request, reply } = scratch;
+        let count = buffers::copy_in(&chain.readable, request);
+        let bytes = request.get(..count).unwrap_or_default();
+        let request = Request { bytes, total: u64::from(chain.request) };
+        match self.service.server.handle(&self.session, request, room(&chain), reply) {
+            Outcome::Silent => Answer::Used(0),
+            Outcome::Reply => reply_with(&chain, reply),
+            Outcome::Read(read) => self.read(reply, &chain, &read, false),
+        }
+    }
+
+    fn bad_chain(&self, error: &ChainError) -> Answer {
+        self.service.server.stats().bad_chains.add(1);
+        if let Some(skipped) = self.service.trouble.admit() {
+            warn!(%error, queue = self.number, skipped, "The guest sent a bad descriptor chain");
+        }
+        Answer::Used(0)
+    }
+
+    /// Replies with what is in a file. `reply` begins with the header for that.
+    fn read(&self, reply: &mut Vec<u8>, chain: &Chain<'_>, read: &FileRead, wait: bool) -> Answer {
+        let Service { server, files, trouble, .. } = &*self.service;
+        match self.read_into(chain, read, reply.len(), wait) {
+            Ok(Read::WouldWait) => Answer::Waits(*read),
+            Ok(Read::Done) => match reply_with(chain, reply) {
+                Answer::Used(header) => Answer::Used(header.saturating_add(read.length)),
+                answer => answer,
+            },
+            Err(errno) => {
+                server.stats().read_failures.add(1);
+                if let Some(skipped) = trouble.admit() {
+                    let path = files.describe(server.tree(), read.node);
+                    warn!(path, errno = %errno, skipped, "Cannot read a file of the store");
+                }
+                server.error(errno, read.unique, room(chain), reply);
+                reply_with(chain, reply)
+            }
+        }
+    }
+
+    fn read_into(
+        &self,
+        chain: &Chain<'_>,
+        read: &FileRead,
+        header: usize,
+        wait: bool,
+    ) -> Result<Read, Errno> {
+        let Service { server, files, .. } = &*self.service;
+        let length = usize::try_from(read.length).map_err(|_| Errno::EINVAL)?;
+        let pieces = buffers::pieces(&chain.writable, header, length)?;
+        match files.get(server.tree(), server.stats(), read.node, wait)? {
+            Some(file) => file.read(read.offset, &pieces, wait),
+            None => Ok(Read::WouldWait),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Gives up what is not published.
+    fn forget(&mut self) {
+        self.epoch = self.epoch.wrapping_add(1);
+        self.pending.clear();
+    }
+
+    /// The number of the next request to take, where `used` is the next to publish.
+    fn next(&self, used: u16) -> u16 {
+        // There are no more than the queue is large.
+        used.wrapping_add(u16::try_from(self.pending.len()).unwrap_or(u16::MAX))
+    }
+
+    /// Takes the head of the next request.
+    fn take(&self, ring: &Ring<'_>, used: u16) -> Result<Option<u16>, Broken> {
+        let (next, size) = (self.next(used), ring.size());
+        let available = ring.available()?;
+        if available == next {
+            return Ok(None);
+        }
+        // All that the guest may have in flight at once.
+        if available.wrapping_sub(used) > size {
+            return Err(Broken::AvailableIndex { available, next, size });
+        }
+        match ring.head(next)? {
+            head if head < size => Ok(Some(head)),
+            // It cannot be returned.
+            head => Err(Broken::Head { head, size }),
+        }
     }
 }
 
@@ -187,51 +486,10 @@ fn runs(state: &VringState<Memory>) -> bool {
     state.get_queue().ready() && state.is_enabled()
 }
 
-fn take(state: &mut VringState<Memory>, memory: &GuestMemoryMmap) -> Result<Option<u16>, Broken> {
-    let queue = state.get_queue_mut();
-    let (next, size) = (queue.next_avail(), queue.size());
-    let available = queue.avail_idx(memory, Ordering::Acquire)?.0;
-    match available.wrapping_sub(next) {
-        0 => Ok(None),
-        pending if pending > size => Err(Broken::AvailableIndex { available, next, size }),
-        _ => {
-            let head = queue.iter(memory)?.next().ok_or(Broken::Entry)?.head_index();
-            Ok(Some(head))
-        }
-    }
+fn room(chain: &Chain<'_>) -> usize {
+    usize::try_from(chain.room).unwrap_or(usize::MAX)
 }
 
-/// Answers a request into the guest's buffers. How many bytes of them were used.
-fn answer(context: &Context<'_>, chain: &Chain<'_>) -> u32 {
-    let Service { server, files, trouble } = context.service;
-    let bytes = buffers::copy_in(&chain.readable, REQUEST_MAX);
-    let request = Request { bytes: &bytes, total: u64::from(chain.request) };
-    let room = usize::try_from(chain.room).unwrap_or(usize::MAX);
-    let mut reply = Vec::new();
-    match server.handle(context.session, request, room, &mut reply) {
-        Outcome::Silent => return 0,
-        Outcome::Reply => {}
-        Outcome::Read(read) => match read_into(context.service, chain, &read, reply.len()) {
-            Ok(used) => {
-                buffers::copy_out(&chain.writable, &reply);
-                return used;
-            }
-            Err(errno) => {
-                server.stats().read_failures.add(1);
-                if let Some(skipped) = trouble.admit() {
-                    let path = files.describe(server.tree(), read.node);
-                    warn!(path, errno = %errno, skipped, "Cannot read a file of the store");
-                }
-                server.error(errno, read.unique, room, &mut reply);
-            }
-        },
-    }
-    u32::try_from(buffers::copy_out(&chain.writable, &reply)).unwrap_or_default()
-}
-
-fn read_into(service: &Service, chain: &Chain<'_>, read: &FileRead, header: usize) -> Result<u32, Errno> {
-    let file = service.files.get(service.server.tree(), service.server.stats(), read.node)?;
-    let length = usize::try_from(read.length).map_err(|_| Errno::EINVAL)?;
-    buffers::read_file(&file, read.offset, length, &chain.writable, header)?;
-    u32::try_from(header).ok().and_then(|header| header.checked_add(read.length)).ok_or(Errno::EINVAL)
+fn reply_with(chain: &Chain<'_>, reply: &[u8]) -> Answer {
+    Answer::Used(u32::try_from(buffers::copy_out(&chain.writable, reply)).unwrap_or_default())
 }

@@ -11,10 +11,10 @@ use lair_virtiofs::{
 };
 use nix::errno::Errno;
 use std::{
-    os::unix::fs::FileExt,
     path::Path,
     sync::atomic::{AtomicU64, Ordering},
 };
+use vm_memory::VolatileSlice;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Room for a reply that is never too little.
@@ -88,9 +88,10 @@ impl Driver {
             Outcome::Silent => return None,
             Outcome::Reply => {}
             Outcome::Read(read) => {
-                let file = self.files.get(self.server.tree(), self.server.stats(), read.node).unwrap();
+                let file = self.files.get(self.server.tree(), self.server.stats(), read.node, true);
                 let mut content = vec![0; read.length as usize];
-                file.read_exact_at(&mut content, read.offset).unwrap();
+                let piece = VolatileSlice::from(content.as_mut_slice());
+                file.unwrap().unwrap().read(read.offset, &[piece], true).unwrap();
                 reply.extend(content);
             }
         }

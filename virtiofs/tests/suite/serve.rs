@@ -5,7 +5,10 @@ use crate::{
     fixture::{Fixture, HELLO, MANY, big, path},
     frontend::{Connection, Guest, HIPRIO, Part, Program, REPLY_AT, REQUEST, REQUEST_AT, wait_for},
 };
-use lair_virtiofs::fuse::{Opcode, wire::EntryOut};
+use lair_virtiofs::{
+    files::OPEN_MAX,
+    fuse::{Opcode, wire::EntryOut},
+};
 use nix::errno::Errno;
 use std::{fs, time::Duration};
 use vhost::{
@@ -195,17 +198,24 @@ fn fu14_nothing_before_init_on_a_new_device() {
 
 #[test]
 fn fu18_open_files_are_bounded() {
-    let (_fixture, program) = start();
+    let fixture = Fixture::new();
+    let count = OPEN_MAX.get() + 100;
+    let more = fixture.host(&path(1, "tree")).join("more");
+    fs::create_dir(&more).unwrap();
+    for i in 0..count {
+        fs::write(more.join(i.to_string()), format!("{i}")).unwrap();
+    }
+    let program = Program::start(fixture.root(), &fixture.store(), &fixture.view_file());
     let mut guest = Guest::new();
     let connection = Connection::new(&program.socket, &guest);
     connection.init(&mut guest);
     let before = program.descriptors();
-    for i in 0..MANY {
-        let node = lookup(&connection, &mut guest, &tree(&format!("many/file-{i:03}")));
+    for i in 0..count {
+        let node = lookup(&connection, &mut guest, &tree(&format!("more/{i}")));
         assert_eq!(read(&connection, &mut guest, node, 0, 100).unwrap(), format!("{i}").as_bytes());
     }
-    assert_eq!(program.descriptors() - before, 256);
-    assert_eq!(program.stat("lair_virtiofs_opens_total"), MANY as u64);
+    assert_eq!(program.descriptors() - before, OPEN_MAX.get());
+    assert_eq!(program.stat("lair_virtiofs_opens_total"), count as u64);
 }
 
 #[test]

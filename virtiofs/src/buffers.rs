@@ -1,0 +1,194 @@
+//! Copying between the guest's buffers, private memory and files.
+
+#![allow(unsafe_code)] // preadv2 into guest memory takes raw pointers.
+
+use crate::files::Read;
+use nix::{errno::Errno, libc};
+use smallvec::SmallVec;
+use std::{fs::File, os::fd::AsRawFd};
+use vm_memory::{Bytes, VolatileSlice};
+
+/// The most buffers that one system call takes.
+const IOV_MAX: usize = 1024;
+
+/// Part of a guest's buffers.
+pub(crate) type Pieces<'a> = SmallVec<[VolatileSlice<'a>; 4]>;
+
+/// Copies the beginning of what the buffers hold to `bytes`, as much as there is room for. How much that was.
+pub(crate) fn copy_in(buffers: &[VolatileSlice<'_>], bytes: &mut [u8]) -> usize {
+    let mut left = bytes;
+    let mut copied: usize = 0;
+    for buffer in buffers {
+        let count = buffer.copy_to(left);
+        copied = copied.saturating_add(count);
+        left = left.get_mut(count..).unwrap_or_default();
+        if left.is_empty() {
+            break;
+        }
+    }
+    copied
+}
+
+/// Copies `bytes` to the beginning of the buffers; what does not fit is left out. How many bytes were copied.
+pub(crate) fn copy_out(buffers: &[VolatileSlice<'_>], bytes: &[u8]) -> usize {
+    let mut left = bytes;
+    for buffer in buffers {
+        let (now, later) = left.split_at(left.len().min(buffer.len()));
+        // The piece is no longer than the buffer.
+        let _ = buffer.write_slice(now, 0);
+        left = later;
+        if left.is_empty() {
+            break;
+        }
+    }
+    bytes.len().saturating_sub(left.len())
+}
+
+/// `length` bytes of the buffers, after their first `skip` bytes. EINVAL if they are shorter.
+pub(crate) fn pieces<'a>(
+    buffers: &[VolatileSlice<'a>],
+    skip: usize,
+    length: usize,
+) -> Result<Pieces<'a>, Errno> {
+    let (mut skip, mut left) = (skip, length);
+    let mut pieces = Pieces::new();
+    for buffer in buffers {
+        let begin = skip.min(buffer.len());
+        skip = skip.saturating_sub(begin);
+        let count = buffer.len().saturating_sub(begin).min(left);
+        if count > 0 {
+            pieces.push(buffer.subslice(begin, count).map_err(|_| Errno::EINVAL)?);
+            left = left.saturating_sub(count);
+        }
+    }
+    if left == 0 { Ok(pieces) } else { Err(Errno::EINVAL) }
+}
+
+/// Reads from `offset` of `file` into the pieces until they are full. A file that is shorter by now gives EIO. With `nowait`,
+/// only what is in memory is read, and EOPNOTSUPP says that the file system cannot do so.
+pub(crate) fn read_file(
+    file: &File,
+    offset: u64,
+    pieces: &[VolatileSlice<'_>],
+    nowait: bool,
+) -> Result<Read, Errno> {
+    let mut offset = offset;
+    let mut left: Pieces<'_> = pieces.into();
+    while !left.is_empty() {
+        match preadv(file, offset, &left, nowait) {
+            Ok(0) => return Err(Errno::EIO),
+            Ok(read) => {
+                offset = offset.checked_add(read as u64).ok_or(Errno::EINVAL)?;
+                skip(&mut left, read);
+            }
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) if nowait => return Ok(Read::WouldWait),
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(Read::Done)
+}
+
+/// Takes the first `count` bytes away.
+fn skip(pieces: &mut Pieces<'_>, count: usize) {
+    let mut left = count;
+    pieces.retain(|piece| {
+        let gone = left.min(piece.len());
+        left = left.saturating_sub(gone);
+        match piece.offset(gone) {
+            Ok(rest) if !rest.is_empty() => *piece = rest,
+            _ => return false,
+        }
+        true
+    });
+}
+
+fn preadv(file: &File, offset: u64, pieces: &[VolatileSlice<'_>], nowait: bool) -> Result<usize, Errno> {
+    let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EINVAL)?;
+    // The guards must live until the call is over.
+    let guards: SmallVec<[_; 4]> =
+        pieces.iter().take(IOV_MAX).map(|piece| (piece.ptr_guard_mut(), piece.len())).collect();
+    let iovecs: SmallVec<[libc::iovec; 4]> = guards
+        .iter()
+        .map(|(guard, len)| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: *len })
+        .collect();
+    let count = libc::c_int::try_from(iovecs.len()).map_err(|_| Errno::EINVAL)?;
+    let flags = if nowait { libc::RWF_NOWAIT } else { 0 };
+    // SAFETY: each iovec covers a volatile slice of mapped, writable guest memory, which the caller's snapshot of the memory
+    // keeps mapped. No reference to that memory exists, so the guest changing it at the same time is no aliasing.
+    let read = unsafe { libc::preadv2(file.as_raw_fd(), iovecs.as_ptr(), count, offset, flags) };
+    usize::try_from(read).map_err(|_| Errno::last())
+}
+
+#[cfg(test)]
+#[allow(clippy::arithmetic_side_effects, clippy::cast_possible_truncation)] // Small, chosen numbers.
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+
+    fn memory() -> GuestMemoryMmap {
+        GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap()
+    }
+
+    fn slices<'a>(mem: &'a GuestMemoryMmap, parts: &[(u64, usize)]) -> Vec<VolatileSlice<'a>> {
+        parts.iter().map(|&(at, len)| mem.get_slice(GuestAddress(at), len).unwrap()).collect()
+    }
+
+    fn held(buffers: &[VolatileSlice<'_>], max: usize) -> Vec<u8> {
+        let mut bytes = vec![0; max];
+        let count = copy_in(buffers, &mut bytes);
+        bytes.truncate(count);
+        bytes
+    }
+
+    #[test]
+    fn copies_across_buffers() {
+        let mem = memory();
+        let buffers = slices(&mem, &[(100, 3), (50, 0), (200, 5)]);
+        assert_eq!(copy_out(&buffers, b"abcdef"), 6);
+        assert_eq!(held(&buffers, 100), b"abcdef\0\0");
+        assert_eq!(held(&buffers, 4), b"abcd");
+        assert_eq!(copy_out(&buffers, b"0123456789"), 8);
+        assert_eq!(held(&buffers, 100), b"01234567");
+    }
+
+    #[test]
+    fn fu20_reads_all_or_fails() {
+        let mem = memory();
+        let mut file = tempfile::tempfile().unwrap();
+        let content: Vec<u8> = (0..=255).cycle().take(10_000).collect();
+        file.write_all(&content).unwrap();
+        let read = |buffers: &[VolatileSlice<'_>], offset, length, skip| {
+            read_file(&file, offset, &pieces(buffers, skip, length)?, false)
+        };
+        // Contiguous, apart, and more than one system call takes.
+        let many: Vec<(u64, usize)> = (0..2000).map(|i| (i * 10, 5)).collect();
+        for parts in [vec![(0, 4096), (4096, 6000)], vec![(8192, 16), (0, 5000), (9000, 5000)], many] {
+            let buffers = slices(&mem, &parts);
+            let length = buffers.iter().map(VolatileSlice::len).sum::<usize>().min(10_000) - 16;
+            assert_eq!(read(&buffers, 7, length - 7, 16), Ok(Read::Done));
+            assert_eq!(held(&buffers, length + 9)[16..], content[7..length], "{}", parts.len());
+        }
+        let buffers = slices(&mem, &[(0, 100)]);
+        assert_eq!(read(&buffers, 9_950, 60, 0), Err(Errno::EIO));
+        assert_eq!(read(&buffers, 0, 100, 1), Err(Errno::EINVAL));
+        assert_eq!(read(&buffers, u64::MAX, 10, 0), Err(Errno::EINVAL));
+    }
+
+    #[test]
+    fn pieces_go_on_in_mid_piece() {
+        let mem = memory();
+        let mut left = pieces(&slices(&mem, &[(0, 10), (20, 10), (40, 10)]), 5, 20).unwrap();
+        let lengths = |pieces: &Pieces<'_>| pieces.iter().map(VolatileSlice::len).collect::<Vec<_>>();
+        assert_eq!(lengths(&left), [5, 10, 5]);
+        skip(&mut left, 5);
+        assert_eq!(lengths(&left), [10, 5]);
+        skip(&mut left, 3);
+        assert_eq!(lengths(&left), [7, 5]);
+        skip(&mut left, 11);
+        assert_eq!(lengths(&left), [1]);
+        skip(&mut left, 1);
+        assert!(left.is_empty());
+    }
+}

@@ -1,0 +1,156 @@
+//! One open file, and the fastest way to its contents that does not wait.
+//!
+//! What the page cache holds is read at once: by `preadv2` with RWF_NOWAIT, or, when a file is read again and again, by copying
+//! from a mapping of it. What would have to come from a disk first is left to the caller, who may have others waiting.
+
+use super::mapping::Mapping;
+use crate::buffers;
+use nix::{errno::Errno, sys::stat::fstat};
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+use vm_memory::VolatileSlice;
+
+/// The most bytes that are mapped of all files together. Page tables for it take 2 MiB.
+const MAPPED_MAX: u64 = 1 << 30;
+
+/// What must have been read of a file before it is mapped, at least. Mapping a file, touching 64 KiB of it and unmapping it costs
+/// as much as twice reading that much.
+const MAP_AFTER: u64 = 256 << 10;
+
+/// A copy that took longer than this came from a disk.
+const SLOW: Duration = Duration::from_millis(1);
+
+/// How much of a file is read at once to bring it into the page cache.
+const WARM_PIECE: usize = 128 << 10;
+
+/// What a store's file system can do.
+#[derive(Debug)]
+pub(super) struct Abilities {
+    /// Reads that fail instead of waiting. Cleared when the file system says that it has none.
+    pub(super) nowait: AtomicBool,
+    /// Mappings that share the page cache, so that they cost no memory of their own.
+    pub(super) map: bool,
+    /// Bytes mapped of all files of all stores.
+    pub(super) mapped: Arc<AtomicU64>,
+}
+
+/// What became of a read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Read {
+    /// All bytes are where they belong.
+    Done,
+    /// It would have to wait for a disk. The buffers may hold some of it.
+    WouldWait,
+}
+
+/// A regular file of a store, open for reading.
+#[derive(Debug)]
+pub struct OpenFile {
+    file: File,
+    size: u64,
+    abilities: Arc<Abilities>,
+    /// Bytes read since it was last found to be cold.
+    served: AtomicU64,
+    mapping: OnceLock<Option<Mapping>>,
+}
+
+impl OpenFile {
+    /// `size` is the index's: no more than that is ever asked for.
+    pub(super) fn new(file: File, size: u64, abilities: Arc<Abilities>) -> Self {
+        Self { file, size, abilities, served: AtomicU64::new(0), mapping: OnceLock::new() }
+    }
+
+    /// Reads from `offset` into `pieces` until they are full. EIO if the file is shorter by now. With `wait`, it never is
+    /// [`Read::WouldWait`].
+    pub fn read(&self, offset: u64, pieces: &[VolatileSlice<'_>], wait: bool) -> Result<Read, Errno> {
+        let length = pieces.iter().map(|piece| piece.len() as u64).fold(0, u64::saturating_add);
+        let served = self.served.load(Ordering::Relaxed);
+        let again = served >= self.size.saturating_mul(2);
+        let read = if again
+            && served >= MAP_AFTER
+            && let Some(mapping) = self.mapping()
+        {
+            let from = usize::try_from(offset).map_err(|_| Errno::EINVAL)?;
+            let read = self.timed(|| mapping.copy(from, pieces).map(|()| Read::Done));
+            // Behind a file's end, its last page is zeros. A file that was cut there looks whole.
+            let end = offset.saturating_add(length);
+            if fstat(&self.file)?.st_size.cast_unsigned() < end { Err(Errno::EIO) } else { read }
+        } else if wait {
+            buffers::read_file(&self.file, offset, pieces, false)
+        } else if self.abilities.nowait.load(Ordering::Relaxed) {
+            match buffers::read_file(&self.file, offset, pieces, true) {
+                Err(Errno::EOPNOTSUPP) => {
+                    self.abilities.nowait.store(false, Ordering::Relaxed);
+                    Ok(Read::WouldWait)
+                }
+                result => result,
+            }
+        } else if again {
+            // Nothing tells what is in memory. What was read lately probably is.
+            self.timed(|| buffers::read_file(&self.file, offset, pieces, false))
+        } else {
+            Ok(Read::WouldWait)
+        }?;
+        if read == Read::Done {
+            self.served.store(served.saturating_add(length), Ordering::Relaxed);
+        }
+        Ok(read)
+    }
+
+    /// Brings a part of the file into memory. Waits for it.
+    pub(super) fn warm(&self, offset: u64, length: u64) -> Result<(), Errno> {
+        let mut piece = vec![0; WARM_PIECE.min(usize::try_from(length).unwrap_or(WARM_PIECE))];
+        let mut done: u64 = 0;
+        while done < length {
+            match self.file.read_at(&mut piece, offset.saturating_add(done)) {
+                Ok(0) => return Err(Errno::EIO),
+                Ok(read) => done = done.saturating_add(read as u64),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what is thought to be in memory. If it was not, the file counts as cold again.
+    fn timed(&self, read: impl FnOnce() -> Result<Read, Errno>) -> Result<Read, Errno> {
+        let begin = Instant::now();
+        let result = read();
+        if begin.elapsed() > SLOW {
+            self.served.store(0, Ordering::Relaxed);
+        }
+        result
+    }
+
+    fn mapping(&self) -> Option<&Mapping> {
+        let map = || {
+            if !self.abilities.map || self.size == 0 {
+                return None;
+            }
+            let before = self.abilities.mapped.fetch_add(self.size, Ordering::Relaxed);
+            let mapping = (before.saturating_add(self.size) <= MAPPED_MAX)
+                .then(|| Mapping::new(&self.file, self.size).ok())
+                .flatten();
+            if mapping.is_none() {
+                self.abilities.mapped.fetch_sub(self.size, Ordering::Relaxed);
+            }
+            mapping
+        };
+        self.mapping.get_or_init(map).as_ref().filter(|mapping| !mapping.is_lost())
+    }
+}
+
+impl Drop for OpenFile {
+    fn drop(&mut self) {
+        if let Some(Some(_)) = self.mapping.get() {
+            self.abilities.mapped.fetch_sub(self.size, Ordering::Relaxed);
+        }
+    }
+}
