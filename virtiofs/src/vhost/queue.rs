@@ -219,7 +219,7 @@ fn answer(context: &Context<'_>, chain: &Chain<'_>) -> u32 {
             Err(errno) => {
                 server.stats().read_failures.add(1);
                 if let Some(skipped) = trouble.admit() {
-                    let path = files.describe(server.tree(), read.node);
+                    let path = files.describe(&server.tree(), read.node);
                     warn!(path, errno = %errno, skipped, "Cannot read a file of the store");
                 }
                 server.error(errno, read.unique, room, &mut reply);
@@ -230,7 +230,7 @@ fn answer(context: &Context<'_>, chain: &Chain<'_>) -> u32 {
 }
 
 fn read_into(service: &Service, chain: &Chain<'_>, read: &FileRead, header: usize) -> Result<u32, Errno> {
-    let file = service.files.get(service.server.tree(), service.server.stats(), read.node)?;
+    let file = service.files.get(&service.server.tree(), service.server.stats(), read.node)?;
     let length = usize::try_from(read.length).map_err(|_| Errno::EINVAL)?;
     buffers::read_file(&file, read.offset, length, &chain.writable, header)?;
     u32::try_from(header).ok().and_then(|header| header.checked_add(read.length)).ok_or(Errno::EINVAL)

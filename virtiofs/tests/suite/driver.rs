@@ -88,7 +88,7 @@ impl Driver {
             Outcome::Silent => return None,
             Outcome::Reply => {}
             Outcome::Read(read) => {
-                let file = self.files.get(self.server.tree(), self.server.stats(), read.node).unwrap();
+                let file = self.files.get(&self.server.tree(), self.server.stats(), read.node).unwrap();
                 let mut content = vec![0; read.length as usize];
                 file.read_exact_at(&mut content, read.offset).unwrap();
                 reply.extend(content);
