@@ -1,28 +1,58 @@
-//! The control socket: a client sends one line, gets one answer, and is hung up on.
+//! The control socket: a client sends one command, gets one answer, and is hung up on.
 //!
-//! One client at a time, in a thread of its own that shares nothing with serving but counters. A client that dawdles has
-//! little time, so that the next one gets its turn.
+//! A command is a line; `grant` and `revoke` have store paths after it, one a line, and end with an empty line. One client at a
+//! time, in a thread of its own that shares nothing with serving but counters and the tree that is served. A client that
+//! dawdles has little time, so that the next one gets its turn.
 
-use crate::{fuse::Server, stats::prometheus, throttle::Throttle};
+use crate::{
+    files::Store,
+    fuse::Server,
+    index::IndexError,
+    stats::prometheus,
+    throttle::Throttle,
+    view::{FILE_MAX, ParseError, View},
+};
 use std::{
+    error::Error,
     io::{self, Read, Write},
     os::unix::net::{UnixListener, UnixStream},
     thread,
     time::{Duration, Instant},
 };
-use tracing::warn;
+use thiserror::Error;
+use tracing::{info, warn};
 
-/// The longest command line, with its newline.
+/// The longest first line, with its newline.
 const LINE_MAX: usize = 64;
 
-/// How long a client may take to send its line, and as long again to take the answer.
+/// How long a client may take to send its command, and as long again to take the answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// What a client controls.
+#[derive(Debug)]
+pub struct Control<'a> {
+    /// What is served.
+    pub server: &'a Server,
+    /// The store directories from which its tree was built.
+    pub stores: &'a [Store],
+}
+
+/// Why a command was not carried out. Nothing has changed.
+#[derive(Debug, Error)]
+enum Refused {
+    #[error("unknown command {0:?}; there are stats, denied, grant and revoke")]
+    Unknown(String),
+    #[error("cannot use the list of store paths")]
+    List(#[from] ParseError),
+    #[error("cannot read the metadata")]
+    Index(#[from] IndexError),
+}
+
 /// Answers clients, one after the other, for ever.
-pub fn serve(listener: &UnixListener, server: &Server) {
+pub fn serve(listener: &UnixListener, control: &mut Control<'_>) {
     let throttle = Throttle::new();
     loop {
-        let result = listener.accept().and_then(|(client, _)| answer(&client, server));
+        let result = listener.accept().and_then(|(client, _)| answer(&client, control));
         if let Err(error) = result {
             if let Some(skipped) = throttle.admit() {
                 warn!(%error, skipped, "A client of the control socket got no answer");
@@ -33,12 +63,17 @@ pub fn serve(listener: &UnixListener, server: &Server) {
     }
 }
 
-fn answer(mut client: &UnixStream, server: &Server) -> io::Result<()> {
-    let line = read_line(client, Instant::now() + PATIENCE)?;
-    let text = match line.as_slice() {
-        b"stats" => prometheus(server),
-        _ => format!("error: unknown command {:?}; the only one is stats\n", String::from_utf8_lossy(&line)),
+fn answer(mut client: &UnixStream, control: &mut Control<'_>) -> io::Result<()> {
+    let mut input = Input { client, deadline: Instant::now() + PATIENCE, bytes: Vec::new() };
+    let line = input.line()?;
+    let result = match line.as_slice() {
+        b"stats" => Ok(prometheus(control.server)),
+        b"denied" => Ok(control.denied()),
+        b"grant" => control.grant(input.list(&line)?),
+        b"revoke" => control.revoke(input.list(&line)?),
+        _ => Err(Refused::Unknown(String::from_utf8_lossy(&line).into_owned())),
     };
+    let text = result.unwrap_or_else(|refused| format!("error: {}\n", chain(&refused)));
     let deadline = Instant::now() + PATIENCE;
     let mut left = text.as_bytes();
     while !left.is_empty() {
@@ -49,20 +84,93 @@ fn answer(mut client: &UnixStream, server: &Server) -> io::Result<()> {
     Ok(())
 }
 
-fn read_line(mut client: &UnixStream, deadline: Instant) -> io::Result<Vec<u8>> {
-    let mut line = Vec::new();
-    loop {
-        client.set_read_timeout(Some(until(deadline)?))?;
-        let mut piece = [0; LINE_MAX];
-        let count = client.read(&mut piece)?;
-        line.extend_from_slice(piece.get(..count).unwrap_or_default());
-        if let Some(end) = line.iter().position(|&byte| byte == b'\n') {
-            line.truncate(end);
-            return Ok(line);
+impl Control<'_> {
+    /// Adds store paths to what is served: all of them, or none if one cannot be had.
+    fn grant(&mut self, list: &[u8]) -> Result<String, Refused> {
+        let view = View::parse(list)?;
+        let paths = view.paths();
+        let added = self.server.replace(|tree| tree.with(self.stores, paths))?;
+        // Asked after they can be seen: what the guest is told from now on is that they are there.
+        let refresh = if self.server.denied().needs_refresh(paths) { "yes" } else { "no" };
+        info!(added, refresh, "Granted store paths");
+        Ok(format!("granted {added}, refresh {refresh}\n"))
+    }
+
+    fn revoke(&mut self, list: &[u8]) -> Result<String, Refused> {
+        let view = View::parse(list)?;
+        let removed = self.server.replace(|tree| Ok::<_, Refused>(tree.without(view.paths())))?;
+        info!(removed, "Revoked store paths");
+        Ok(format!("revoked {removed}, pages that the guest has cached stay\n"))
+    }
+
+    fn denied(&self) -> String {
+        let (names, complete) = self.server.denied().list();
+        let complete = if complete { "yes" } else { "no" };
+        let list: String = names.iter().map(|path| format!("{path}\n")).collect();
+        format!("denied {}, complete {complete}\n{list}", names.len())
+    }
+}
+
+/// An error and its sources on one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// What a client sends.
+struct Input<'a> {
+    client: &'a UnixStream,
+    deadline: Instant,
+    bytes: Vec<u8>,
+}
+
+impl Input<'_> {
+    /// The first line, without its newline.
+    fn line(&mut self) -> io::Result<Vec<u8>> {
+        let end = self.find(b"\n", 0, LINE_MAX)?;
+        Ok(self.bytes.get(..end).unwrap_or_default().to_vec())
+    }
+
+    /// The lines behind the first one, up to an empty line.
+    fn list(&mut self, line: &[u8]) -> io::Result<&[u8]> {
+        let limit = usize::try_from(FILE_MAX).unwrap_or(usize::MAX);
+        let end = self.find(b"\n\n", line.len(), limit)?;
+        Ok(self.bytes.get(line.len().saturating_add(1)..=end).unwrap_or_default())
+    }
+
+    /// Where `what` is, from `from` on, if it comes within `limit` bytes.
+    fn find(&mut self, what: &[u8], from: usize, limit: usize) -> io::Result<usize> {
+        let mut from = from;
+        loop {
+            let new = self.bytes.get(from..).unwrap_or_default();
+            match new.windows(what.len()).position(|window| window == what) {
+                Some(position) if from.saturating_add(position) < limit => {
+                    return Ok(from.saturating_add(position));
+                }
+                None if self.bytes.len() < limit => {}
+                _ => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        format!("More than {limit} bytes"),
+                    ));
+                }
+            }
+            from = from.max(self.bytes.len().saturating_sub(what.len()));
+            self.more()?;
         }
-        if count == 0 || line.len() >= LINE_MAX {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "No newline within the first 64 bytes"));
-        }
+    }
+
+    fn more(&mut self) -> io::Result<()> {
+        let mut piece = [0; 16 << 10];
+        self.client.set_read_timeout(Some(until(self.deadline)?))?;
+        let count = self.client.read(&mut piece)?;
+        self.bytes.extend_from_slice(piece.get(..count).unwrap_or_default());
+        if count == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(()) }
     }
 }
 

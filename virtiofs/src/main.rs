@@ -5,7 +5,8 @@ mod socket;
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use lair_virtiofs::{
-    control, fd,
+    control::{self, Control},
+    fd,
     files::Files,
     fuse::Server,
     index::Tree,
@@ -57,7 +58,8 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 1)]
     queues: u16,
 
-    /// A unix socket to make, for asking what is going on: send the line `stats`, get counters as Prometheus text.
+    /// A unix socket to make, for asking what is going on (send the line `stats`, get counters as Prometheus text) and for
+    /// granting and revoking store paths while the guest runs.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 }
@@ -144,9 +146,10 @@ fn run(args: Args) -> Result<()> {
     let service = Arc::new(Service::new(Server::new(tree), files));
     if let Some(listener) = control {
         let service = service.clone();
-        thread::Builder::new()
-            .name("control".into())
-            .spawn(move || control::serve(&listener, &service.server))?;
+        thread::Builder::new().name("control".into()).spawn(move || {
+            let (server, stores) = (&service.server, service.files.stores());
+            control::serve(&listener, &mut Control { server, stores })
+        })?;
     }
     let result = serve(listener, &service, &config);
     made.lock().unwrap_or_else(PoisonError::into_inner).clear();

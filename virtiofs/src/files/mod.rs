@@ -62,8 +62,9 @@ pub struct Files {
     cache: Mutex<LruCache<NodeId, Arc<OpenFile>>>,
 }
 
+/// A store directory.
 #[derive(Debug)]
-struct Store {
+pub struct Store {
     directory: OwnedFd,
     abilities: Arc<Abilities>,
 }
@@ -90,7 +91,7 @@ impl Files {
     }
 
     /// The store directories.
-    pub fn stores(&self) -> &[impl AsFd] {
+    pub fn stores(&self) -> &[Store] {
         &self.stores
     }
 

@@ -1,5 +1,6 @@
 //! Attributes and lifetimes, the same whatever the host's file system says: root owns all, nothing is writable, and all
-//! times are one second after the epoch, as in every Nix store.
+//! times are one second after the epoch, as in every Nix store. Only the root's time goes on with each change, so that the guest
+//! sees that a listing that it has kept is out of date.
 
 use super::wire::{Attr, AttrOut, EntryOut};
 use crate::index::{Kind, Node};
@@ -18,16 +19,16 @@ const FILE: u32 = 0o100_000;
 const SYMLINK: u32 = 0o120_000;
 
 pub(super) fn attr(node: &Node<'_>) -> Attr {
-    let (mode, size, nlink) = match node {
-        Node::Root => (DIRECTORY | 0o555, 0, 2),
+    let (mode, size, nlink, time) = match node {
+        Node::Root(tree) => (DIRECTORY | 0o555, 0, tree.root_links(), tree.changes().saturating_add(1)),
         Node::Inode { inode, .. } => {
             let mode = match inode.kind() {
                 Kind::Directory => DIRECTORY | 0o555,
                 Kind::File { executable: true } => FILE | 0o555,
                 Kind::File { executable: false } => FILE | 0o444,
-                Kind::Symlink => SYMLINK | 0o777,
+                Kind::Symlink | Kind::Alias => SYMLINK | 0o777,
             };
-            (mode, inode.size, inode.links)
+            (mode, inode.size, inode.links, 1)
         }
     };
     Attr {
@@ -35,8 +36,8 @@ pub(super) fn attr(node: &Node<'_>) -> Attr {
         size,
         blocks: size.div_ceil(512),
         atime: 1,
-        mtime: 1,
-        ctime: 1,
+        mtime: time,
+        ctime: time,
         mode,
         nlink,
         blksize: BLOCK,
@@ -65,7 +66,7 @@ pub(super) fn dirent_kind(node: &Node<'_>) -> u32 {
 
 fn attr_valid(node: &Node<'_>) -> u64 {
     match node {
-        Node::Root => ROOT_VALID,
+        Node::Root(_) => ROOT_VALID,
         Node::Inode { .. } => FOREVER,
     }
 }

@@ -2,11 +2,12 @@
 //! so it can be driven directly, by tests and fuzzers.
 //!
 //! Everything in a request comes from the guest and may be hostile. What a request answers depends on the request and the
-//! view alone; the one thing that is remembered is in [`Session`].
+//! view alone; what is remembered is in [`Session`] and [`Denied`].
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 mod attr;
+mod denied;
 mod init;
 mod listing;
 mod opcode;
@@ -14,6 +15,7 @@ mod server;
 mod session;
 pub mod wire;
 
+pub use denied::{DENIED_MAX, Denied};
 pub use opcode::{Opcode, Treatment};
 pub use server::{FileRead, Outcome, Request, Server};
 pub use session::Session;

@@ -1,7 +1,7 @@
 //! One request, one outcome.
 
 use super::{
-    Opcode, Session, Treatment,
+    Denied, Opcode, Session, Treatment,
     attr::{FOREVER, attr_out, entry_out},
     init,
     listing::list,
@@ -14,7 +14,9 @@ use crate::{
     index::{Kind, Node, NodeId, Tree},
     stats::Stats,
 };
+use arc_swap::{ArcSwap, Guard};
 use nix::errno::Errno;
+use std::sync::{Arc, Mutex, PoisonError};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// The longest name of a file, in bytes.
@@ -71,10 +73,13 @@ impl FileRead {
     }
 }
 
-/// Answers requests about one tree.
+/// Answers requests, each about one tree: the one that is served when the request is taken.
 #[derive(Debug)]
 pub struct Server {
-    tree: Tree,
+    tree: ArcSwap<Tree>,
+    /// Locked while a new tree is made.
+    replacing: Mutex<()>,
+    denied: Denied,
     stats: Stats,
 }
 
@@ -95,12 +100,30 @@ struct Call<'a> {
 impl Server {
     /// A server of `tree`.
     pub fn new(tree: Tree) -> Self {
-        Self { tree, stats: Stats::default() }
+        Self {
+            tree: ArcSwap::from_pointee(tree),
+            replacing: Mutex::default(),
+            denied: Denied::default(),
+            stats: Stats::default(),
+        }
     }
 
-    /// What is served.
-    pub fn tree(&self) -> &Tree {
-        &self.tree
+    /// What is served now.
+    pub fn tree(&self) -> Guard<Arc<Tree>> {
+        self.tree.load()
+    }
+
+    /// Serves another tree from now on, made from the one before. If that fails, all stays as it was.
+    pub fn replace<T, E>(&self, make: impl FnOnce(&Tree) -> Result<(Tree, T), E>) -> Result<T, E> {
+        let _lock = self.replacing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (tree, result) = make(&self.tree.load())?;
+        self.tree.store(Arc::new(tree));
+        Ok(result)
+    }
+
+    /// What the guest was denied.
+    pub fn denied(&self) -> &Denied {
+        &self.denied
     }
 
     /// What was served so far.
@@ -132,7 +155,7 @@ impl Server {
         let answer = if u64::from(header.len) == request.total {
             let call = Call { node: header.nodeid, body, room: room.saturating_sub(OUT_HEADER) };
             let complete = u64::try_from(request.bytes.len()) == Ok(request.total);
-            self.dispatch(session, opcode, call, complete, reply)
+            self.dispatch(session, &self.tree.load(), opcode, call, complete, reply)
         } else {
             self.stats.malformed.add(1);
             Err(Errno::EINVAL)
@@ -179,6 +202,7 @@ impl Server {
     fn dispatch(
         &self,
         session: &Session,
+        tree: &Tree,
         opcode: Option<Opcode>,
         call: Call<'_>,
         complete: bool,
@@ -199,29 +223,31 @@ impl Server {
             let (offered, out) = init::answer(call.body)?;
             if let Some(offered) = offered {
                 session.start(offered);
+                self.denied.start();
             }
             return body(out, reply);
         }
         if !session.is_live() {
             return Err(Errno::EIO);
         }
+        let node = || NodeId::from_wire(call.node).and_then(|id| tree.node(id)).ok_or(Errno::ESTALE);
         match opcode {
-            Opcode::Lookup => body(self.lookup(&self.node(&call)?, call.body)?, reply),
-            Opcode::Getattr => body(attr_out(&self.node(&call)?), reply),
-            Opcode::Readlink => self.readlink(&self.node(&call)?, reply),
-            Opcode::Read => self.read(&self.node(&call)?, &call),
-            Opcode::Readdir => self.readdir(&self.node(&call)?, &call, false, reply),
-            Opcode::Readdirplus => self.readdir(&self.node(&call)?, &call, true, reply),
-            Opcode::Statfs => body(self.statfs(), reply),
-            Opcode::Open if session.needs_open() => match self.node(&call)? {
+            Opcode::Lookup => body(self.lookup(tree, &node()?, call.body)?, reply),
+            Opcode::Getattr => body(attr_out(&node()?), reply),
+            Opcode::Readlink => readlink(&node()?, reply),
+            Opcode::Read => read(&node()?, &call),
+            Opcode::Readdir => readdir(tree, &node()?, &call, false, reply),
+            Opcode::Readdirplus => readdir(tree, &node()?, &call, true, reply),
+            Opcode::Statfs => body(statfs(tree), reply),
+            Opcode::Open if session.needs_open() => match node()? {
                 Node::Inode { inode, .. } if matches!(inode.kind(), Kind::File { .. }) => {
                     body(OpenOut { open_flags: FOPEN_KEEP_CACHE, ..OpenOut::default() }, reply)
                 }
                 node if node.is_directory() => Err(Errno::EISDIR),
                 _ => Err(Errno::EACCES),
             },
-            Opcode::Opendir if session.needs_opendir() => match self.node(&call)? {
-                Node::Root => body(OpenOut::default(), reply),
+            Opcode::Opendir if session.needs_opendir() => match node()? {
+                Node::Root(_) => body(OpenOut::default(), reply),
                 node if node.is_directory() => {
                     body(OpenOut { open_flags: FOPEN_CACHE_DIR, ..OpenOut::default() }, reply)
                 }
@@ -237,11 +263,7 @@ impl Server {
         }
     }
 
-    fn node(&self, call: &Call<'_>) -> Result<Node<'_>, Errno> {
-        NodeId::from_wire(call.node).and_then(|id| self.tree.node(id)).ok_or(Errno::ESTALE)
-    }
-
-    fn lookup(&self, parent: &Node<'_>, name: &[u8]) -> Result<EntryOut, Errno> {
+    fn lookup(&self, tree: &Tree, parent: &Node<'_>, name: &[u8]) -> Result<EntryOut, Errno> {
         let Some((0, name)) = name.split_last() else {
             return Err(if name.len() > NAME_MAX { Errno::ENAMETOOLONG } else { Errno::EINVAL });
         };
@@ -258,72 +280,76 @@ impl Server {
         if !parent.is_directory() {
             return Err(Errno::ENOTDIR);
         }
-        let found = match parent {
-            _ if name == b".." => Some(parent.parent()),
-            Node::Root => self.tree.lookup(name),
-            Node::Inode { slot, entry, inode, .. } => {
-                entry.manifest.lookup(inode, name).map(|number| NodeId::Inode { slot: *slot, number })
-            }
-        };
-        match (found, parent) {
-            (Some(id), _) => self.tree.node(id).map(|node| entry_out(&node)).ok_or(Errno::ESTALE),
-            // The view may grow, so the guest must ask again.
-            (None, Node::Root) => Err(Errno::ENOENT),
-            // It is missing for good, and the guest may remember that.
-            (None, Node::Inode { .. }) => Ok(EntryOut { entry_valid: FOREVER, ..EntryOut::default() }),
+        if name == b".." {
+            return tree.parent(parent).map(|node| entry_out(&node)).ok_or(Errno::ESTALE);
+        }
+        match parent {
+            Node::Root(_) => self.lookup_in_root(tree, name),
+            Node::Inode { entry, inode, .. } => match entry.manifest.lookup(inode, name) {
+                Some(number) => entry.node(number).map(|node| entry_out(&node)).ok_or(Errno::EIO),
+                // It is missing for good, and the guest may remember that.
+                None => Ok(EntryOut { entry_valid: FOREVER, ..EntryOut::default() }),
+            },
         }
     }
 
-    fn readlink(&self, node: &Node<'_>, reply: &mut Vec<u8>) -> Result<Answer, Errno> {
-        let Node::Inode { entry, inode, .. } = node else { return Err(Errno::EINVAL) };
-        reply.extend(entry.manifest.target(inode).ok_or(Errno::EINVAL)?);
-        Ok(Answer::Body)
+    fn lookup_in_root(&self, tree: &Tree, name: &[u8]) -> Result<EntryOut, Errno> {
+        if let Some(node) = tree.lookup(name) {
+            return Ok(entry_out(&node));
+        }
+        if self.denied.note(name)
+            && let Some(node) = self.tree.load().lookup(name)
+        {
+            return Ok(entry_out(&node));
+        }
+        // The view may grow, so the guest must ask again.
+        Err(Errno::ENOENT)
     }
+}
 
-    fn read(&self, node: &Node<'_>, call: &Call<'_>) -> Result<Answer, Errno> {
-        let read = parse::<ReadIn>(call)?;
-        let file_size = match node {
-            Node::Inode { inode, .. } if matches!(inode.kind(), Kind::File { .. }) => inode.size,
-            node if node.is_directory() => return Err(Errno::EISDIR),
-            _ => return Err(Errno::EINVAL),
-        };
-        if read.size > READ_MAX {
-            return Err(Errno::EINVAL);
-        }
-        let left = file_size.saturating_sub(read.offset);
-        match u32::try_from(left).unwrap_or(u32::MAX).min(read.size) {
-            0 => Ok(Answer::Body),
-            length => Ok(Answer::Read { node: node.id(), offset: read.offset, length }),
-        }
-    }
+fn readlink(node: &Node<'_>, reply: &mut Vec<u8>) -> Result<Answer, Errno> {
+    let Node::Inode { entry, inode, .. } = node else { return Err(Errno::EINVAL) };
+    reply.extend(entry.manifest.target(inode).ok_or(Errno::EINVAL)?);
+    Ok(Answer::Body)
+}
 
-    fn readdir(
-        &self,
-        node: &Node<'_>,
-        call: &Call<'_>,
-        plus: bool,
-        reply: &mut Vec<u8>,
-    ) -> Result<Answer, Errno> {
-        let read = parse::<ReadIn>(call)?;
-        let size = usize::try_from(read.size).map_err(|_| Errno::EINVAL)?;
-        if size > call.room {
-            return Err(Errno::EINVAL);
-        }
-        list(&self.tree, node, read.offset, size.min(LISTING_MAX), plus, reply)?;
-        Ok(Answer::Body)
+fn read(node: &Node<'_>, call: &Call<'_>) -> Result<Answer, Errno> {
+    let read = parse::<ReadIn>(call)?;
+    let file_size = match node {
+        Node::Inode { inode, .. } if matches!(inode.kind(), Kind::File { .. }) => inode.size,
+        node if node.is_directory() => return Err(Errno::EISDIR),
+        _ => return Err(Errno::EINVAL),
+    };
+    if read.size > READ_MAX {
+        return Err(Errno::EINVAL);
     }
+    let left = file_size.saturating_sub(read.offset);
+    match u32::try_from(left).unwrap_or(u32::MAX).min(read.size) {
+        0 => Ok(Answer::Body),
+        length => Ok(Answer::Read { node: node.id(), offset: read.offset, length }),
+    }
+}
 
-    /// A full file system. What it counts is not the host's business to tell.
-    fn statfs(&self) -> StatfsOut {
-        const BSIZE: u32 = 4096;
-        StatfsOut {
-            files: self.tree.inodes(),
-            bsize: BSIZE,
-            frsize: BSIZE,
-            namelen: 255,
-            ..StatfsOut::default()
-        }
+fn readdir(
+    tree: &Tree,
+    node: &Node<'_>,
+    call: &Call<'_>,
+    plus: bool,
+    reply: &mut Vec<u8>,
+) -> Result<Answer, Errno> {
+    let read = parse::<ReadIn>(call)?;
+    let size = usize::try_from(read.size).map_err(|_| Errno::EINVAL)?;
+    if size > call.room {
+        return Err(Errno::EINVAL);
     }
+    list(tree, node, read.offset, size.min(LISTING_MAX), plus, reply)?;
+    Ok(Answer::Body)
+}
+
+/// A full file system. What it counts is not the host's business to tell.
+fn statfs(tree: &Tree) -> StatfsOut {
+    const BSIZE: u32 = 4096;
+    StatfsOut { files: tree.inodes(), bsize: BSIZE, frsize: BSIZE, namelen: 255, ..StatfsOut::default() }
 }
 
 fn parse<T: FromBytes>(call: &Call<'_>) -> Result<T, Errno> {

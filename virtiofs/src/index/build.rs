@@ -1,17 +1,20 @@
 //! Walking a store path to make its [`Manifest`].
 //!
 //! Only directories, regular files and symbolic links are taken; anything else is left out, as Nix makes nothing else.
-//! No symbolic link is followed. Directories are opened one at a time, so the walk needs two descriptors.
+//! No symbolic link is followed. Directories are opened one at a time, so the walk needs two descriptors. Files that are
+//! hard links of each other within the store path become one inode; links from elsewhere do not matter.
 
-use super::manifest::{Inode, Kind, Manifest};
+use super::manifest::{Inode, Kind, Manifest, Sections};
 use crate::{beneath, store::StorePath};
 use nix::{
+    NixPath,
     dir::Dir,
     errno::Errno,
     fcntl::{AtFlags, OFlag, readlinkat},
     sys::stat::{FileStat, SFlag, fstatat},
 };
 use std::{
+    collections::HashMap,
     ffi::{CString, OsStr},
     os::{
         fd::{AsFd, BorrowedFd},
@@ -45,6 +48,12 @@ pub enum IndexError {
         /// The store path.
         path: StorePath,
     },
+    /// It is being changed, which a valid store path never is.
+    #[error("{path} was changed while it was read")]
+    Changed {
+        /// The store path.
+        path: StorePath,
+    },
     /// No source has it.
     #[error("{path} is in none of the store directories")]
     Missing {
@@ -57,48 +66,105 @@ fn below(names: &[u8]) -> String {
     if names.is_empty() { String::new() } else { format!("/{}", String::from_utf8_lossy(names)) }
 }
 
-impl Manifest {
-    /// Reads the metadata of `path` in the store directory `store`.
-    pub fn build(store: BorrowedFd<'_>, path: &StorePath) -> Result<Self, IndexError> {
-        let io = |names: &[&[u8]]| {
-            let names = names.join(&b'/');
-            move |source| IndexError::Io { path: path.clone(), names, source }
-        };
-        let mut manifest = Self::default();
-        let base = OsStr::new(path.base_name());
-        let stat = fstatat(store, base, AtFlags::AT_SYMLINK_NOFOLLOW).map_err(io(&[]))?;
-        let mut root = inode(&stat).ok_or_else(|| IndexError::Kind { path: path.clone() })?;
-        if root.kind() == Kind::Symlink {
-            let target = readlinkat(store, base).map_err(io(&[]))?.into_vec();
-            manifest
-                .add_target(&mut root, &target)
-                .ok_or_else(|| IndexError::TooLarge { path: path.clone() })?;
-        }
-        manifest.inodes.push(root);
+/// What tells whether a store path is still the same: of its own inode, not of those below it. Nix makes no changes inside a
+/// path; one that is deleted and made again is another inode.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// `st_ino`
+    pub ino: u64,
+    /// `st_ctime`, in seconds and nanoseconds.
+    pub ctime: (i64, u32),
+}
 
-        let mut number = 0;
-        while let Some(directory) = manifest.inode(number) {
-            if directory.is_directory() {
-                let names = manifest.path(number).unwrap_or_default();
-                let components: Vec<&[u8]> =
-                    std::iter::once(path.base_name().as_bytes()).chain(names.iter().copied()).collect();
-                let found = list(store, &components).map_err(io(&names))?;
-                manifest
-                    .add_children(number, found)
-                    .ok_or_else(|| IndexError::TooLarge { path: path.clone() })?;
-            }
-            number = number.checked_add(1).ok_or_else(|| IndexError::TooLarge { path: path.clone() })?;
+impl Identity {
+    pub(super) fn of(stat: &FileStat) -> Self {
+        Self {
+            ino: stat.st_ino,
+            ctime: (stat.st_ctime, u32::try_from(stat.st_ctime_nsec).unwrap_or_default()),
         }
-        Ok(manifest)
+    }
+}
+
+/// The first of the store directories that has `path`, and what the path is there.
+pub(super) fn find<D: AsFd>(stores: &[D], path: &StorePath) -> Result<(usize, Identity), IndexError> {
+    for (number, store) in stores.iter().enumerate() {
+        match stat(store.as_fd(), OsStr::new(path.base_name())) {
+            Ok(stat) => return Ok((number, Identity::of(&stat))),
+            Err(Errno::ENOENT) => {}
+            Err(source) => return Err(IndexError::Io { path: path.clone(), names: Vec::new(), source }),
+        }
+    }
+    Err(IndexError::Missing { path: path.clone() })
+}
+
+fn stat(directory: BorrowedFd<'_>, name: &(impl NixPath + ?Sized)) -> nix::Result<FileStat> {
+    fstatat(directory, name, AtFlags::AT_SYMLINK_NOFOLLOW)
+}
+
+/// Reads the metadata of `path` in the store directory `store`.
+pub(super) fn build(store: BorrowedFd<'_>, path: &StorePath) -> Result<(Manifest, Identity), IndexError> {
+    let io = |names: &[&[u8]]| {
+        let names = names.join(&b'/');
+        move |source| IndexError::Io { path: path.clone(), names, source }
+    };
+    let too_large = || IndexError::TooLarge { path: path.clone() };
+    let mut builder = Builder::default();
+    let base = OsStr::new(path.base_name());
+    let before = stat(store, base).map_err(io(&[]))?;
+    let mut root = inode(&before).ok_or_else(|| IndexError::Kind { path: path.clone() })?;
+    if root.kind() == Kind::Symlink {
+        let target = readlinkat(store, base).map_err(io(&[]))?.into_vec();
+        builder.add_target(&mut root, &target).ok_or_else(too_large)?;
+    }
+    builder.inodes.push(root);
+
+    let mut number = 0;
+    while let Some(directory) = usize::try_from(number).ok().and_then(|at| builder.inodes.get(at)) {
+        if directory.is_directory() {
+            let names = builder.sections().path(number).unwrap_or_default();
+            let components: Vec<&[u8]> =
+                std::iter::once(path.base_name().as_bytes()).chain(names.iter().copied()).collect();
+            let found = list(store, &components).map_err(io(&names))?;
+            builder.add_children(number, found).ok_or_else(too_large)?;
+        }
+        number = number.checked_add(1).ok_or_else(too_large)?;
+    }
+    let identity = Identity::of(&before);
+    if Identity::of(&stat(store, base).map_err(io(&[]))?) != identity {
+        return Err(IndexError::Changed { path: path.clone() });
+    }
+    Ok((builder.sections().encode().ok_or_else(too_large)?, identity))
+}
+
+#[derive(Default)]
+struct Builder {
+    inodes: Vec<Inode>,
+    names: Vec<u8>,
+    targets: Vec<u8>,
+    /// The numbers of files with more than one name, by device and inode on the host.
+    linked: HashMap<(u64, u64), u32>,
+}
+
+impl Builder {
+    fn sections(&self) -> Sections<'_> {
+        Sections { inodes: &self.inodes, names: &self.names, targets: &self.targets }
     }
 
     /// `None` if 32 bits do not hold it.
     fn add_children(&mut self, directory: u32, found: Vec<Found>) -> Option<()> {
         let first = u32::try_from(self.inodes.len()).ok()?;
         let count = u32::try_from(found.len()).ok()?;
-        first.checked_add(count)?;
+        let mut number = first;
         let mut subdirectories: u32 = 0;
-        for Found { name, mut inode, target } in found {
+        for Found { name, mut inode, target, linked } in found {
+            if let Some(one) =
+                linked.map(|key| *self.linked.entry(key).or_insert(number)).filter(|&one| one != number)
+            {
+                let one_inode = self.inodes.get_mut(usize::try_from(one).ok()?)?;
+                one_inode.links = one_inode.links.checked_add(1)?;
+                inode = Inode::new(Kind::Alias, 0);
+                inode.first = one;
+            }
             inode.parent = directory;
             inode.name = u32::try_from(self.names.len()).ok()?;
             inode.name_len = u8::try_from(name.as_bytes().len()).ok()?;
@@ -108,6 +174,7 @@ impl Manifest {
             }
             subdirectories = subdirectories.checked_add(u32::from(inode.is_directory()))?;
             self.inodes.push(inode);
+            number = number.checked_add(1)?;
         }
         let directory = self.inodes.get_mut(usize::try_from(directory).ok()?)?;
         directory.first = first;
@@ -128,6 +195,8 @@ struct Found {
     name: CString,
     inode: Inode,
     target: Vec<u8>,
+    /// Device and inode on the host, of what is no directory and has several names.
+    linked: Option<(u64, u64)>,
 }
 
 /// What a directory holds and the index takes, sorted by name.
@@ -144,13 +213,14 @@ fn list(store: BorrowedFd<'_>, components: &[&[u8]]) -> nix::Result<Vec<Found>> 
     names.sort();
     let mut found = Vec::new();
     for name in names {
-        let stat = fstatat(dir.as_fd(), name.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let stat = stat(dir.as_fd(), name.as_c_str())?;
         let Some(inode) = inode(&stat) else { continue };
         let target = match inode.kind() {
             Kind::Symlink => readlinkat(dir.as_fd(), name.as_c_str())?.into_vec(),
             _ => Vec::new(),
         };
-        found.push(Found { name, inode, target });
+        let linked = (!inode.is_directory() && stat.st_nlink > 1).then_some((stat.st_dev, stat.st_ino));
+        found.push(Found { name, inode, target, linked });
     }
     Ok(found)
 }

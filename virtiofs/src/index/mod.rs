@@ -5,9 +5,12 @@
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 mod build;
+mod bytes;
+mod load;
 mod manifest;
+mod slot;
 mod tree;
 
-pub use build::IndexError;
-pub use manifest::{Inode, Kind, Manifest};
+pub use build::{Identity, IndexError};
+pub use manifest::{Inode, Kind, Manifest, ManifestError};
 pub use tree::{Entry, Node, NodeId, Tree};

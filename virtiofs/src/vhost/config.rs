@@ -68,7 +68,7 @@ mod tests {
         assert_eq!((&whole[..6], &whole[36..]), (&b"store\0"[..], &[2, 0, 0, 0][..]));
         assert_eq!(config.read(36, 4), [2, 0, 0, 0]);
         for (offset, size) in [(0, 41), (37, 4), (u32::MAX, 1), (1, u32::MAX)] {
-            assert_eq!(config.read(offset, size), [], "{offset} {size}");
+            assert!(config.read(offset, size).is_empty(), "{offset} {size}");
         }
         assert_eq!(config.queues(), 3);
     }

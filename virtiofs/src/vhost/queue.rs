@@ -265,7 +265,7 @@ impl Queue {
         let (queue, service, epoch, read) = (Arc::downgrade(self), self.service.clone(), state.epoch, *read);
         self.service.pool.run(move || {
             let Service { server, files, .. } = &*service;
-            files.warm(server.tree(), server.stats(), read.node, read.offset, u64::from(read.length));
+            files.warm(&server.tree(), server.stats(), read.node, read.offset, u64::from(read.length));
             // The connection may be over.
             if let Some(queue) = Weak::upgrade(&queue) {
                 queue.finish(epoch, index).unwrap_or_else(|error| queue.broke(&error));
@@ -420,7 +420,7 @@ impl Queue {
             Err(errno) => {
                 server.stats().read_failures.add(1);
                 if let Some(skipped) = trouble.admit() {
-                    let path = files.describe(server.tree(), read.node);
+                    let path = files.describe(&server.tree(), read.node);
                     warn!(path, errno = %errno, skipped, "Cannot read a file of the store");
                 }
                 server.error(errno, read.unique, room(chain), reply);
@@ -439,7 +439,7 @@ impl Queue {
         let Service { server, files, .. } = &*self.service;
         let length = usize::try_from(read.length).map_err(|_| Errno::EINVAL)?;
         let pieces = buffers::pieces(&chain.writable, header, length)?;
-        match files.get(server.tree(), server.stats(), read.node, wait)? {
+        match files.get(&server.tree(), server.stats(), read.node, wait)? {
             Some(file) => file.read(read.offset, &pieces, wait),
             None => Ok(Read::WouldWait),
         }

@@ -88,7 +88,7 @@ impl Driver {
             Outcome::Silent => return None,
             Outcome::Reply => {}
             Outcome::Read(read) => {
-                let file = self.files.get(self.server.tree(), self.server.stats(), read.node, true);
+                let file = self.files.get(&self.server.tree(), self.server.stats(), read.node, true);
                 let mut content = vec![0; read.length as usize];
                 let piece = VolatileSlice::from(content.as_mut_slice());
                 file.unwrap().unwrap().read(read.offset, &[piece], true).unwrap();

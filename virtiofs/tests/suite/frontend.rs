@@ -120,7 +120,7 @@ impl Program {
 
     pub(crate) fn control(&self, line: &[u8]) -> String {
         use std::io::Write;
-        let mut client = UnixStream::connect(self.socket.with_file_name("control")).unwrap();
+        let mut client = connect(&self.socket.with_file_name("control"));
         client.set_read_timeout(Some(PATIENCE)).unwrap();
         client.write_all(line).unwrap();
         let mut text = String::new();

@@ -11,11 +11,12 @@ use lair_virtiofs::{
     },
     index::NodeId,
     store::StorePath,
+    view::View,
 };
 use nix::errno::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
-const ROOT: u64 = 1;
+pub(crate) const ROOT: u64 = 1;
 const FOREVER: u64 = 1_000_000_000;
 
 fn start() -> (Fixture, Driver) {
@@ -28,13 +29,13 @@ fn tree(rest: &str) -> String {
     format!("{}{rest}", path(1, "tree").base_name())
 }
 
-struct Listed {
-    name: Vec<u8>,
-    dirent: Dirent,
-    entry: Option<EntryOut>,
+pub(crate) struct Listed {
+    pub(crate) name: Vec<u8>,
+    pub(crate) dirent: Dirent,
+    pub(crate) entry: Option<EntryOut>,
 }
 
-fn parse_listing(mut body: &[u8], plus: bool) -> Vec<Listed> {
+pub(crate) fn parse_listing(mut body: &[u8], plus: bool) -> Vec<Listed> {
     let mut listed = Vec::new();
     while !body.is_empty() {
         let entry = plus.then(|| {
@@ -51,7 +52,7 @@ fn parse_listing(mut body: &[u8], plus: bool) -> Vec<Listed> {
 }
 
 /// Lists a directory in pieces of `size` bytes.
-fn list(driver: &Driver, node: u64, size: u32, plus: bool) -> Vec<Listed> {
+pub(crate) fn list(driver: &Driver, node: u64, size: u32, plus: bool) -> Vec<Listed> {
     let opcode = if plus { Opcode::Readdirplus } else { Opcode::Readdir };
     let mut all: Vec<Listed> = Vec::new();
     loop {
@@ -65,7 +66,7 @@ fn list(driver: &Driver, node: u64, size: u32, plus: bool) -> Vec<Listed> {
     }
 }
 
-fn names(listed: &[Listed]) -> Vec<String> {
+pub(crate) fn names(listed: &[Listed]) -> Vec<String> {
     listed.iter().map(|l| String::from_utf8_lossy(&l.name).into_owned()).collect()
 }
 
@@ -331,7 +332,7 @@ fn fu7_devices_fifos_and_sockets_are_absent() {
 fn fu8_forged_node_ids() {
     let (_fixture, driver) = start();
     let inode = |slot: u32, number: u32| NodeId::Inode { slot, number }.to_wire();
-    let many = driver.server.tree().entries()[0].manifest.len() as u32;
+    let many = driver.server.tree().entries()[0].manifest.len();
     let forged =
         [0, 2, u64::from(u32::MAX), u64::MAX, inode(4, 0), inode(1, many), inode(2, 1), inode(u32::MAX, 0)];
     for node in forged {
@@ -558,19 +559,66 @@ fn fu19_lookups_leave_nothing_behind() {
 }
 
 #[test]
-fn st6_hard_links_are_inodes_of_their_own() {
+fn st6_hard_links_are_one_inode_within_a_store_path() {
     let fixture = Fixture::new();
-    let one = fixture.host(&path(1, "tree")).join("share/doc/readme");
-    // Linked within the path, with one outside the view, and in the store's own directory of links.
-    std::fs::hard_link(&one, fixture.host(&path(1, "tree")).join("again")).unwrap();
+    let top = fixture.host(&path(1, "tree"));
+    let one = top.join("share/doc/readme");
+    // Linked within the path, also a symbolic link; with one outside the view; and in the store's own directory of links.
+    std::fs::hard_link(&one, top.join("again")).unwrap();
+    std::fs::hard_link(&one, top.join("bin/once-more")).unwrap();
+    std::fs::hard_link(top.join("link"), top.join("bin/link")).unwrap();
     std::fs::hard_link(&one, fixture.host(&path(4, "hidden")).join("again")).unwrap();
+    std::fs::hard_link(&one, fixture.host(&path(5, "other"))).unwrap();
     std::fs::create_dir(fixture.store().join(".links")).unwrap();
     std::fs::hard_link(&one, fixture.store().join(".links/x")).unwrap();
-    let driver = Driver::new(&fixture.store(), &fixture.view());
-    let nodes = [driver.walk(&tree("/again")), driver.walk(&tree("/share/doc/readme"))];
-    let attrs = nodes.map(|node| driver.getattr(node).unwrap().attr);
-    assert_ne!(attrs[0].ino, attrs[1].ino);
-    assert_eq!(attrs.map(|a| a.nlink), [1, 1]);
-    assert_eq!(nodes.map(|node| driver.read(node, 0, 100).unwrap()), [b"read me"; 2]);
+    let view = View::new(fixture.view().paths().iter().cloned().chain([path(5, "other")])).unwrap();
+    let driver = Driver::new(&fixture.store(), &view);
+    let nodes = ["/again", "/bin/once-more", "/share/doc/readme"].map(|name| driver.walk(&tree(name)));
+    assert_eq!(nodes, [nodes[0]; 3]);
+    let attr = driver.getattr(nodes[0]).unwrap().attr;
+    assert_eq!((attr.nlink, attr.size, attr.mode), (3, 7, 0o100_444));
+    assert_eq!(driver.read(nodes[0], 0, 100).unwrap(), b"read me");
+    let links = ["/link", "/bin/link"].map(|name| driver.walk(&tree(name)));
+    assert_eq!(links, [links[0]; 2]);
+    assert_eq!(driver.getattr(links[0]).unwrap().attr.nlink, 2);
+    assert_eq!(driver.call(Opcode::Readlink, links[0], &[]).unwrap(), b"bin/hello");
+    // Listings say the same as lookups.
+    for directory in ["", "/bin", "/share/doc"] {
+        let directory = driver.walk(&tree(directory));
+        for l in list(&driver, directory, 65_536, true).iter().skip(2) {
+            let entry = l.entry.unwrap();
+            assert_eq!(driver.lookup(directory, &l.name).unwrap(), entry);
+            assert_eq!((l.dirent.ino, l.dirent.kind), (entry.attr.ino, entry.attr.mode >> 12));
+        }
+    }
+    // Numbers of aliases were never given out.
+    let seen = all_nodes(&driver);
+    let entries = driver.server.tree().entries().to_vec();
+    for entry in entries {
+        for number in 0..entry.manifest.len() {
+            let id = NodeId::Inode { slot: entry.slot, number }.to_wire();
+            assert_eq!(driver.getattr(id).is_ok(), seen.contains(&id), "{id:#x}");
+        }
+    }
+    assert_eq!(driver.server.tree().inodes(), seen.len() as u64 - 1);
+    // Another store path's is another one.
+    let other = driver.walk(path(5, "other").base_name());
+    assert_ne!(other, nodes[0]);
+    assert_eq!(driver.getattr(other).unwrap().attr.nlink, 1);
     assert_eq!(driver.lookup(ROOT, b".links"), Err(Errno::ENOENT));
+}
+
+/// The ids of all nodes that can be reached.
+pub(crate) fn all_nodes(driver: &Driver) -> std::collections::HashSet<u64> {
+    let mut seen = std::collections::HashSet::from([ROOT]);
+    let mut todo = vec![ROOT];
+    while let Some(node) = todo.pop() {
+        for l in list(driver, node, 1 << 20, true).iter().skip(2) {
+            let id = l.entry.unwrap().nodeid;
+            if seen.insert(id) && l.dirent.kind == 4 {
+                todo.push(id);
+            }
+        }
+    }
+    seen
 }

@@ -577,8 +577,10 @@ fn the_control_socket_cannot_be_held() {
     check(&connection, &mut guest);
     assert!(program.stats().contains("lair_virtiofs_view_paths 3\n"));
     drop(dawdlers);
-    assert_eq!(program.control(b"halt\n"), "error: unknown command \"halt\"; the only one is stats\n");
+    let unknown = "error: unknown command \"halt\"; there are stats, denied, grant and revoke\n";
+    assert_eq!(program.control(b"halt\n"), unknown);
     assert_eq!(program.control(&[b'x'; 64]), "");
+    assert_eq!(program.control(&[&[b'x'; 64][..], b"\n"].concat()), "");
     assert!(Path::new(&control).exists());
     check(&connection, &mut guest);
 }

@@ -10,6 +10,7 @@ mod driver;
 mod fixture;
 mod frontend;
 mod fuse;
+mod growth;
 mod hostile;
 mod model;
 mod program;
