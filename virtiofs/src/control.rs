@@ -5,11 +5,10 @@
 //! dawdles has little time, so that the next one gets its turn.
 
 use crate::{
-    files::Store,
-    fuse::Server,
     index::IndexError,
     stats::prometheus,
     throttle::Throttle,
+    vhost::Service,
     view::{FILE_MAX, ParseError, View},
 };
 use std::{
@@ -32,9 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct Control<'a> {
     /// What is served.
-    pub server: &'a Server,
-    /// The store directories from which its tree was built.
-    pub stores: &'a [Store],
+    pub service: &'a Service,
 }
 
 /// Why a command was not carried out. Nothing has changed.
@@ -67,7 +64,7 @@ fn answer(mut client: &UnixStream, control: &mut Control<'_>) -> io::Result<()> 
     let mut input = Input { client, deadline: Instant::now() + PATIENCE, bytes: Vec::new() };
     let line = input.line()?;
     let result = match line.as_slice() {
-        b"stats" => Ok(prometheus(control.server)),
+        b"stats" => Ok(prometheus(control.service)),
         b"denied" => Ok(control.denied()),
         b"grant" => control.grant(input.list(&line)?),
         b"revoke" => control.revoke(input.list(&line)?),
@@ -89,22 +86,22 @@ impl Control<'_> {
     fn grant(&mut self, list: &[u8]) -> Result<String, Refused> {
         let view = View::parse(list)?;
         let paths = view.paths();
-        let added = self.server.replace(|tree| tree.with(self.stores, paths))?;
+        let added = self.service.server.replace(|tree| tree.with(self.service.files.stores(), paths))?;
         // Asked after they can be seen: what the guest is told from now on is that they are there.
-        let refresh = if self.server.denied().needs_refresh(paths) { "yes" } else { "no" };
+        let refresh = if self.service.server.denied().needs_refresh(paths) { "yes" } else { "no" };
         info!(added, refresh, "Granted store paths");
         Ok(format!("granted {added}, refresh {refresh}\n"))
     }
 
     fn revoke(&mut self, list: &[u8]) -> Result<String, Refused> {
         let view = View::parse(list)?;
-        let removed = self.server.replace(|tree| Ok::<_, Refused>(tree.without(view.paths())))?;
+        let removed = self.service.server.replace(|tree| Ok::<_, Refused>(tree.without(view.paths())))?;
         info!(removed, "Revoked store paths");
         Ok(format!("revoked {removed}, pages that the guest has cached stay\n"))
     }
 
     fn denied(&self) -> String {
-        let (names, complete) = self.server.denied().list();
+        let (names, complete) = self.service.server.denied().list();
         let complete = if complete { "yes" } else { "no" };
         let list: String = names.iter().map(|path| format!("{path}\n")).collect();
         format!("denied {}, complete {complete}\n{list}", names.len())

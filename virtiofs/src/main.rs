@@ -143,13 +143,12 @@ fn run(args: Args) -> Result<()> {
         (None, None) => bail!("Neither --socket nor --fd is given"),
     };
 
-    let service = Arc::new(Service::new(Server::new(tree), files));
+    let service = Arc::new(Service::new(Server::new(tree), files, &config));
     if let Some(listener) = control {
         let service = service.clone();
-        thread::Builder::new().name("control".into()).spawn(move || {
-            let (server, stores) = (&service.server, service.files.stores());
-            control::serve(&listener, &mut Control { server, stores })
-        })?;
+        thread::Builder::new()
+            .name("control".into())
+            .spawn(move || control::serve(&listener, &mut Control { service: &service }))?;
     }
     let result = serve(listener, &service, &config);
     made.lock().unwrap_or_else(PoisonError::into_inner).clear();

@@ -10,7 +10,7 @@ pub use open_file::{OpenFile, Read};
 use crate::{
     beneath,
     index::{Node, NodeId, Tree},
-    stats::Stats,
+    stats::Counter,
 };
 use lru::LruCache;
 use nix::{
@@ -60,6 +60,7 @@ pub struct OpenError {
 pub struct Files {
     stores: Vec<Store>,
     cache: Mutex<LruCache<NodeId, Arc<OpenFile>>>,
+    opens: Counter,
 }
 
 /// A store directory.
@@ -87,7 +88,7 @@ impl Files {
                     .map_err(|source| OpenError { path: directory.to_owned(), source })
             })
             .collect::<Result<_, _>>()?;
-        Ok(Self { stores, cache: Mutex::new(LruCache::new(OPEN_MAX)) })
+        Ok(Self { stores, cache: Mutex::new(LruCache::new(OPEN_MAX)), opens: Counter::default() })
     }
 
     /// The store directories.
@@ -95,15 +96,14 @@ impl Files {
         &self.stores
     }
 
+    /// How often a file was opened.
+    pub fn opens(&self) -> &Counter {
+        &self.opens
+    }
+
     /// The file of a node, open for reading. Without `wait`, `None` if opening it might have to wait for a disk. ESTALE if it is
     /// not of this tree; EIO if what is there now is no regular file.
-    pub fn get(
-        &self,
-        tree: &Tree,
-        stats: &Stats,
-        id: NodeId,
-        wait: bool,
-    ) -> Result<Option<Arc<OpenFile>>, Errno> {
+    pub fn get(&self, tree: &Tree, id: NodeId, wait: bool) -> Result<Option<Arc<OpenFile>>, Errno> {
         if let Some(file) = self.lock().get(&id) {
             return Ok(Some(file.clone()));
         }
@@ -121,7 +121,7 @@ impl Files {
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP | Errno::EXDEV) => return Err(Errno::ESTALE),
             Err(errno) => return Err(errno),
         };
-        stats.opens.add(1);
+        self.opens.add(1);
         let file = Arc::new(OpenFile::new(file, inode.size, store.abilities.clone()));
         // What falls out is closed after the lock is released.
         let _old = self.lock().push(id, file.clone());
@@ -130,8 +130,8 @@ impl Files {
 
     /// Brings what a read needs into memory: opens the file and reads that part of it. Waits for it. An error is left to the
     /// read itself to find.
-    pub fn warm(&self, tree: &Tree, stats: &Stats, id: NodeId, offset: u64, length: u64) {
-        if let Ok(Some(file)) = self.get(tree, stats, id, true) {
+    pub fn warm(&self, tree: &Tree, id: NodeId, offset: u64, length: u64) {
+        if let Ok(Some(file)) = self.get(tree, id, true) {
             let _ = file.warm(offset, length);
         }
     }

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     index::{Kind, Node, NodeId, Tree},
-    stats::Stats,
+    stats::Requests,
 };
 use arc_swap::{ArcSwap, Guard};
 use nix::errno::Errno;
@@ -61,6 +61,14 @@ pub struct FileRead {
     pub unique: u64,
 }
 
+impl Request<'_> {
+    /// The operation asked for; `None` for one that FUSE does not define.
+    pub fn opcode(&self) -> Option<Opcode> {
+        let number = self.bytes.get(4..).and_then(<[u8]>::first_chunk)?;
+        Opcode::from_wire(u32::from_le_bytes(*number))
+    }
+}
+
 impl FileRead {
     /// Makes `reply` the header that goes before the contents.
     pub fn header(&self, reply: &mut Vec<u8>) {
@@ -80,7 +88,6 @@ pub struct Server {
     /// Locked while a new tree is made.
     replacing: Mutex<()>,
     denied: Denied,
-    stats: Stats,
 }
 
 /// What a handler does with the reply buffer, which has room for the header.
@@ -100,12 +107,7 @@ struct Call<'a> {
 impl Server {
     /// A server of `tree`.
     pub fn new(tree: Tree) -> Self {
-        Self {
-            tree: ArcSwap::from_pointee(tree),
-            replacing: Mutex::default(),
-            denied: Denied::default(),
-            stats: Stats::default(),
-        }
+        Self { tree: ArcSwap::from_pointee(tree), replacing: Mutex::default(), denied: Denied::default() }
     }
 
     /// What is served now.
@@ -126,27 +128,23 @@ impl Server {
         &self.denied
     }
 
-    /// What was served so far.
-    pub fn stats(&self) -> &Stats {
-        &self.stats
-    }
-
-    /// Answers one request. `room` is the length of the guest's buffer for the reply, which is left in `reply`.
+    /// Answers one request, and counts it in `stats`. `room` is the length of the guest's buffer for the reply, which is left in `reply`.
     /// A guest that leaves no room for a header gets no reply.
     pub fn handle(
         &self,
         session: &Session,
+        stats: &Requests,
         request: Request<'_>,
         room: usize,
         reply: &mut Vec<u8>,
     ) -> Outcome {
         reply.clear();
         let Ok((header, body)) = InHeader::read_from_prefix(request.bytes) else {
-            self.stats.malformed.add(1);
+            stats.malformed.add(1);
             return self.error(Errno::EIO, 0, room, reply);
         };
         let opcode = Opcode::from_wire(header.opcode);
-        let counters = self.stats.of(opcode);
+        let counters = stats.of(opcode);
         counters.requests.add(1);
         if opcode.map(Opcode::treatment) == Some(Treatment::Silent) {
             return Outcome::Silent;
@@ -157,7 +155,7 @@ impl Server {
             let complete = u64::try_from(request.bytes.len()) == Ok(request.total);
             self.dispatch(session, &self.tree.load(), opcode, call, complete, reply)
         } else {
-            self.stats.malformed.add(1);
+            stats.malformed.add(1);
             Err(Errno::EINVAL)
         };
         let length = match &answer {

@@ -4,7 +4,7 @@ use super::{
     Config, QUEUE_SIZE_MAX, Service,
     queue::{Memory, Queue, State, Vring},
 };
-use crate::fuse::Session;
+use crate::{fuse::Session, stats::Requests};
 use std::{
     cell::RefCell,
     io,
@@ -54,18 +54,19 @@ impl Device {
     pub(super) fn new(service: Arc<Service>, config: Config, memory: Memory) -> Self {
         let session = Arc::new(Session::new());
         let stopping = Arc::new(AtomicBool::new(false));
-        let queue = |number| {
+        let queue = |(number, stats): (usize, &Arc<Requests>)| {
             Arc::new(Queue {
                 service: service.clone(),
                 session: session.clone(),
                 memory: memory.clone(),
                 stopping: stopping.clone(),
                 number,
+                stats: stats.clone(),
                 state: Mutex::new(State::default()),
             })
         };
         Self {
-            queues: (0..config.queues()).map(queue).collect(),
+            queues: service.requests.iter().enumerate().map(queue).collect(),
             config,
             stopping,
             shutdown: OnceLock::new(),

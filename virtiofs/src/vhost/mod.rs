@@ -17,8 +17,14 @@ mod spin;
 pub use config::{Config, ConfigError};
 pub use serve::{ServeError, serve};
 
-use crate::{files::Files, fuse::Server, throttle::Throttle};
+use crate::{
+    files::Files,
+    fuse::Server,
+    stats::{Events, Requests},
+    throttle::Throttle,
+};
 use cold::Pool;
+use std::sync::Arc;
 
 /// The largest queue, in descriptors.
 pub const QUEUE_SIZE_MAX: u16 = 1024;
@@ -30,6 +36,10 @@ pub struct Service {
     pub server: Server,
     /// Reads files.
     pub files: Files,
+    /// What is counted, by queue.
+    pub requests: Vec<Arc<Requests>>,
+    /// What is counted besides.
+    pub events: Events,
     /// For lines about what the guest or the hypervisor does wrong.
     pub(crate) trouble: Throttle,
     /// Waits for disks.
@@ -38,7 +48,16 @@ pub struct Service {
 
 impl Service {
     /// A service of what `server` knows, with the store directories from which its tree was built.
-    pub fn new(server: Server, files: Files) -> Self {
-        Self { server, files, trouble: Throttle::new(), pool: Pool::new() }
+    /// The device will be what `config` says.
+    pub fn new(server: Server, files: Files, config: &Config) -> Self {
+        let requests = (0..config.queues()).map(|_| Arc::default()).collect();
+        Self {
+            server,
+            files,
+            requests,
+            events: Events::default(),
+            trouble: Throttle::new(),
+            pool: Pool::new(),
+        }
     }
 }

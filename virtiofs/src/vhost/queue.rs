@@ -16,7 +16,8 @@ use super::{
 use crate::{
     buffers, fd,
     files::Read,
-    fuse::{FileRead, Outcome, Request, Session},
+    fuse::{FileRead, Opcode, Outcome, Request, Session},
+    stats::Requests,
 };
 use nix::errno::Errno;
 use std::{
@@ -61,6 +62,8 @@ pub(super) struct Queue {
     pub(super) stopping: Arc<AtomicBool>,
     /// For log lines, and for which queues poll.
     pub(super) number: usize,
+    /// Only to be added to with the state locked.
+    pub(super) stats: Arc<Requests>,
     /// Locked before the vring is.
     pub(super) state: Mutex<State>,
 }
@@ -103,18 +106,18 @@ enum Phase {
 }
 
 /// A request that was taken.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Pending {
     head: u16,
     answer: Answer,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 enum Answer {
     /// So many bytes of the chain were used.
     Used(u32),
-    /// It waits for a disk.
-    Waits(FileRead),
+    /// It waits for a disk, since then.
+    Waits(FileRead, Instant),
 }
 
 /// How a burst ended.
@@ -122,9 +125,21 @@ enum Burst {
     /// There may be more.
     More,
     /// Nothing is left. The guest was not asked for a kick.
-    Empty,
+    Empty(Watch),
+    /// The queue is somewhere else by now.
+    Moved,
     /// The queue does not run.
     Stopped,
+}
+
+/// What to look for next.
+struct Watch {
+    /// The number of the next request.
+    next: u16,
+    /// Whether to poll for it.
+    polls: bool,
+    /// When the last one was done.
+    since: Instant,
 }
 
 /// How a guest breaks a queue.
@@ -161,7 +176,7 @@ impl Queue {
             state.forget();
         }
         drop(state);
-        self.service.server.stats().broken_queues.add(1);
+        self.service.events.broken_queues.add(1);
         if let Some(skipped) = self.service.trouble.admit() {
             let error: &dyn std::error::Error = error;
             warn!(error, queue = self.number, skipped, "The guest broke a queue; it is served no more");
@@ -173,12 +188,26 @@ impl Queue {
             return Ok(());
         }
         loop {
-            match self.burst(vring)? {
-                Burst::More => {}
-                Burst::Stopped => return Ok(()),
-                Burst::Empty => {
-                    if !self.poll(vring)? && !self.sleep(vring)? {
-                        return Ok(());
+            let memory = self.memory.memory();
+            let ring = Ring::new(&memory, vring.get_ref().get_queue())?;
+            if !self.serve_ring(vring, &ring)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Serves until nothing is left, or the ring is no longer the queue's. Whether it is the latter.
+    fn serve_ring(self: &Arc<Self>, vring: &Vring, ring: &Ring<'_>) -> Result<bool, Broken> {
+        let mut found = false;
+        loop {
+            match self.burst(vring, ring, found)? {
+                Burst::More => found = false,
+                Burst::Moved => return Ok(true),
+                Burst::Stopped => return Ok(false),
+                Burst::Empty(watch) => {
+                    found = self.poll(ring, &watch)?;
+                    if !found && !self.sleep(vring, ring, &watch)? {
+                        return Ok(false);
                     }
                 }
             }
@@ -217,55 +246,70 @@ impl Queue {
         Ok(true)
     }
 
-    /// Serves what is available, up to a limit, and tells the guest.
-    fn burst(self: &Arc<Self>, vring: &Vring) -> Result<Burst, Broken> {
+    /// Serves what is available, up to a limit, and tells the guest. `found`: polling found it.
+    fn burst(self: &Arc<Self>, vring: &Vring, ring: &Ring<'_>, found: bool) -> Result<Burst, Broken> {
         let mut guard = self.lock();
         let state = &mut *guard;
         if state.phase != Phase::Running || self.stopping.load(Ordering::Relaxed) {
             return Ok(Burst::Stopped);
         }
-        let memory = self.memory.memory();
         let mut vring = vring.get_mut();
         if !runs(&vring) {
             return Ok(Burst::Stopped);
         }
-        let ring = Ring::new(&memory, vring.get_queue())?;
+        if !ring.is_of(&self.memory.memory(), vring.get_queue()) {
+            return Ok(Burst::Moved);
+        }
+        if found {
+            state.pace.hit();
+        }
         ring.want_no_kick()?;
         let begin = vring.get_queue().next_used();
         let mut used = begin;
         let (mut count, mut bytes) = (0u32, 0u32);
+        let mut last = Instant::now();
         let end = loop {
             if count >= BURST || bytes >= BURST_BYTES {
                 break Burst::More;
             }
-            let Some(head) = state.take(&ring, used)? else { break Burst::Empty };
+            let Some(head) = state.take(ring, used)? else {
+                let polls = self.number != HIPRIO && state.pace.polls();
+                break Burst::Empty(Watch { next: state.next(used), polls, since: last });
+            };
             count = count.saturating_add(1);
-            match self.answer(&mut state.scratch, &ring, head) {
-                Answer::Used(length) if state.pending.is_empty() => {
-                    ring.publish(used, head, length)?;
-                    used = used.wrapping_add(1);
+            let (opcode, answer) = self.answer(&mut state.scratch, ring, head);
+            match answer {
+                Answer::Used(length) => {
+                    if state.pending.is_empty() {
+                        ring.publish(used, head, length)?;
+                        used = used.wrapping_add(1);
+                    } else {
+                        state.pending.push_back(Pending { head, answer });
+                    }
                     bytes = bytes.saturating_add(length);
+                    let now = Instant::now();
+                    self.stats.of(opcode).latency.add(now.saturating_duration_since(last));
+                    last = now;
                 }
-                Answer::Waits(read) => {
-                    state.pending.push_back(Pending { head, answer: Answer::Waits(read) });
+                Answer::Waits(read, _) => {
+                    state.pending.push_back(Pending { head, answer: Answer::Waits(read, last) });
                     self.warm(state, used, &read);
                 }
-                answer => state.pending.push_back(Pending { head, answer }),
             }
         };
-        self.published(&ring, &mut vring, begin, used)?;
+        self.published(ring, &mut vring, begin, used)?;
         Ok(end)
     }
 
     /// Has a part of a file read by the pool; then the request is answered.
     fn warm(self: &Arc<Self>, state: &State, used: u16, read: &FileRead) {
-        self.service.server.stats().cold_reads.add(1);
+        self.stats.cold_reads.add(1);
         let behind = u16::try_from(state.pending.len().saturating_sub(1)).unwrap_or(u16::MAX);
         let index = used.wrapping_add(behind);
         let (queue, service, epoch, read) = (Arc::downgrade(self), self.service.clone(), state.epoch, *read);
         self.service.pool.run(move || {
             let Service { server, files, .. } = &*service;
-            files.warm(&server.tree(), server.stats(), read.node, read.offset, u64::from(read.length));
+            files.warm(&server.tree(), read.node, read.offset, u64::from(read.length));
             // The connection may be over.
             if let Some(queue) = Weak::upgrade(&queue) {
                 queue.finish(epoch, index).unwrap_or_else(|error| queue.broke(&error));
@@ -293,10 +337,9 @@ impl Queue {
         let ring = Ring::new(&memory, vring.get_queue())?;
         let begin = vring.get_queue().next_used();
         let place = usize::from(index.wrapping_sub(begin));
-        let Some(Pending { head, answer: Answer::Waits(read) }) = state.pending.get(place) else {
+        let Some(&Pending { head, answer: Answer::Waits(read, since) }) = state.pending.get(place) else {
             return Ok(());
         };
-        let (head, read) = (*head, *read);
         let answer = match ring.chain(head) {
             Ok(chain) => {
                 read.header(&mut state.scratch.reply);
@@ -307,6 +350,7 @@ impl Queue {
         if let Some(pending) = state.pending.get_mut(place) {
             pending.answer = answer;
         }
+        self.stats.of(Some(Opcode::Read)).latency.add(since.elapsed());
         let mut used = begin;
         while let Some(Pending { head, answer: Answer::Used(length) }) = state.pending.front() {
             ring.publish(used, *head, *length)?;
@@ -334,74 +378,64 @@ impl Queue {
         Ok(())
     }
 
-    /// Polls for the next request. Whether there is something to do.
-    fn poll(&self, vring: &Vring) -> Result<bool, Broken> {
-        let next = {
-            let state = self.lock();
-            if self.number == HIPRIO || !state.pace.polls() {
-                return Ok(false);
-            }
-            state.next(vring.get_ref().get_queue().next_used())
-        };
-        let memory = self.memory.memory();
-        let ring = Ring::new(&memory, vring.get_ref().get_queue())?;
-        let begin = Instant::now();
+    /// Polls for the next request, if that is thought to pay. Whether there is something to do.
+    fn poll(&self, ring: &Ring<'_>, watch: &Watch) -> Result<bool, Broken> {
+        if !watch.polls {
+            return Ok(false);
+        }
         loop {
             for _ in 0..POLLS {
-                if ring.available()? != next {
-                    self.lock().pace.hit();
+                if ring.available()? != watch.next {
                     return Ok(true);
                 }
                 spin_loop();
             }
-            if self.stopping.load(Ordering::Relaxed) {
-                return Ok(true);
-            }
-            let spent = begin.elapsed();
-            if spent > WINDOW {
-                self.lock().pace.miss(spent);
+            if self.stopping.load(Ordering::Relaxed) || watch.since.elapsed() > WINDOW {
                 return Ok(false);
             }
         }
     }
 
     /// Asks for a kick. Whether there is something to do after all.
-    fn sleep(&self, vring: &Vring) -> Result<bool, Broken> {
+    fn sleep(&self, vring: &Vring, ring: &Ring<'_>, watch: &Watch) -> Result<bool, Broken> {
         let mut state = self.lock();
-        if state.phase != Phase::Running {
-            return Ok(false);
-        }
-        let memory = self.memory.memory();
         let vring = vring.get_ref();
-        let ring = Ring::new(&memory, vring.get_queue())?;
-        let next = state.next(vring.get_queue().next_used());
-        ring.want_kick(next)?;
-        let more = ring.available()? != next;
+        if state.phase != Phase::Running || !ring.is_of(&self.memory.memory(), vring.get_queue()) {
+            return Ok(true);
+        }
+        let now = Instant::now();
+        if watch.polls {
+            state.pace.miss(now.saturating_duration_since(watch.since));
+        }
+        ring.want_kick(watch.next)?;
+        let more = ring.available()? != watch.next;
         if !more {
-            state.pace.sleeps(Instant::now());
+            state.pace.sleeps(now);
         }
         Ok(more)
     }
 
     /// Answers a request, or says what it waits for.
-    fn answer(&self, scratch: &mut Scratch, ring: &Ring<'_>, head: u16) -> Answer {
+    fn answer(&self, scratch: &mut Scratch, ring: &Ring<'_>, head: u16) -> (Option<Opcode>, Answer) {
         let chain = match ring.chain(head) {
             Ok(chain) => chain,
-            Err(error) => return self.bad_chain(&error),
+            Err(error) => return (None, self.bad_chain(&error)),
         };
         let Scratch { request, reply } = scratch;
         let count = buffers::copy_in(&chain.readable, request);
         let bytes = request.get(..count).unwrap_or_default();
         let request = Request { bytes, total: u64::from(chain.request) };
-        match self.service.server.handle(&self.session, request, room(&chain), reply) {
-            Outcome::Silent => Answer::Used(0),
-            Outcome::Reply => reply_with(&chain, reply),
-            Outcome::Read(read) => self.read(reply, &chain, &read, false),
-        }
+        let answer =
+            match self.service.server.handle(&self.session, &self.stats, request, room(&chain), reply) {
+                Outcome::Silent => Answer::Used(0),
+                Outcome::Reply => reply_with(&chain, reply),
+                Outcome::Read(read) => self.read(reply, &chain, &read, false),
+            };
+        (request.opcode(), answer)
     }
 
     fn bad_chain(&self, error: &ChainError) -> Answer {
-        self.service.server.stats().bad_chains.add(1);
+        self.stats.bad_chains.add(1);
         if let Some(skipped) = self.service.trouble.admit() {
             warn!(%error, queue = self.number, skipped, "The guest sent a bad descriptor chain");
         }
@@ -412,13 +446,13 @@ impl Queue {
     fn read(&self, reply: &mut Vec<u8>, chain: &Chain<'_>, read: &FileRead, wait: bool) -> Answer {
         let Service { server, files, trouble, .. } = &*self.service;
         match self.read_into(chain, read, reply.len(), wait) {
-            Ok(Read::WouldWait) => Answer::Waits(*read),
+            Ok(Read::WouldWait) => Answer::Waits(*read, Instant::now()),
             Ok(Read::Done) => match reply_with(chain, reply) {
                 Answer::Used(header) => Answer::Used(header.saturating_add(read.length)),
                 answer => answer,
             },
             Err(errno) => {
-                server.stats().read_failures.add(1);
+                self.stats.read_failures.add(1);
                 if let Some(skipped) = trouble.admit() {
                     let path = files.describe(&server.tree(), read.node);
                     warn!(path, errno = %errno, skipped, "Cannot read a file of the store");
@@ -439,7 +473,7 @@ impl Queue {
         let Service { server, files, .. } = &*self.service;
         let length = usize::try_from(read.length).map_err(|_| Errno::EINVAL)?;
         let pieces = buffers::pieces(&chain.writable, header, length)?;
-        match files.get(&server.tree(), server.stats(), read.node, wait)? {
+        match files.get(&server.tree(), read.node, wait)? {
             Some(file) => file.read(read.offset, &pieces, wait),
             None => Ok(Read::WouldWait),
         }

@@ -37,6 +37,8 @@ pub(super) struct Ring<'m> {
     used: VolatileSlice<'m>,
     size: u16,
     event_idx: bool,
+    /// The addresses in the guest, by which a move is seen.
+    places: [u64; 3],
 }
 
 fn failed<E: Into<vm_memory::GuestMemoryError>>(part: &'static str) -> impl FnOnce(E) -> RingError {
@@ -59,7 +61,16 @@ impl<'m> Ring<'m> {
             used: part("used ring", queue.used_ring(), USED, around)?,
             size: queue.size(),
             event_idx: queue.state().event_idx_enabled,
+            places: places(queue),
         })
+    }
+
+    /// Whether it still is the ring of `queue` in `mem`.
+    pub(super) fn is_of(&self, mem: &GuestMemoryMmap, queue: &Queue) -> bool {
+        std::ptr::eq(self.mem, mem)
+            && self.size == queue.size()
+            && self.places == places(queue)
+            && self.event_idx == queue.state().event_idx_enabled
     }
 
     /// How many descriptors it has.
@@ -145,6 +156,10 @@ impl<'m> Ring<'m> {
         let slot = usize::from(index & self.size.wrapping_sub(1));
         slot.saturating_mul(bytes).saturating_add(HEAD)
     }
+}
+
+fn places(queue: &Queue) -> [u64; 3] {
+    [queue.desc_table(), queue.avail_ring(), queue.used_ring()]
 }
 
 #[allow(clippy::cast_possible_truncation)] // That is what it is for.

@@ -78,7 +78,7 @@ fn connection(
     let accepted = daemon.start(listener);
     match &accepted {
         Ok(()) => {
-            service.server.stats().connections.add(1);
+            service.events.connections.add(1);
             if let Some(skipped) = service.trouble.admit() {
                 info!(skipped, "The hypervisor connected");
             }
@@ -149,7 +149,7 @@ fn refuse(listener: &UnixListener, service: &Service, done: &PipeReader) {
             return;
         }
         match listener.accept() {
-            Ok(_) => service.server.stats().refused.add(1),
+            Ok(_) => service.events.refused.add(1),
             Err(_) => thread::sleep(ACCEPT_PAUSE),
         }
     }

@@ -7,6 +7,7 @@ use lair_virtiofs::{
         wire::{AttrOut, EntryOut, InHeader, InitIn, OutHeader, ReadIn},
     },
     index::Tree,
+    stats::Requests,
     view::View,
 };
 use nix::errno::Errno;
@@ -26,8 +27,9 @@ pub(crate) const OFFERED: u32 = u32::MAX;
 /// A server and what it needs. Requests begin after INIT.
 pub(crate) struct Driver {
     pub(crate) server: Server,
-    files: Files,
+    pub(crate) files: Files,
     pub(crate) session: Session,
+    pub(crate) stats: Requests,
 }
 
 /// A request as bytes. Each has a unique of its own.
@@ -75,7 +77,7 @@ impl Driver {
     pub(crate) fn new(store: &Path, view: &View) -> Self {
         let files = Files::open_stores(&[store]).unwrap();
         let server = Server::new(Tree::build(files.stores(), view).unwrap());
-        let driver = Self { server, files, session: Session::new() };
+        let driver = Self { server, files, session: Session::new(), stats: Requests::default() };
         driver.send(&init_request(7, 41, OFFERED)).unwrap();
         driver
     }
@@ -84,11 +86,11 @@ impl Driver {
     pub(crate) fn raw(&self, request: &[u8], room: usize) -> Option<Vec<u8>> {
         let mut reply = Vec::new();
         let whole = Request { bytes: request, total: request.len() as u64 };
-        match self.server.handle(&self.session, whole, room, &mut reply) {
+        match self.server.handle(&self.session, &self.stats, whole, room, &mut reply) {
             Outcome::Silent => return None,
             Outcome::Reply => {}
             Outcome::Read(read) => {
-                let file = self.files.get(&self.server.tree(), self.server.stats(), read.node, true);
+                let file = self.files.get(&self.server.tree(), read.node, true);
                 let mut content = vec![0; read.length as usize];
                 let piece = VolatileSlice::from(content.as_mut_slice());
                 file.unwrap().unwrap().read(read.offset, &[piece], true).unwrap();

@@ -219,7 +219,7 @@ fn fu1_header_short_or_lying() {
         bytes[..4].copy_from_slice(&lie.to_le_bytes());
         assert_eq!(driver.send(&bytes), Err(Errno::EINVAL), "{lie}");
     }
-    assert_eq!(driver.server.stats().malformed.get(), 40 + 7);
+    assert_eq!(driver.stats.malformed.get(), 40 + 7);
 }
 
 #[test]
@@ -435,7 +435,7 @@ fn fu13_open_is_needless_whatever_the_flags() {
         assert_eq!(driver.call(Opcode::Open, hello, &body), Err(Errno::ENOSYS), "{flags:#o}");
         assert_eq!(driver.call(Opcode::Opendir, ROOT, &body), Err(Errno::ENOSYS), "{flags:#o}");
     }
-    assert_eq!(driver.server.stats().opens.get(), 0);
+    assert_eq!(driver.files.opens().get(), 0);
     // A guest that cannot do without.
     driver.send(&init_request(7, 41, OFFERED & !((1 << 17) | (1 << 24)))).unwrap();
     let top = driver.walk(&tree(""));
