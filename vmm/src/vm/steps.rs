@@ -1,6 +1,7 @@
 //! The steps of a start: the effects behind [`super::machine::Step`]. Each may be repeated; [`Instance::clean_up`] undoes them.
 
 use super::{
+    budget::Budget,
     generation::{self, GenerationError},
     machine::{Part, Stage, Step},
     plan::{Plan, PlanError, plan},
@@ -114,6 +115,8 @@ pub struct Context {
     pub dirs: Dirs,
     /// What executes guests.
     pub engine: Engine,
+    /// The host's memory.
+    pub budget: Arc<Budget>,
 }
 
 /// A VM that is being started, runs, or ends.

@@ -3,7 +3,8 @@
 use anyhow::{Context, Result};
 use clap::Parser;
 use lair_vmm::{
-    api, fleet,
+    api,
+    fleet::{self, limits::HostFacts},
     host::{facts, process},
     state::{dirs::Dirs, lock},
     supervisor::Supervisor,
@@ -77,7 +78,8 @@ async fn serve(
     let mut interrupt = signal(SignalKind::interrupt())?;
     let listener = listen(&dirs)?;
     let boot_id = process::boot_id().context("Cannot read the boot id")?;
-    let supervisor = Supervisor::start(dirs, engine, boot_id, fleet_file, fleet).await;
+    let host = HostFacts::read().context("Cannot read how much memory the host has")?;
+    let supervisor = Supervisor::start(dirs, engine, host, boot_id, fleet_file, fleet).await;
     // Not an error where no systemd waits for it.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!("ready");
