@@ -2,7 +2,7 @@
 
 use crate::{
     api::types::{ApplyReply, HostStatus, VmStatus},
-    fleet::{limits::HostFacts, schema::Fleet},
+    fleet::{Loaded, Problems, limits::HostFacts, schema::Fleet},
     host::facts::Engine,
     shim::client,
     state::dirs::Dirs,
@@ -73,8 +73,10 @@ impl Supervisor {
         host: HostFacts,
         boot_id: String,
         fleet_file: PathBuf,
-        fleet: Fleet,
+        loaded: Loaded,
     ) -> Arc<Self> {
+        let Loaded { fleet, warnings } = loaded;
+        log(&warnings);
         let (sender, _) = watch::channel(Arc::new(fleet));
         let supervisor = Arc::new(Self {
             dirs,
@@ -144,6 +146,11 @@ impl Supervisor {
         Arc::clone(&self.fleet.borrow())
     }
 
+    /// What the host has.
+    pub fn host(&self) -> &HostFacts {
+        self.budget.host()
+    }
+
     /// `laird`'s directories.
     pub fn dirs(&self) -> &Dirs {
         &self.dirs
@@ -175,12 +182,18 @@ impl Supervisor {
 
     /// Makes `fleet` the fleet: VMs that are new start, VMs that are gone stop, links change at once; a VM that is
     /// otherwise different keeps what it was started with until its next start.
-    pub async fn apply(self: &Arc<Self>, fleet: Fleet, other_file: Option<String>) -> ApplyReply {
+    pub async fn apply(self: &Arc<Self>, loaded: Loaded, other_file: Option<String>) -> ApplyReply {
+        let Loaded { fleet, warnings } = loaded;
+        log(&warnings);
         let fleet = Arc::new(fleet);
         let before = self.fleet.send_replace(Arc::clone(&fleet));
         *self.differs.lock().unwrap_or_else(PoisonError::into_inner) = other_file;
         let known = self.vms().clone();
-        let mut reply = ApplyReply::default();
+        let mut reply = ApplyReply {
+            warnings: warnings.problems,
+            omitted_warnings: warnings.omitted,
+            ..ApplyReply::default()
+        };
         for (name, handle) in &known {
             if !fleet.vms.contains_key(name) {
                 reply.removed.push(name.clone());
@@ -240,6 +253,12 @@ impl Supervisor {
             root: crate::state::dirs::is_root(),
             vms,
         }
+    }
+}
+
+fn log(warnings: &Problems) {
+    for text in warnings.texts() {
+        tracing::warn!("fleet file: {}", text.replace('\n', ";"));
     }
 }
 

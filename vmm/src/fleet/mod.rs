@@ -34,29 +34,22 @@ pub struct Loaded {
     /// The fleet.
     pub fleet: Fleet,
     /// What is better not so, such as more memory for VMs than the host has. The VMs start nevertheless, one by one.
-    pub warnings: Vec<Problem>,
+    pub warnings: Problems,
 }
 
-/// Reads the text of a fleet file, after a look at who may write to it. What is in it is not looked at.
-pub fn read(path: &Path) -> Result<Vec<u8>, Problems> {
-    file::read(path).map_err(|error| Problem::of_file(&path.to_string_lossy(), error.to_string()).into())
+/// Reads the text of a fleet file, after a look at who may write to it. What it says is not looked at.
+pub fn read(path: &Path) -> Result<String, Problems> {
+    let name = path.to_string_lossy();
+    let bytes = file::read(path).map_err(|error| Problem::of_file(&name, error.to_string()))?;
+    Ok(text(&name, &bytes)?.into())
 }
 
-/// Reads and checks a fleet file for this host.
-pub fn check_file(path: &Path) -> Result<Fleet, Problems> {
-    let bytes = read(path)?;
-    check_text(&path.to_string_lossy(), &bytes)
+/// Reads and checks a fleet file for a host.
+pub fn load_file(path: &Path, host: &HostFacts) -> Result<Loaded, Problems> {
+    load(&path.to_string_lossy(), read(path)?.as_bytes(), host)
 }
 
-/// Checks the text of a fleet file for this host; `name` is the file's name, for messages and for its extension.
-pub fn check_text(name: &str, bytes: &[u8]) -> Result<Fleet, Problems> {
-    let host = HostFacts::read().map_err(|error| {
-        Problem::of_file(name, format!("cannot be checked, as the host's memory is unknown: {error}"))
-    })?;
-    load(name, bytes, &host).map(|loaded| loaded.fleet)
-}
-
-/// Checks the text of a fleet file for a host. Pure.
+/// Checks the text of a fleet file for a host; `name` is the file's name, for messages and for its extension. Pure.
 pub fn load(name: &str, bytes: &[u8], host: &HostFacts) -> Result<Loaded, Problems> {
     let text = text(name, bytes)?;
     let tell = |finding: Finding, document: &Document<'_>| {
@@ -81,7 +74,7 @@ pub fn load(name: &str, bytes: &[u8], host: &HostFacts) -> Result<Loaded, Proble
     if !verdict.errors.is_empty() {
         return Err(verdict.errors.located(name, &document));
     }
-    Ok(Loaded { fleet, warnings: verdict.warnings.located(name, &document).problems })
+    Ok(Loaded { fleet, warnings: verdict.warnings.located(name, &document) })
 }
 
 fn text<'a>(name: &str, bytes: &'a [u8]) -> Result<&'a str, Problems> {

@@ -7,11 +7,6 @@ use std::path::PathBuf;
 /// The fleet of [`HOST`], where 1536 MiB are for VMs.
 const VMS: [(&str, u64); 3] = [("a", 1024), ("b", 514), ("c", 512)];
 
-/// VMs that `laird` does not start by itself.
-fn asked_for(fleet: &str) -> String {
-    fleet.replace("vcpus", "autostart = false\nvcpus")
-}
-
 #[tokio::test]
 async fn cf5_a_start_over_the_budget_is_refused_and_starts_nothing() {
     let mut host = Host::new();

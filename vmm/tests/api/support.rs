@@ -71,7 +71,7 @@ impl Host {
 
     /// Leaves behind what an earlier `laird` would have of a VM of `fleet` that is ready.
     pub(crate) fn running(&mut self, name: &str, fleet: &str) {
-        let vm = &load(fleet).vms[name];
+        let vm = &load(fleet).fleet.vms[name];
         let view = self.path("view");
         let generation =
             Generation { id: "g".into(), view: view.clone(), registration: view, paths: 1, bytes: 1 };
@@ -135,8 +135,13 @@ impl Drop for Host {
     }
 }
 
-fn load(fleet: &str) -> fleet::schema::Fleet {
-    fleet::load("fleet.toml", fleet.as_bytes(), &HOST).unwrap().fleet
+/// The same fleet, of which `laird` starts nothing by itself.
+pub(crate) fn asked_for(fleet: &str) -> String {
+    fleet.replace("vcpus", "autostart = false\nvcpus")
+}
+
+fn load(fleet: &str) -> fleet::Loaded {
+    fleet::load("fleet.toml", fleet.as_bytes(), &HOST).unwrap()
 }
 
 /// The VM once it is in `state`.
@@ -161,4 +166,15 @@ pub(crate) fn refused<T: std::fmt::Debug>(
         Err(lair_vmm::api::client::ClientError::Api(error)) => error,
         other => panic!("{other:?}"),
     }
+}
+
+/// The exit status and both outputs, for a snapshot.
+pub(crate) fn said(output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    format!(
+        "status {}\n--- stdout\n{}--- stderr\n{}",
+        output.status.code().unwrap(),
+        text(&output.stdout),
+        text(&output.stderr)
+    )
 }
