@@ -8,16 +8,14 @@ use super::{
     },
 };
 use crate::{
+    error::chain,
     fleet,
     shim::{
         client,
         protocol::{Grant, Session},
     },
     supervisor::{Supervisor, SupervisorError},
-    vm::{
-        actor::chain,
-        machine::{Request, State},
-    },
+    vm::machine::{Request, State},
 };
 use axum::{
     Json, Router,
@@ -170,8 +168,8 @@ async fn apply(
     let detail = name.clone().unwrap_or_else(|| api.supervisor.fleet_file().display().to_string());
     let (path, host) = (api.supervisor.fleet_file().to_owned(), *api.supervisor.host());
     let checked = tokio::task::spawn_blocking(move || match request.file {
-        Some(file) => fleet::load(&file.name, file.text.as_bytes(), &host),
-        None => fleet::load_file(&path, &host),
+        Some(file) => fleet::check(&file.name, file.text.as_bytes(), &host),
+        None => fleet::check_file(&path, &host),
     })
     .await
     .map_err(|_| failed("Internal error: a task ended without a result".into()))?

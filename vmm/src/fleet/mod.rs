@@ -1,8 +1,8 @@
 //! The fleet file: all that one host runs.
 //!
 //! Text becomes a tree with places (`document`), the tree is compared with the schema (`shape`), then it becomes the types
-//! ([`schema`]), whose sense is checked (`validate`). All that is found wrong is told at once ([`problem`]). Of these only
-//! `file` and [`resolve`] look at the host's files.
+//! ([`schema`]), whose sense is checked (`validate`), and then, if asked for, whether the host has what they name (`present`). All that
+//! is found wrong is told at once ([`problem`]). Only `file`, [`resolve`] and `present` look at the host's files.
 
 // Text comes from files and from clients of the API.
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
@@ -11,6 +11,7 @@ mod document;
 mod file;
 pub mod limits;
 mod names;
+mod present;
 pub mod problem;
 pub mod resolve;
 pub mod schema;
@@ -27,6 +28,7 @@ use limits::HostFacts;
 use problem::{Finding, Findings, Path as At, quoted};
 use schema::{Fleet, SCHEMA};
 use std::path::Path;
+use validate::Verdict;
 
 /// A fleet that is in order.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,13 +46,32 @@ pub fn read(path: &Path) -> Result<String, Problems> {
     Ok(text(&name, &bytes)?.into())
 }
 
-/// Reads and checks a fleet file for a host.
+/// Reads and checks a fleet file for a host, of which only the figures count.
 pub fn load_file(path: &Path, host: &HostFacts) -> Result<Loaded, Problems> {
     load(&path.to_string_lossy(), read(path)?.as_bytes(), host)
 }
 
+/// Reads and checks a fleet file for this host: also whether it has what the file names.
+pub fn check_file(path: &Path, host: &HostFacts) -> Result<Loaded, Problems> {
+    check(&path.to_string_lossy(), read(path)?.as_bytes(), host)
+}
+
 /// Checks the text of a fleet file for a host; `name` is the file's name, for messages and for its extension. Pure.
 pub fn load(name: &str, bytes: &[u8], host: &HostFacts) -> Result<Loaded, Problems> {
+    judge(name, bytes, host, |_, _| {})
+}
+
+/// [`load`], and whether this host has what the fleet names: sources, kernels, roots and the like. It reads Nix's databases.
+pub fn check(name: &str, bytes: &[u8], host: &HostFacts) -> Result<Loaded, Problems> {
+    judge(name, bytes, host, present::check)
+}
+
+fn judge(
+    name: &str,
+    bytes: &[u8],
+    host: &HostFacts,
+    further: impl FnOnce(&Fleet, &mut Verdict),
+) -> Result<Loaded, Problems> {
     let text = text(name, bytes)?;
     let tell = |finding: Finding, document: &Document<'_>| {
         let mut findings = Findings::default();
@@ -70,7 +91,10 @@ pub fn load(name: &str, bytes: &[u8], host: &HostFacts) -> Result<Loaded, Proble
     // The shape is right, so this does not fail; if it does, that is told without a place.
     let fleet: Fleet = serde_json::from_value(document.root.to_json())
         .map_err(|error| Problem::of_file(name, error.to_string()))?;
-    let verdict = validate::fleet(&fleet, host);
+    let mut verdict = validate::fleet(&fleet, host);
+    if verdict.errors.is_empty() {
+        further(&fleet, &mut verdict);
+    }
     if !verdict.errors.is_empty() {
         return Err(verdict.errors.located(name, &document));
     }

@@ -19,7 +19,7 @@ pub(super) enum Step {
 
 /// A way into a document, shown as `vms.builder.volumes[0].name`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Path(Vec<Step>);
+pub struct Path(Vec<Step>);
 
 impl Path {
     pub(super) fn root() -> Self {
@@ -32,6 +32,11 @@ impl Path {
 
     pub(super) fn index(&self, index: usize) -> Self {
         self.with(Step::Index(index))
+    }
+
+    /// This way and then `further`.
+    pub(super) fn join(&self, further: &Self) -> Self {
+        Self(self.0.iter().chain(&further.0).cloned().collect())
     }
 
     pub(super) fn steps(&self) -> &[Step] {

@@ -1,6 +1,7 @@
 //! The types of the fleet file, schema 1. Unknown keys are refused everywhere.
 
 use super::units::Size;
+use lair_virtiofs::store;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf};
@@ -81,6 +82,11 @@ impl Source {
             Self::Store(source) => source.database.clone(),
             Self::Root(source) => source.root.join("nix/var/nix/db"),
         }
+    }
+
+    /// Both, for reading it.
+    pub fn as_store(&self) -> store::Source {
+        store::Source { store: self.store_dir(), database: self.database_dir() }
     }
 }
 

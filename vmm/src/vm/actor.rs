@@ -8,6 +8,7 @@ use super::{
     steps::{Context, Instance, reload_links},
 };
 use crate::{
+    error::chain,
     fleet::{
         schema::{Fleet, Vm},
         units::Size,
@@ -458,12 +459,4 @@ fn duration(patience: Patience, engine: Engine) -> Duration {
         _ => 1,
     };
     Duration::from_secs(seconds * factor)
-}
-
-/// An error with its sources, on one line.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    std::iter::successors(Some(error), |error| error.source())
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(": ")
 }

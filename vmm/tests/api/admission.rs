@@ -35,7 +35,7 @@ async fn cf5_a_start_over_the_budget_is_refused_and_starts_nothing() {
     // What is left is enough for this one, which is refused nothing here and fails later, for want of a store.
     client.start("c").await.unwrap();
     let c = until(&client, "c", "failed").await;
-    assert!(c.detail.unwrap().contains("closure"));
+    assert!(c.detail.unwrap().contains("Cannot use a source"));
 }
 
 #[tokio::test]
@@ -48,14 +48,14 @@ async fn cf5_what_cannot_start_by_itself_is_failed_and_the_others_start() {
     let b = until(&client, "b", "failed").await;
     insta::assert_snapshot!(b.detail.unwrap(), @"Its 514MiB of memory and the 1GiB of VMs that run make 1538MiB, more than the budget of 1536MiB: the host has 2GiB and keeps 512MiB for itself");
     let c = until(&client, "c", "failed").await;
-    assert!(c.detail.unwrap().contains("closure"), "it was started, and there is no store");
+    assert!(c.detail.unwrap().contains("Cannot use a source"), "it was started, and there is no store");
     assert_eq!(client.vm("z").await.unwrap().state, "ready");
     assert_eq!(host.traces("b"), Vec::<PathBuf>::new());
 }
 
 #[tokio::test]
 async fn cf5_a_vm_that_an_apply_adds_is_failed_where_there_is_no_memory() {
-    let mut host = Host::new();
+    let mut host = Host::new().with_source();
     let fleet = host.fleet(&VMS[..1]);
     host.running("a", &fleet);
     let client = host.serve(&fleet).await;
@@ -75,7 +75,7 @@ async fn cf5_a_vm_that_has_ended_makes_room() {
     for vm in ["a", "b", "a"] {
         client.start(vm).await.unwrap();
         let failed = until(&client, vm, "failed").await;
-        assert!(failed.detail.unwrap().contains("closure"));
+        assert!(failed.detail.unwrap().contains("Cannot use a source"));
         // What is failed stays so until it is started again.
         client.stop(vm).await.unwrap();
     }

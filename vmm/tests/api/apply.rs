@@ -8,7 +8,7 @@ const AGAIN: ApplyRequest = ApplyRequest { file: None };
 
 #[tokio::test]
 async fn cf5_warnings_come_with_the_answer_and_change_nothing_about_it() {
-    let host = Host::new();
+    let host = Host::new().with_source();
     let fleet = asked_for(&host.fleet(&[("a", 1024), ("b", 1024)])).replacen("vcpus = 1", "vcpus = 3", 1);
     let _laird = host.serve(&asked_for(&host.fleet(&[]))).await;
     fs::write(host.path("fleet.toml"), fleet).unwrap();
@@ -20,7 +20,7 @@ async fn cf5_warnings_come_with_the_answer_and_change_nothing_about_it() {
 
 #[tokio::test]
 async fn cf9_a_vm_keeps_what_it_was_started_with_and_status_says_so() {
-    let mut host = Host::new();
+    let mut host = Host::new().with_source();
     let before = host.fleet(&[("a", 1024)]);
     host.running("a", &before);
     let client = host.serve(&before).await;
@@ -46,7 +46,7 @@ async fn cf9_a_vm_keeps_what_it_was_started_with_and_status_says_so() {
 
 #[tokio::test]
 async fn cf10_a_newer_schema_is_refused_and_the_fleet_stays() {
-    let mut host = Host::new();
+    let mut host = Host::new().with_source();
     let before = host.fleet(&[("a", 1024)]);
     host.running("a", &before);
     let client = host.serve(&before).await;
@@ -68,7 +68,7 @@ async fn cf10_a_newer_schema_is_refused_and_the_fleet_stays() {
 
 #[tokio::test]
 async fn cf1_a_refused_fleet_starts_and_stops_nothing() {
-    let mut host = Host::new();
+    let mut host = Host::new().with_source();
     let before = host.fleet(&[("a", 512)]);
     host.running("a", &before);
     let client = host.serve(&before).await;
@@ -85,4 +85,20 @@ async fn cf1_a_refused_fleet_starts_and_stops_nothing() {
     assert_eq!(client.status().await.unwrap(), status);
     assert_eq!(host.traces("b"), Vec::<std::path::PathBuf>::new());
     assert_eq!(host.audit().last().unwrap()["verdict"], "refused");
+}
+
+#[tokio::test]
+async fn cf6_a_fleet_of_which_something_is_missing_is_refused_as_a_whole() {
+    let host = Host::new().with_source();
+    let client = host.serve(&asked_for(&host.fleet(&[]))).await;
+    let status = client.status().await.unwrap();
+    let fleet = asked_for(&host.fleet(&[("a", 512), ("b", 512)]));
+    let missing = fleet.replacen("/kernel\"", "/fifo\"", 1).replacen("-root\"", "-toor\"", 1);
+    nix::unistd::mkfifo(&host.path("fifo"), nix::sys::stat::Mode::S_IRUSR).unwrap();
+    fs::write(host.path("fleet.toml"), &missing).unwrap();
+    let output = host.vmctl(&["apply"]).await;
+    insta::assert_snapshot!(said(&output).replace(&host.path("").display().to_string(), "DIR/"));
+    assert_eq!(client.status().await.unwrap(), status);
+    fs::write(host.path("fleet.toml"), &fleet).unwrap();
+    assert_eq!(host.vmctl(&["apply"]).await.status.code(), Some(0));
 }

@@ -6,4 +6,6 @@
 
 mod admission;
 mod apply;
+#[path = "../common/store.rs"]
+mod store;
 mod support;

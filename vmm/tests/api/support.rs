@@ -1,5 +1,6 @@
 //! A supervisor with its API in a directory of its own.
 
+use crate::store;
 use lair_vmm::{
     api::{
         client::Client,
@@ -47,6 +48,12 @@ impl Host {
         host
     }
 
+    /// Makes the source that fleets name, without which an apply is refused. No VM may start then.
+    pub(crate) fn with_source(self) -> Self {
+        store::make(&self.path("source"), &["0123456789abcdfghijklmnpqrsvwxyz-root"]);
+        self
+    }
+
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
@@ -55,7 +62,8 @@ impl Host {
         Dirs { state: self.path("state"), run: self.path("run") }
     }
 
-    /// A fleet file with these VMs, each with its memory in MiB. Its source has no database, so that no start gets beyond the view.
+    /// A fleet file with these VMs, each with its memory in MiB. There is no source but with [`Self::with_source`], so that no start gets
+    /// beyond the view.
     pub(crate) fn fleet(&self, vms: &[(&str, u64)]) -> String {
         let directory = self.directory.path().display();
         let vm = |(name, memory): &(&str, u64)| {

@@ -4,4 +4,6 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod check;
+#[path = "../common/store.rs"]
+mod store;
 mod support;

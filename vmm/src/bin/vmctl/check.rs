@@ -31,7 +31,7 @@ pub(crate) fn run(arguments: &Arguments, context: &Context) -> Result<ExitCode, 
     let host = HostFacts::read().map_err(|error| {
         CommandError::failed(format!("Cannot read how much memory the host has: {error}"))
     })?;
-    match fleet::load_file(&arguments.file, &host) {
+    match fleet::check_file(&arguments.file, &host) {
         Ok(Loaded { fleet, warnings }) => {
             if context.json {
                 let (warnings, omitted_warnings) = (warnings.problems, warnings.omitted);

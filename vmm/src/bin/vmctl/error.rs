@@ -50,7 +50,7 @@ impl From<ClientError> for CommandError {
             ErrorKind::NotPermitted => 3,
             ErrorKind::NotFound => 4,
         };
-        Self { status, message: lair_vmm::vm::actor::chain(&error) }
+        Self { status, message: lair_vmm::error::chain(&error) }
     }
 }
 
