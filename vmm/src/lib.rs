@@ -3,6 +3,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`api`] | `laird`'s API on a unix socket: types, server, client, audit |
+//! | [`error`] | how errors are told |
 //! | [`fleet`] | the fleet file: schema, loading, validation |
 //! | [`host`] | the host: processes, programs, facts |
 //! | [`hypervisor`] | the machine as data, and the QEMU driver |
@@ -12,6 +13,7 @@
 //! | [`vm`] | one VM: plan, lifecycle (a pure state machine), steps, executor |
 
 pub mod api;
+pub mod error;
 pub mod fleet;
 pub mod host;
 pub mod hypervisor;

@@ -2,13 +2,14 @@
 
 use crate::{
     api::types::{ApplyReply, HostStatus, VmStatus},
-    fleet::schema::Fleet,
+    fleet::{Loaded, Problems, limits::HostFacts, schema::Fleet},
     host::facts::Engine,
     shim::client,
     state::dirs::Dirs,
     vm::{
         actor::{self, Beginning, Handle, Snapshot},
         adopt,
+        budget::Budget,
         machine::{Refusal, Request, State},
         steps::{Context, Instance},
     },
@@ -26,6 +27,7 @@ use tokio::{sync::watch, time::timeout};
 pub struct Supervisor {
     dirs: Dirs,
     engine: Engine,
+    budget: Arc<Budget>,
     boot_id: String,
     fleet_file: PathBuf,
     fleet: watch::Sender<Arc<Fleet>>,
@@ -64,18 +66,22 @@ impl std::fmt::Display for Nearest {
 }
 
 impl Supervisor {
-    /// Adopts what runs of the last `laird` and starts what should run.
+    /// Adopts what runs of the last `laird` and starts what should run, as far as `host` has memory for it.
     pub async fn start(
         dirs: Dirs,
         engine: Engine,
+        host: HostFacts,
         boot_id: String,
         fleet_file: PathBuf,
-        fleet: Fleet,
+        loaded: Loaded,
     ) -> Arc<Self> {
+        let Loaded { fleet, warnings } = loaded;
+        log(&warnings);
         let (sender, _) = watch::channel(Arc::new(fleet));
         let supervisor = Arc::new(Self {
             dirs,
             engine,
+            budget: Arc::new(Budget::new(host)),
             boot_id,
             fleet_file,
             fleet: sender,
@@ -85,24 +91,32 @@ impl Supervisor {
         let fleet = supervisor.fleet();
         let names: std::collections::BTreeSet<_> =
             fleet.vms.keys().cloned().chain(adopt::recorded(&supervisor.dirs)).collect();
+        let mut idle = Vec::new();
         for name in names {
             let beginning = adopt::adopt(&name, &fleet, &supervisor.dirs, &supervisor.boot_id).await;
-            let idle = beginning.state == State::Stopped;
+            let stopped = beginning.state == State::Stopped;
             let handle = supervisor.spawn(&name, beginning);
             match fleet.vms.get(&name) {
-                Some(vm) if vm.autostart && idle => {
-                    let _ = handle.request(Request::Start).await;
-                }
+                Some(vm) if vm.autostart && stopped => idle.push(handle),
                 Some(_) => {}
                 // It runs, and the fleet file no longer has it.
                 None => supervisor.remove(name, handle),
             }
         }
+        // Only now is it known how much memory those have that run already.
+        for handle in idle {
+            autostart(&handle).await;
+        }
         supervisor
     }
 
     fn spawn(&self, name: &str, beginning: Beginning) -> Handle {
-        let context = Context { name: name.into(), dirs: self.dirs.clone(), engine: self.engine };
+        let context = Context {
+            name: name.into(),
+            dirs: self.dirs.clone(),
+            engine: self.engine,
+            budget: Arc::clone(&self.budget),
+        };
         let handle = actor::spawn(context, self.fleet.subscribe(), self.boot_id.clone(), beginning);
         self.vms().insert(name.into(), handle.clone());
         handle
@@ -130,6 +144,11 @@ impl Supervisor {
     /// The fleet as it is now.
     pub fn fleet(&self) -> Arc<Fleet> {
         Arc::clone(&self.fleet.borrow())
+    }
+
+    /// What the host has.
+    pub fn host(&self) -> &HostFacts {
+        self.budget.host()
     }
 
     /// `laird`'s directories.
@@ -163,12 +182,18 @@ impl Supervisor {
 
     /// Makes `fleet` the fleet: VMs that are new start, VMs that are gone stop, links change at once; a VM that is
     /// otherwise different keeps what it was started with until its next start.
-    pub async fn apply(self: &Arc<Self>, fleet: Fleet, other_file: Option<String>) -> ApplyReply {
+    pub async fn apply(self: &Arc<Self>, loaded: Loaded, other_file: Option<String>) -> ApplyReply {
+        let Loaded { fleet, warnings } = loaded;
+        log(&warnings);
         let fleet = Arc::new(fleet);
         let before = self.fleet.send_replace(Arc::clone(&fleet));
         *self.differs.lock().unwrap_or_else(PoisonError::into_inner) = other_file;
         let known = self.vms().clone();
-        let mut reply = ApplyReply::default();
+        let mut reply = ApplyReply {
+            warnings: warnings.problems,
+            omitted_warnings: warnings.omitted,
+            ..ApplyReply::default()
+        };
         for (name, handle) in &known {
             if !fleet.vms.contains_key(name) {
                 reply.removed.push(name.clone());
@@ -184,7 +209,7 @@ impl Supervisor {
                 };
                 let handle = self.spawn(name, stopped);
                 if vm.autostart {
-                    let _ = handle.request(Request::Start).await;
+                    autostart(&handle).await;
                 }
                 reply.added.push(name.clone());
                 continue;
@@ -228,6 +253,19 @@ impl Supervisor {
             root: crate::state::dirs::is_root(),
             vms,
         }
+    }
+}
+
+fn log(warnings: &Problems) {
+    for text in warnings.texts() {
+        tracing::warn!("fleet file: {}", text.replace('\n', ";"));
+    }
+}
+
+/// Starts a VM that nobody asked for by name. That it cannot start must not be overlooked, so it is failed then.
+async fn autostart(handle: &Handle) {
+    if let Err(refusal) = handle.request(Request::Start).await {
+        handle.not_started(refusal.to_string());
     }
 }
 

@@ -8,16 +8,14 @@ use super::{
     },
 };
 use crate::{
+    error::chain,
     fleet,
     shim::{
         client,
         protocol::{Grant, Session},
     },
     supervisor::{Supervisor, SupervisorError},
-    vm::{
-        actor::chain,
-        machine::{Request, State},
-    },
+    vm::machine::{Request, State},
 };
 use axum::{
     Json, Router,
@@ -168,16 +166,16 @@ async fn apply(
 ) -> Result<Json<ApplyReply>, ApiError> {
     let name = request.file.as_ref().map(|file| file.name.clone());
     let detail = name.clone().unwrap_or_else(|| api.supervisor.fleet_file().display().to_string());
-    let path = api.supervisor.fleet_file().to_owned();
+    let (path, host) = (api.supervisor.fleet_file().to_owned(), *api.supervisor.host());
     let checked = tokio::task::spawn_blocking(move || match request.file {
-        Some(file) => fleet::check_text(&file.name, file.text.as_bytes()),
-        None => fleet::check_file(&path),
+        Some(file) => fleet::check(&file.name, file.text.as_bytes(), &host),
+        None => fleet::check_file(&path, &host),
     })
     .await
     .map_err(|_| failed("Internal error: a task ended without a result".into()))?
     .map_err(|problems| ApiError { kind: ErrorKind::Invalid, message: problems.to_string() });
     let outcome = match checked {
-        Ok(fleet) => Ok(api.supervisor.apply(fleet, name).await),
+        Ok(loaded) => Ok(api.supervisor.apply(loaded, name).await),
         Err(error) => Err(error),
     };
     api.audited(peer, "apply", None, Some(detail), outcome).map(Json)

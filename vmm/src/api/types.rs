@@ -2,6 +2,7 @@
 
 use crate::{
     fleet::{
+        Problem,
         schema::{Fleet, Role},
         units::Size,
     },
@@ -175,6 +176,10 @@ pub struct ApplyReply {
     pub pending_restart: Vec<String>,
     /// Whether links changed.
     pub links_changed: bool,
+    /// What is better not so in the fleet file; it is the fleet nevertheless.
+    pub warnings: Vec<Problem>,
+    /// How many more warnings there are.
+    pub omitted_warnings: usize,
 }
 
 /// What kind of error it is; each has one exit status of `vmctl`.

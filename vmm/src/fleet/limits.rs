@@ -23,18 +23,19 @@ pub struct HostFacts {
     pub memory: Size,
 }
 
-/// Why a VM does not start: memory.
+/// Why a VM does not start: memory. Said of that VM.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{wanted} for VM {vm} is more than the {left} that are left of {budget} for VMs: the host has {host} and keeps {reserve}"
+    "Its {wanted} of memory and the {taken} of VMs that run make {sum}, more than the budget of {budget}: the host has {host} and \
+     keeps {reserve} for itself"
 )]
 pub struct OverBudget {
-    /// The VM.
-    pub vm: String,
     /// What it needs.
     pub wanted: Size,
-    /// What is not taken yet.
-    pub left: Size,
+    /// What VMs have that run or are being started.
+    pub taken: Size,
+    /// Both together.
+    pub sum: Size,
     /// What all VMs together may have.
     pub budget: Size,
     /// What the host has.
@@ -61,14 +62,13 @@ impl HostFacts {
         Size(self.memory.0.saturating_sub(self.reserve().0))
     }
 
-    /// Whether VM `vm` may have `wanted` where VMs that run have `taken`.
-    pub fn admit(&self, vm: &str, wanted: Size, taken: Size) -> Result<(), OverBudget> {
-        let left = Size(self.budget().0.saturating_sub(taken.0));
-        if wanted <= left {
+    /// Whether a VM may have `wanted` where VMs that run or are being started have `taken`.
+    pub fn admit(&self, wanted: Size, taken: Size) -> Result<(), OverBudget> {
+        let (sum, budget) = (Size(wanted.0.saturating_add(taken.0)), self.budget());
+        if sum <= budget {
             return Ok(());
         }
-        let (budget, reserve) = (self.budget(), self.reserve());
-        Err(OverBudget { vm: vm.into(), wanted, left, budget, host: self.memory, reserve })
+        Err(OverBudget { wanted, taken, sum, budget, host: self.memory, reserve: self.reserve() })
     }
 }
 
@@ -82,11 +82,11 @@ mod tests {
     fn cf5_admission_names_the_budget() {
         let host = HostFacts { cpus: 8, memory: Size(32 * GIB) };
         assert_eq!(host.budget(), Size(30 * GIB));
-        assert_eq!(host.admit("a", Size(30 * GIB), Size(0)), Ok(()));
-        assert_eq!(host.admit("a", Size(10 * GIB), Size(20 * GIB)), Ok(()));
-        let refused = host.admit("b", Size(10 * GIB), Size(20 * GIB + 1024)).unwrap_err();
-        insta::assert_snapshot!(refused, @"10GiB for VM b is more than the 10485759KiB that are left of 30GiB for VMs: the host has 32GiB and keeps 2GiB");
-        assert!(host.admit("b", Size(u64::MAX), Size(u64::MAX)).is_err());
+        assert_eq!(host.admit(Size(30 * GIB), Size(0)), Ok(()));
+        assert_eq!(host.admit(Size(10 * GIB), Size(20 * GIB)), Ok(()));
+        let refused = host.admit(Size(10 * GIB), Size(20 * GIB + MIB)).unwrap_err();
+        insta::assert_snapshot!(refused, @"Its 10GiB of memory and the 20481MiB of VMs that run make 30721MiB, more than the budget of 30GiB: the host has 32GiB and keeps 2GiB for itself");
+        assert!(host.admit(Size(u64::MAX), Size(u64::MAX)).is_err());
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The fleet file: all that one host runs.
 //!
 //! Text becomes a tree with places (`document`), the tree is compared with the schema (`shape`), then it becomes the types
-//! ([`schema`]), whose sense is checked (`validate`). All that is found wrong is told at once ([`problem`]). Of these only
-//! `file` and [`resolve`] look at the host's files.
+//! ([`schema`]), whose sense is checked (`validate`), and then, if asked for, whether the host has what they name (`present`). All that
+//! is found wrong is told at once ([`problem`]). Only `file`, [`resolve`] and `present` look at the host's files.
 
 // Text comes from files and from clients of the API.
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
@@ -11,6 +11,7 @@ mod document;
 mod file;
 pub mod limits;
 mod names;
+mod present;
 pub mod problem;
 pub mod resolve;
 pub mod schema;
@@ -27,6 +28,7 @@ use limits::HostFacts;
 use problem::{Finding, Findings, Path as At, quoted};
 use schema::{Fleet, SCHEMA};
 use std::path::Path;
+use validate::Verdict;
 
 /// A fleet that is in order.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,30 +36,42 @@ pub struct Loaded {
     /// The fleet.
     pub fleet: Fleet,
     /// What is better not so, such as more memory for VMs than the host has. The VMs start nevertheless, one by one.
-    pub warnings: Vec<Problem>,
+    pub warnings: Problems,
 }
 
-/// Reads the text of a fleet file, after a look at who may write to it. What is in it is not looked at.
-pub fn read(path: &Path) -> Result<Vec<u8>, Problems> {
-    file::read(path).map_err(|error| Problem::of_file(&path.to_string_lossy(), error.to_string()).into())
+/// Reads the text of a fleet file, after a look at who may write to it. What it says is not looked at.
+pub fn read(path: &Path) -> Result<String, Problems> {
+    let name = path.to_string_lossy();
+    let bytes = file::read(path).map_err(|error| Problem::of_file(&name, error.to_string()))?;
+    Ok(text(&name, &bytes)?.into())
 }
 
-/// Reads and checks a fleet file for this host.
-pub fn check_file(path: &Path) -> Result<Fleet, Problems> {
-    let bytes = read(path)?;
-    check_text(&path.to_string_lossy(), &bytes)
+/// Reads and checks a fleet file for a host, of which only the figures count.
+pub fn load_file(path: &Path, host: &HostFacts) -> Result<Loaded, Problems> {
+    load(&path.to_string_lossy(), read(path)?.as_bytes(), host)
 }
 
-/// Checks the text of a fleet file for this host; `name` is the file's name, for messages and for its extension.
-pub fn check_text(name: &str, bytes: &[u8]) -> Result<Fleet, Problems> {
-    let host = HostFacts::read().map_err(|error| {
-        Problem::of_file(name, format!("cannot be checked, as the host's memory is unknown: {error}"))
-    })?;
-    load(name, bytes, &host).map(|loaded| loaded.fleet)
+/// Reads and checks a fleet file for this host: also whether it has what the file names.
+pub fn check_file(path: &Path, host: &HostFacts) -> Result<Loaded, Problems> {
+    check(&path.to_string_lossy(), read(path)?.as_bytes(), host)
 }
 
-/// Checks the text of a fleet file for a host. Pure.
+/// Checks the text of a fleet file for a host; `name` is the file's name, for messages and for its extension. Pure.
 pub fn load(name: &str, bytes: &[u8], host: &HostFacts) -> Result<Loaded, Problems> {
+    judge(name, bytes, host, |_, _| {})
+}
+
+/// [`load`], and whether this host has what the fleet names: sources, kernels, roots and the like. It reads Nix's databases.
+pub fn check(name: &str, bytes: &[u8], host: &HostFacts) -> Result<Loaded, Problems> {
+    judge(name, bytes, host, present::check)
+}
+
+fn judge(
+    name: &str,
+    bytes: &[u8],
+    host: &HostFacts,
+    further: impl FnOnce(&Fleet, &mut Verdict),
+) -> Result<Loaded, Problems> {
     let text = text(name, bytes)?;
     let tell = |finding: Finding, document: &Document<'_>| {
         let mut findings = Findings::default();
@@ -77,11 +91,14 @@ pub fn load(name: &str, bytes: &[u8], host: &HostFacts) -> Result<Loaded, Proble
     // The shape is right, so this does not fail; if it does, that is told without a place.
     let fleet: Fleet = serde_json::from_value(document.root.to_json())
         .map_err(|error| Problem::of_file(name, error.to_string()))?;
-    let verdict = validate::fleet(&fleet, host);
+    let mut verdict = validate::fleet(&fleet, host);
+    if verdict.errors.is_empty() {
+        further(&fleet, &mut verdict);
+    }
     if !verdict.errors.is_empty() {
         return Err(verdict.errors.located(name, &document));
     }
-    Ok(Loaded { fleet, warnings: verdict.warnings.located(name, &document).problems })
+    Ok(Loaded { fleet, warnings: verdict.warnings.located(name, &document) })
 }
 
 fn text<'a>(name: &str, bytes: &'a [u8]) -> Result<&'a str, Problems> {

@@ -1,7 +1,7 @@
 //! What is wrong with a fleet file, where, and what would be right.
 
 use super::document::Document;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt::{self, Write};
 
 /// No more problems than this are told of one file; the rest is counted.
@@ -19,7 +19,7 @@ pub(super) enum Step {
 
 /// A way into a document, shown as `vms.builder.volumes[0].name`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Path(Vec<Step>);
+pub struct Path(Vec<Step>);
 
 impl Path {
     pub(super) fn root() -> Self {
@@ -32,6 +32,11 @@ impl Path {
 
     pub(super) fn index(&self, index: usize) -> Self {
         self.with(Step::Index(index))
+    }
+
+    /// This way and then `further`.
+    pub(super) fn join(&self, further: &Self) -> Self {
+        Self(self.0.iter().chain(&further.0).cloned().collect())
     }
 
     pub(super) fn steps(&self) -> &[Step] {
@@ -166,7 +171,7 @@ impl Finding {
 }
 
 /// A place in a fleet file.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Place {
     /// The file's name.
     pub file: String,
@@ -200,7 +205,7 @@ impl fmt::Display for Place {
 }
 
 /// One thing that is wrong with a fleet file.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Problem {
     /// Where.
     #[serde(flatten)]
@@ -245,11 +250,12 @@ impl fmt::Display for Problem {
     }
 }
 
-/// All that is wrong with a fleet file, in the order in which it stands there. Shown one below the other.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, thiserror::Error)]
+/// All that is wrong with a fleet file, or all that it is warned of, in the order in which it stands there. Shown one below the
+/// other.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{}", self.text())]
 pub struct Problems {
-    /// At least one.
+    /// At least one where the file is refused.
     pub problems: Vec<Problem>,
     /// How many more there are.
     pub omitted: usize,
@@ -262,12 +268,17 @@ impl From<Problem> for Problems {
 }
 
 impl Problems {
-    fn text(&self) -> String {
-        let mut lines: Vec<String> = self.problems.iter().map(ToString::to_string).collect();
+    /// Each as its own text, and last how many are not told.
+    pub fn texts(&self) -> Vec<String> {
+        let mut texts: Vec<String> = self.problems.iter().map(ToString::to_string).collect();
         if self.omitted > 0 {
-            lines.push(format!("... and {} more problems", self.omitted));
+            texts.push(format!("... and {} more", self.omitted));
         }
-        lines.join("\n")
+        texts
+    }
+
+    fn text(&self) -> String {
+        self.texts().join("\n")
     }
 }
 

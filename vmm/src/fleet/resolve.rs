@@ -4,6 +4,7 @@
 //! path is itself. Nothing is opened, so neither a FIFO nor a device can do anything.
 
 use super::{file, schema::Source};
+use nix::unistd::{AccessFlags, access};
 use std::{
     collections::VecDeque,
     ffi::OsString,
@@ -32,7 +33,7 @@ pub enum ResolveError {
         stores: String,
     },
     /// Something on the way cannot be looked at.
-    #[error("{path} cannot be found, because of {at}")]
+    #[error("{path} cannot be found{}", because(.path, .at))]
     Io {
         /// What was looked for.
         path: PathBuf,
@@ -64,6 +65,20 @@ pub enum ResolveError {
     },
 }
 
+fn because(path: &Path, at: &Path) -> String {
+    if path == at { String::new() } else { format!(", because of {}", at.display()) }
+}
+
+impl ResolveError {
+    /// What the kernel said, if it was the kernel.
+    pub(super) fn kind(&self) -> Option<io::ErrorKind> {
+        match self {
+            Self::Io { source, .. } => Some(source.kind()),
+            _ => None,
+        }
+    }
+}
+
 /// The regular file that `path` is.
 pub fn file(path: &Path, sources: &[Source]) -> Result<PathBuf, ResolveError> {
     of_kind(path, sources, file::REGULAR)
@@ -81,6 +96,28 @@ fn of_kind(path: &Path, sources: &[Source], wanted: &'static str) -> Result<Path
         Err(source) => return Err(ResolveError::Io { path: path.into(), at: physical, source }),
     };
     if found == wanted { Ok(physical) } else { Err(ResolveError::Kind { path: path.into(), found, wanted }) }
+}
+
+/// Whether a source has a database that can be opened without a wait, as a FIFO in its place could not.
+pub fn database(source: &Source) -> Result<(), ResolveError> {
+    let path = source.database_dir().join("db.sqlite");
+    of_host(&path, file::REGULAR)?;
+    access(&path, AccessFlags::R_OK).map_err(|errno| ResolveError::Io {
+        path: path.clone(),
+        at: path.clone(),
+        source: errno.into(),
+    })
+}
+
+/// Whether the host's own `path`, links followed, is what is wanted.
+pub(super) fn of_host(path: &Path, wanted: &'static str) -> Result<(), ResolveError> {
+    let metadata = fs::metadata(path).map_err(|source| ResolveError::Io {
+        path: path.into(),
+        at: path.into(),
+        source,
+    })?;
+    let found = file::kind(metadata.mode());
+    if found == wanted { Ok(()) } else { Err(ResolveError::Kind { path: path.into(), found, wanted }) }
 }
 
 fn in_store(path: &Path) -> bool {

@@ -1,12 +1,20 @@
 //! The types of the fleet file, schema 1. Unknown keys are refused everywhere.
 
-use super::units::Size;
+use super::{limits::VCPUS_MAX, units::Size};
+use lair_guest::wire::AGENT_PORT;
+use lair_virtiofs::store;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, path::PathBuf};
 
 /// The schema number that this release reads and writes.
 pub const SCHEMA: u32 = 1;
+
+/// The first vsock port that a link may use.
+const PORT_MIN: u32 = AGENT_PORT + 1;
+
+/// The last vsock port that a link may use; the one after it is vsock's word for "any".
+const PORT_MAX: u32 = u32::MAX - 1;
 
 /// A fleet: all that one host runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -82,6 +90,11 @@ impl Source {
             Self::Root(source) => source.root.join("nix/var/nix/db"),
         }
     }
+
+    /// Both, for reading it.
+    pub fn as_store(&self) -> store::Source {
+        store::Source { store: self.store_dir(), database: self.database_dir() }
+    }
 }
 
 /// A store directory and its database.
@@ -125,6 +138,7 @@ pub struct Vm {
     #[serde(default)]
     pub role: Role,
     /// The number of virtual CPUs.
+    #[schemars(range(min = 1, max = VCPUS_MAX))]
     pub vcpus: u32,
     /// Its memory.
     pub memory: Size,
@@ -244,7 +258,8 @@ pub enum Target {
 pub struct VmTarget {
     /// The VM's name.
     pub vm: String,
-    /// The vsock port.
+    /// The vsock port; those below 2 are Lair's own.
+    #[schemars(range(min = PORT_MIN, max = PORT_MAX))]
     pub port: u32,
     /// What the agent dials behind the port: a unix socket's path or `ADDRESS:PORT`. Without it, a program in the guest
     /// listens on the vsock port itself.

@@ -94,6 +94,8 @@ impl<'a> Walk<'a> {
             Some("uint32") => (0, i64::from(u32::MAX)),
             _ => (i64::MIN, i64::MAX),
         };
+        let limit = |key| shape.get(key).and_then(Json::as_i64);
+        let (least, most) = (limit("minimum").unwrap_or(least), limit("maximum").unwrap_or(most));
         if !(least..=most).contains(&number) {
             self.findings.push(Finding::at(path, format!("must be {least} to {most}, not {number}")));
         }

@@ -1,6 +1,6 @@
 //! Whether what a VM is told to run is in its view. Pure: the closure comes in.
 
-use super::{names, schema::Vm};
+use super::{names, problem::Path, schema::Vm};
 
 /// A path of a VM that its view does not have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -8,8 +8,8 @@ use super::{names, schema::Vm};
     "{key} {path} is not in the closure of the roots, so the guest would not have it; add its store path to roots"
 )]
 pub struct Outside {
-    /// Where it stands, such as `services[0].command[0]`.
-    pub key: String,
+    /// Where it stands in the VM, such as `services[0].command[0]`.
+    pub key: Path,
     /// The path.
     pub path: String,
 }
@@ -18,10 +18,13 @@ pub struct Outside {
 ///
 /// Programs of services that are not in a store are the guest's own business.
 pub fn outside(vm: &Vm, in_view: impl Fn(&str) -> bool) -> Vec<Outside> {
-    let init = vm.init.iter().map(|init| ("init".into(), init.to_string_lossy().into_owned()));
-    let profile = vm.profile.iter().map(|profile| ("profile".into(), profile.to_string_lossy().into_owned()));
+    let root = Path::root();
+    let init = vm.init.iter().map(|init| (root.key("init"), init.to_string_lossy().into_owned()));
+    let profile =
+        vm.profile.iter().map(|profile| (root.key("profile"), profile.to_string_lossy().into_owned()));
     let programs = vm.services.iter().enumerate().filter_map(|(index, service)| {
-        Some((format!("services[{index}].command[0]"), service.command.first()?.clone()))
+        let key = root.key("services").index(index).key("command").index(0);
+        Some((key, service.command.first()?.clone()))
     });
     init.chain(profile)
         .chain(programs)

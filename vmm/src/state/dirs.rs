@@ -36,6 +36,9 @@ pub enum DirsError {
     /// It could not be made, or belongs to somebody else.
     #[error("Cannot use the directory {0}")]
     Io(PathBuf, #[source] io::Error),
+    /// It could not be named to the programs that need it.
+    #[error("The directory {0:?} has a control character in its name, or is not UTF-8; choose another")]
+    Name(PathBuf),
     /// A unix socket below it would have too long a path.
     #[error(
         "The run directory {run} is too long for the sockets of VM {vm}: {length} bytes, at most {SOCKET_PATH_MAX}; choose a shorter --run-dir"
@@ -116,6 +119,11 @@ impl Dirs {
 
     /// Makes both, for this user only but for the way to the API socket.
     pub fn create(&self) -> Result<(), DirsError> {
+        for directory in [&self.state, &self.run] {
+            if directory.to_str().is_none_or(|name| name.contains(char::is_control)) {
+                return Err(DirsError::Name(directory.clone()));
+            }
+        }
         create(&self.state, 0o750)?;
         create(&self.run, 0o755)?;
         create(&self.run.join("vms"), 0o755)
@@ -177,6 +185,26 @@ mod tests {
         );
         let dirs = Dirs { state: "/s".into(), run: "/run/lair".into() };
         assert_eq!(dirs.vm("builder").unwrap().socket("vsock"), Path::new("/run/lair/vms/builder/vsock"));
+    }
+
+    #[test]
+    fn cf12_a_directory_that_cannot_be_named_is_not_made() {
+        use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+        let parent = tempfile::tempdir().unwrap();
+        for name in [&b"a\nb"[..], b"a\x1bb", b"a\xffb"] {
+            let odd = parent.path().join(OsStr::from_bytes(name));
+            let even = parent.path().join("even");
+            for dirs in [
+                Dirs { state: odd.clone(), run: even.clone() },
+                Dirs { state: even.clone(), run: odd.clone() },
+            ] {
+                assert!(matches!(dirs.create(), Err(DirsError::Name(_))), "{name:?}");
+            }
+        }
+        assert_eq!(fs::read_dir(parent.path()).unwrap().count(), 0);
+        // All others are passed on whole.
+        let name = parent.path().join("a,b=c d:%");
+        Dirs { state: name.clone(), run: name }.create().unwrap();
     }
 
     #[test]

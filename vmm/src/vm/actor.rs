@@ -8,7 +8,11 @@ use super::{
     steps::{Context, Instance, reload_links},
 };
 use crate::{
-    fleet::schema::{Fleet, Vm},
+    error::chain,
+    fleet::{
+        schema::{Fleet, Vm},
+        units::Size,
+    },
     host::facts::Engine,
     hypervisor::Event,
     shim::{
@@ -73,6 +77,11 @@ impl Handle {
         let _ = self.queue.send(Mail::FleetChanged);
     }
 
+    /// Tells the VM why it was not started by itself: it is failed then, unless it has been started meanwhile.
+    pub fn not_started(&self, reason: String) {
+        let _ = self.queue.send(Mail::Input(Input::NotStarted(reason)));
+    }
+
     /// What is known of the VM now.
     pub fn snapshot(&self) -> Snapshot {
         self.snapshot.borrow().clone()
@@ -105,14 +114,10 @@ pub fn spawn(
     let (queue, mailbox) = mpsc::unbounded_channel();
     let (events, hypervisor_events) = mpsc::unbounded_channel();
     let Beginning { state, since, instance } = beginning;
-    let (snapshot, watcher) = watch::channel(Snapshot {
-        state: state.clone(),
-        since,
-        started: None,
-        plan: None,
-        processes: vec![],
-        shim: None,
-    });
+    if let Some(memory) = has(&context.name, &state, &instance, &fleet.borrow()) {
+        context.budget.adopt(&context.name, memory);
+    }
+    let (snapshot, watcher) = watch::channel(Snapshot::of(&state, since, &instance, None));
     let actor = Actor {
         context,
         fleet,
@@ -130,6 +135,14 @@ pub fn spawn(
     };
     tokio::spawn(actor.run(mailbox, hypervisor_events));
     Handle { queue, snapshot: watcher }
+}
+
+/// The memory that a VM has from the beginning. Of one that is quarantined something may still run, as big as the fleet file says.
+fn has(name: &str, state: &State, instance: &Instance, fleet: &Fleet) -> Option<Size> {
+    if *state == State::Stopped {
+        return None;
+    }
+    instance.plan.as_ref().map(|plan| plan.vm.memory).or_else(|| Some(fleet.vms.get(name)?.memory))
 }
 
 struct Actor {
@@ -212,7 +225,7 @@ impl Actor {
 
     async fn receive(&mut self, mail: Mail) {
         match mail {
-            Mail::Request(request, answer) => match machine::request(&self.state, request) {
+            Mail::Request(request, answer) => match self.admit(request) {
                 Ok((state, actions)) => {
                     let _ = answer.send(Ok(()));
                     self.enter(state, actions).await;
@@ -237,6 +250,18 @@ impl Actor {
         }
     }
 
+    /// What a request leads to. One that starts the VM takes its memory, or is refused before anything is done.
+    fn admit(&self, request: Request) -> Result<(State, Vec<Action>), Refusal> {
+        let (state, actions) = machine::request(&self.state, request)?;
+        if state.is_active()
+            && !self.state.is_active()
+            && let Some(vm) = self.fleet.borrow().vms.get(&self.context.name)
+        {
+            self.context.budget.admit(&self.context.name, vm.memory)?;
+        }
+        Ok((state, actions))
+    }
+
     async fn step(&mut self, input: Input) {
         let (state, actions) = machine::step(&self.state, input);
         self.enter(state, actions).await;
@@ -255,6 +280,9 @@ impl Actor {
                 _ => {}
             }
             self.state = state;
+            if !self.state.is_active() {
+                self.context.budget.release(&self.context.name);
+            }
             self.record();
             self.publish();
         }
@@ -382,23 +410,23 @@ impl Actor {
     }
 
     fn publish(&self) {
-        self.snapshot.send_replace(Snapshot {
-            state: self.state.clone(),
-            since: self.since,
-            started: self.instance.plan.as_ref().map(|plan| plan.vm.clone()),
-            plan: self.instance.plan.clone(),
-            processes: self
-                .instance
-                .processes
-                .iter()
-                .map(|(part, process)| (*part, process.id().pid))
-                .collect(),
-            shim: self.shim_status.clone(),
-        });
+        let shim = self.shim_status.clone();
+        self.snapshot.send_replace(Snapshot::of(&self.state, self.since, &self.instance, shim));
     }
 }
 
 impl Snapshot {
+    fn of(state: &State, since: jiff::Timestamp, instance: &Instance, shim: Option<ShimStatus>) -> Self {
+        Self {
+            state: state.clone(),
+            since,
+            started: instance.plan.as_ref().map(|plan| plan.vm.clone()),
+            plan: instance.plan.clone(),
+            processes: instance.processes.iter().map(|(part, process)| (*part, process.id().pid)).collect(),
+            shim,
+        }
+    }
+
     /// The counters of the VM's links.
     pub fn links(&self) -> &[LinkCounters] {
         self.shim.as_ref().map_or(&[], |shim| &shim.links)
@@ -431,12 +459,4 @@ fn duration(patience: Patience, engine: Engine) -> Duration {
         _ => 1,
     };
     Duration::from_secs(seconds * factor)
-}
-
-/// An error with its sources, on one line.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    std::iter::successors(Some(error), |error| error.source())
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join(": ")
 }

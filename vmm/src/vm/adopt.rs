@@ -9,7 +9,7 @@ use super::{
     record::Record,
     steps::Instance,
 };
-use crate::{fleet::schema::Fleet, host::process::Process, state::dirs::Dirs};
+use crate::{error::chain, fleet::schema::Fleet, host::process::Process, state::dirs::Dirs};
 use std::{collections::BTreeMap, sync::Arc};
 
 /// The parts without which a guest does not run.
@@ -54,7 +54,7 @@ pub async fn adopt(name: &str, fleet: &Fleet, dirs: &Dirs, boot_id: &str) -> Beg
         .collect();
     let plan = match plan(name, &record.vm, fleet, dirs, record.engine, record.generation) {
         Ok(plan) => plan,
-        Err(error) => return quarantine(format!("it cannot be adopted: {error}")),
+        Err(error) => return quarantine(format!("it cannot be adopted: {}", chain(&error))),
     };
     let whole = PARTS.iter().all(|part| processes.contains_key(part));
     let mut instance = Instance::adopted(plan, processes);

@@ -3,6 +3,7 @@
 use super::plan::Generation;
 use crate::{
     fleet::{
+        resolve::{self, ResolveError},
         schema::{Source, Vm},
         view,
     },
@@ -12,7 +13,7 @@ use crate::{
     },
 };
 use lair_virtiofs::{
-    store::{self, ClosureError, StorePath, StorePathError, closure, registration},
+    store::{ClosureError, StorePath, StorePathError, closure, registration},
     view::{View, ViewError},
 };
 use std::{
@@ -26,6 +27,9 @@ pub enum GenerationError {
     /// A root is no store path.
     #[error("roots: cannot use {0}")]
     Root(PathBuf, #[source] StorePathError),
+    /// A source has no database.
+    #[error("Cannot use a source")]
+    Source(#[from] ResolveError),
     /// The closure cannot be computed.
     #[error("Cannot compute the closure of roots")]
     Closure(#[from] ClosureError),
@@ -50,10 +54,8 @@ pub fn make(vm: &Vm, sources: &[Source], directory: &Path) -> Result<Generation,
             .map_err(|source| GenerationError::Root(root.clone(), source))
     };
     let roots: Vec<StorePath> = vm.roots.iter().map(root).collect::<Result<_, _>>()?;
-    let sources: Vec<_> = sources
-        .iter()
-        .map(|source| store::Source { store: source.store_dir(), database: source.database_dir() })
-        .collect();
+    sources.iter().try_for_each(resolve::database)?;
+    let sources: Vec<_> = sources.iter().map(Source::as_store).collect();
     let closure = closure(&sources, &roots)?.paths;
     let paths: HashSet<_> = closure.iter().map(|info| info.path.to_string()).collect();
     if let Some(outside) = view::outside(vm, |path| paths.contains(path)).into_iter().next() {

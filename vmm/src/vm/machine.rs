@@ -15,6 +15,7 @@
 //! The executor ([`super::actor`]) performs the actions in order and feeds back what came of them. An input that does
 //! not fit the state is one that was overtaken: it changes nothing.
 
+use crate::fleet::limits::OverBudget;
 use serde::{Deserialize, Serialize};
 
 /// The steps of a start, in order. Each is idempotent; [`Action::CleanUp`] undoes them all.
@@ -145,6 +146,8 @@ pub enum Outcome {
 /// What happens to a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Input {
+    /// It should have been started by itself and was not, for this reason.
+    NotStarted(String),
     /// A step is done.
     StepDone(Step),
     /// A step failed, for this reason.
@@ -184,6 +187,9 @@ pub enum Refusal {
     /// It is quarantined.
     #[error("It is quarantined ({0}); remove its run directory once nothing of it runs")]
     Quarantined(String),
+    /// The host has not enough memory.
+    #[error(transparent)]
+    OverBudget(#[from] OverBudget),
 }
 
 /// How long something may take.
@@ -257,6 +263,7 @@ pub fn step(state: &State, input: Input) -> (State, Vec<Action>) {
     let clean = |outcome| (Cleaning(outcome), vec![Action::Relax, Action::CleanUp]);
     let unchanged = || (state.clone(), vec![]);
     match (state, input) {
+        (Stopped, Input::NotStarted(reason)) => (Failed(reason), vec![]),
         (Starting(at), Input::StepDone(done)) if *at == done => match done.next() {
             Some(next) => (Starting(next), vec![Action::Perform(next)]),
             None => (Booting, vec![Action::Expect(Patience::Boot)]),
@@ -322,6 +329,15 @@ mod tests {
     }
 
     #[test]
+    fn cf5_a_vm_that_was_not_started_by_itself_is_failed_and_can_be_started() {
+        let (state, actions) = step(&State::Stopped, Input::NotStarted("no memory".into()));
+        assert_eq!((&state, actions), (&State::Failed("no memory".into()), vec![]));
+        assert!(request(&state, Request::Start).is_ok());
+        // It was overtaken by an operator's start.
+        assert_eq!(step(&State::Ready, Input::NotStarted("no memory".into())), (State::Ready, vec![]));
+    }
+
+    #[test]
     fn a_stop_gets_harder_until_the_hypervisor_ends() {
         let (mut state, mut actions) = request(&State::Ready, Request::Stop).unwrap();
         for expected in [Stage::Agent, Stage::PowerButton, Stage::Terminate, Stage::Kill, Stage::Kill] {
@@ -376,6 +392,7 @@ mod tests {
             at.prop_map(|s| Ok(Input::StepFailed(s, "x".into()))),
             part.prop_map(|p| Ok(Input::Ended(p, "x".into()))),
             prop::sample::select(vec![
+                Input::NotStarted("x".into()),
                 Input::AgentReady,
                 Input::AgentLost,
                 Input::GuestPowerOff,

@@ -2,6 +2,7 @@
 
 pub mod actor;
 pub mod adopt;
+pub mod budget;
 pub mod generation;
 pub mod machine;
 pub mod plan;

@@ -1,6 +1,7 @@
 //! The steps of a start: the effects behind [`super::machine::Step`]. Each may be repeated; [`Instance::clean_up`] undoes them.
 
 use super::{
+    budget::Budget,
     generation::{self, GenerationError},
     machine::{Part, Stage, Step},
     plan::{Plan, PlanError, plan},
@@ -114,6 +115,8 @@ pub struct Context {
     pub dirs: Dirs,
     /// What executes guests.
     pub engine: Engine,
+    /// The host's memory.
+    pub budget: Arc<Budget>,
 }
 
 /// A VM that is being started, runs, or ends.
@@ -158,7 +161,7 @@ impl Instance {
                 self.await_socket(Part::StoreBackend, &plan, socket).await
             }
             Step::VsockDevice => {
-                let arguments = vsock_arguments(&plan);
+                let arguments = vsock_arguments(&plan.machine.vsock_socket, &plan.shim.vsock);
                 self.spawn(Part::VsockDevice, &plan, tools::VHOST_DEVICE_VSOCK, arguments).await?;
                 self.await_socket(Part::VsockDevice, &plan, &plan.machine.vsock_socket).await
             }
@@ -349,16 +352,18 @@ fn virtiofs_arguments(plan: &Plan) -> Vec<String> {
     arguments
 }
 
-fn vsock_arguments(plan: &Plan) -> Vec<String> {
-    // The guest's own number; it is not seen outside this device, so all VMs may have the same.
+/// `socket` is for the hypervisor, `hybrid` for the shim.
+fn vsock_arguments(socket: &Path, hybrid: &Path) -> Vec<String> {
+    // Not by its `--vm KEY=VALUE,...`, in which a comma cannot be escaped.
     let options = [
-        ("guest-cid", "3".into()),
-        ("socket", text(&plan.machine.vsock_socket)),
-        ("uds-path", text(&plan.shim.vsock)),
+        // The guest's own number; it is not seen outside this device, so all VMs may have the same.
+        ("--guest-cid", "3".into()),
+        ("--socket", text(socket)),
+        ("--uds-path", text(hybrid)),
         // The device drops packets of about 32 KiB and more, and so hangs the connection; a guest sends none larger than this.
-        ("tx-buffer-size", "16384".into()),
+        ("--tx-buffer-size", "16384".into()),
     ];
-    vec!["--vm".into(), options.map(|(key, value)| format!("{key}={value}")).join(",")]
+    options.into_iter().flat_map(|(option, value)| [option.into(), value]).collect()
 }
 
 fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), StepError> {
@@ -400,4 +405,19 @@ fn tail(log: &Path) -> String {
     let text = String::from_utf8_lossy(bytes);
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(50)..].iter().map(|line| format!("\n  {line}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cf12_paths_are_arguments_of_their_own() {
+        for c in [",uds-path=", "=", " ", "+", "--config=", "%", "\""] {
+            let (socket, hybrid) = (format!("/run/a{c}b/vsock.sock"), format!("/run/a{c}b/vsock"));
+            let arguments = vsock_arguments(Path::new(&socket), Path::new(&hybrid));
+            assert_eq!(arguments[2..6], ["--socket", &socket, "--uds-path", &hybrid]);
+            assert_eq!(arguments.len(), 8);
+        }
+    }
 }

@@ -3,7 +3,8 @@
 use anyhow::{Context, Result};
 use clap::Parser;
 use lair_vmm::{
-    api, fleet,
+    api,
+    fleet::{self, Loaded, limits::HostFacts},
     host::{facts, process},
     state::{dirs::Dirs, lock},
     supervisor::Supervisor,
@@ -53,8 +54,9 @@ fn run(arguments: Arguments) -> Result<()> {
         run: absolute(arguments.run_dir.unwrap_or_else(Dirs::default_run))?,
     };
     let fleet_file = absolute(arguments.fleet.unwrap_or_else(Dirs::default_fleet))?;
-    let fleet = fleet::check_file(&fleet_file)?;
-    let engine = facts::engine(fleet.host.accel)?;
+    let host = HostFacts::read().context("Cannot read how much memory the host has")?;
+    let loaded = fleet::load_file(&fleet_file, &host)?;
+    let engine = facts::engine(loaded.fleet.host.accel)?;
     if engine == facts::Engine::Tcg {
         tracing::warn!("no KVM: guests run under emulation, many times slower");
     }
@@ -64,20 +66,21 @@ fn run(arguments: Arguments) -> Result<()> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(serve(dirs, engine, fleet_file, fleet))
+        .block_on(serve(dirs, engine, host, fleet_file, loaded))
 }
 
 async fn serve(
     dirs: Dirs,
     engine: facts::Engine,
+    host: HostFacts,
     fleet_file: PathBuf,
-    fleet: fleet::schema::Fleet,
+    loaded: Loaded,
 ) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let listener = listen(&dirs)?;
     let boot_id = process::boot_id().context("Cannot read the boot id")?;
-    let supervisor = Supervisor::start(dirs, engine, boot_id, fleet_file, fleet).await;
+    let supervisor = Supervisor::start(dirs, engine, host, boot_id, fleet_file, loaded).await;
     // Not an error where no systemd waits for it.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!("ready");

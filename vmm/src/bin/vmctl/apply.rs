@@ -1,9 +1,9 @@
 //! `vmctl apply`.
 
-use crate::{Context, error::CommandError, status};
+use crate::{Context, error::CommandError, output::print_warnings, status};
 use lair_vmm::{
     api::types::{ApplyRequest, FleetText},
-    fleet,
+    fleet::{self, Problems},
 };
 use std::{path::PathBuf, process::ExitCode};
 
@@ -16,9 +16,7 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitCode, CommandError> {
     let file = match &arguments.file {
         Some(path) => {
-            let text = fleet::read(path).map_err(|problems| CommandError::invalid(problems.to_string()))?;
-            let text = String::from_utf8(text)
-                .map_err(|_| CommandError::invalid(format!("{} is not UTF-8", path.display())))?;
+            let text = fleet::read(path)?;
             let name = std::path::absolute(path)?.display().to_string();
             Some(FleetText { name, text })
         }
@@ -29,6 +27,7 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
         status::print_json(&reply)?;
         return Ok(ExitCode::SUCCESS);
     }
+    print_warnings(&Problems { problems: reply.warnings, omitted: reply.omitted_warnings });
     let mut changes = Vec::new();
     for (words, names) in [
         ("added", &reply.added),

@@ -2,7 +2,7 @@
 
 use crate::{Context, error::CommandError, session};
 use lair_guest::wire::frame::{self, Kind};
-use lair_vmm::{shim::protocol::Session, vm::actor::chain};
+use lair_vmm::{error::chain, shim::protocol::Session};
 use std::{io::Write, process::ExitCode, str::FromStr};
 
 #[derive(Debug, clap::Args)]

@@ -1,7 +1,14 @@
 //! What goes wrong for an operator, and its exit status.
 
-use lair_vmm::api::{client::ClientError, types::ErrorKind};
+use crate::output::harmless;
+use lair_vmm::{
+    api::{client::ClientError, types::ErrorKind},
+    fleet::Problems,
+};
 use std::process::ExitCode;
+
+/// The exit status of a refused fleet file.
+pub(crate) const INVALID: u8 = 2;
 
 /// An error with its exit status.
 #[derive(Debug)]
@@ -16,11 +23,6 @@ impl CommandError {
         Self { status: 1, message: message.into() }
     }
 
-    /// Exit status 2.
-    pub(crate) fn invalid(message: impl Into<String>) -> Self {
-        Self { status: 2, message: message.into() }
-    }
-
     /// Exit status 5.
     pub(crate) fn timed_out(message: impl Into<String>) -> Self {
         Self { status: 5, message: message.into() }
@@ -33,12 +35,9 @@ impl CommandError {
 
     /// Prints the message, for a verb with an exit status of its own.
     pub(crate) fn report_as(&self, status: u8) -> ExitCode {
-        // A refused fleet file is many lines that name their file; anything else is one of ours.
-        if self.message.contains('\n') {
-            eprintln!("{}", self.message);
-        } else {
-            eprintln!("vmctl: {}", self.message);
-        }
+        // What is wrong with a fleet file begins with the file's name, line by line, as editors read it.
+        let program = if self.status == INVALID { "" } else { "vmctl: " };
+        eprintln!("{program}{}", harmless(&self.message));
         ExitCode::from(status)
     }
 }
@@ -47,11 +46,17 @@ impl From<ClientError> for CommandError {
     fn from(error: ClientError) -> Self {
         let status = match error.kind() {
             ErrorKind::Failed => 1,
-            ErrorKind::Invalid => 2,
+            ErrorKind::Invalid => INVALID,
             ErrorKind::NotPermitted => 3,
             ErrorKind::NotFound => 4,
         };
-        Self { status, message: lair_vmm::vm::actor::chain(&error) }
+        Self { status, message: lair_vmm::error::chain(&error) }
+    }
+}
+
+impl From<Problems> for CommandError {
+    fn from(problems: Problems) -> Self {
+        Self { status: INVALID, message: problems.to_string() }
     }
 }
 

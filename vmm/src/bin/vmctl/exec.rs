@@ -5,7 +5,7 @@ use lair_guest::wire::{
     frame::{self, Kind},
     message::{Exec, ExecEvent},
 };
-use lair_vmm::{shim::protocol::Session, vm::actor::chain};
+use lair_vmm::{error::chain, shim::protocol::Session};
 use std::{collections::BTreeMap, io::Write, process::ExitCode};
 
 /// The exit status where Lair failed, not the command.

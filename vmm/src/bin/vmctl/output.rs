@@ -1,6 +1,7 @@
 //! What is printed: tables, durations, sizes, colours; and never an escape sequence of a guest's.
 
 use comfy_table::{Cell, Color, Table, presets};
+use lair_vmm::fleet::Problems;
 use std::{
     borrow::Cow,
     io::{IsTerminal, Write},
@@ -39,6 +40,18 @@ pub(crate) fn state_cell(state: &str, words: &str) -> Cell {
         "stopped" => cell,
         _ => cell.fg(Color::Yellow),
     }
+}
+
+/// Prints what a fleet file is warned of, apart from the results.
+pub(crate) fn print_warnings(warnings: &Problems) {
+    for text in warnings.texts() {
+        eprintln!("warning: {text}");
+    }
+}
+
+/// A number of things, such as `1 VM` or `2 VMs`.
+pub(crate) fn count(number: usize, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
 }
 
 /// A duration in its two largest units, such as `3h 12m`.

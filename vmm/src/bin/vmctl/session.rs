@@ -4,8 +4,8 @@ use crate::{Context, error::CommandError};
 use lair_guest::wire::frame::{self, CHUNK, Kind};
 use lair_vmm::{
     api::types::SessionRequest,
+    error::chain,
     shim::{client, protocol::Session},
-    vm::actor::chain,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWrite},

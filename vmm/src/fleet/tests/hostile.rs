@@ -1,7 +1,7 @@
 //! Texts that nobody writes by mistake.
 
 use super::{EXAMPLE, HOST, changed, said, said_of_changes};
-use crate::fleet::{LIMIT, check_file, load};
+use crate::fleet::{LIMIT, load, load_file};
 use proptest::prelude::*;
 use std::{fs, os::unix::fs::PermissionsExt, time::Instant};
 
@@ -161,9 +161,9 @@ fn cf8_a_fleet_file_is_not_used_that_others_may_write() {
     let text = EXAMPLE.split("[vms.").next().unwrap();
     fs::write(&path, text).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
-    assert!(check_file(&path).unwrap().vms.is_empty());
+    assert!(load_file(&path, &HOST).unwrap().fleet.vms.is_empty());
     fs::set_permissions(&path, fs::Permissions::from_mode(0o646)).unwrap();
-    let said = check_file(&path).unwrap_err().to_string();
+    let said = load_file(&path, &HOST).unwrap_err().to_string();
     assert!(said.contains("fleet.toml: may be changed by everybody (mode 0646, "), "{said}");
     assert_eq!(fs::read_to_string(&path).unwrap(), text, "a refused file is left as it is");
 }

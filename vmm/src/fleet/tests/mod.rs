@@ -15,11 +15,8 @@ pub(super) const HOST: HostFacts = HostFacts { cpus: 16, memory: Size(64 << 30) 
 /// What is said of a text; `fine` and the warnings if it is a fleet.
 pub(super) fn said(name: &str, text: &[u8]) -> String {
     match load(name, text, &HOST) {
-        Ok(loaded) if loaded.warnings.is_empty() => "fine".into(),
-        Ok(loaded) => {
-            let warnings: Vec<String> = loaded.warnings.iter().map(ToString::to_string).collect();
-            format!("fine, but\n{}", warnings.join("\n"))
-        }
+        Ok(loaded) if loaded.warnings.problems.is_empty() => "fine".into(),
+        Ok(loaded) => format!("fine, but\n{}", loaded.warnings),
         Err(problems) => problems.to_string(),
     }
 }

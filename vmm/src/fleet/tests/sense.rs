@@ -17,9 +17,14 @@ fn cf2_things_that_must_differ() {
         ),
         ("port = 9198", "port = 3000"),
         ("listen = \"127.0.0.1:9198\"", "listen = \"/run/lair-web/hydra.sock\""),
+        ("listen = \"127.0.0.1:9198\"", "listen = \"/run//lair-web/hydra.sock/\""),
         (
             "[links.store]\nfrom = [\"builder\"]",
             "[links.store]\nfrom = [\"builder\"]\nlisten = \"127.0.0.1:5000\"",
+        ),
+        (
+            "[links.store]\nfrom = [\"builder\"]",
+            "[links.store]\nfrom = [\"builder\"]\nlisten = \"127.0.0.1:05000\"",
         ),
         ("from = [\"hydra\"]", "from = [\"hydra\", \"hydra\"]"),
         ("{ root = \"/var/lib/lair/store\" }", "{ root = \"/\" }"),
@@ -81,6 +86,8 @@ fn cf4_processors_and_memory() {
     let all = said_of_changes(&[
         ("vcpus = 4", "vcpus = 0"),
         ("vcpus = 4", "vcpus = 100000"),
+        ("vcpus = 4", "vcpus = -1"),
+        ("vcpus = 4", "vcpus = 256"),
         ("vcpus = 4", "vcpus = 4294967296"),
         ("vcpus = 4", "vcpus = 17"),
         ("memory = \"8GiB\"", "memory = \"0MiB\""),

@@ -6,7 +6,6 @@ use crate::fleet::{
     problem::{Finding, Path, Spot, quoted},
     schema::{Fleet, HostTarget, Link, Target, VmTarget},
 };
-use lair_guest::wire::AGENT_PORT;
 
 /// The most sides that one link may have.
 const FROM_MAX: usize = 1024;
@@ -14,7 +13,7 @@ const FROM_MAX: usize = 1024;
 /// What links must not share.
 struct Shared<'a> {
     /// Where a VM, or the host, finds a link.
-    listeners: Unique<(&'a str, &'a str)>,
+    listeners: Unique<(&'a str, String)>,
     /// Where a link ends in a VM.
     ports: Unique<(&'a str, u32)>,
 }
@@ -75,20 +74,24 @@ fn listen<'a>(link: &'a Link, path: &Path, shared: &mut Shared<'a>, verdict: &mu
         }
         return;
     };
-    let checked = match (listen.starts_with('/'), link.from.iter().all(|name| name == HOST)) {
-        (true, true) => names::socket_path(listen),
+    // As it is compared: one place has several spellings, such as `/run//a.sock` or `127.0.0.1:080`.
+    let place = match (listen.starts_with('/'), link.from.iter().all(|name| name == HOST)) {
+        (true, true) => names::socket_path(listen).map(|()| {
+            std::path::Path::new(listen).components().collect::<std::path::PathBuf>().display().to_string()
+        }),
         (true, false) => {
             Err("is a path, which only links from nothing but \"host\" may have; in a guest the link is \
                               at /run/lair/links/NAME anyway"
                 .into())
         }
-        (false, _) => names::loopback(listen).map(|_| ()),
+        (false, _) => names::loopback(listen).map(|address| address.to_string()),
     };
-    if let Err(message) = checked {
-        return verdict.error(Finding::at(&path, message));
-    }
+    let place = match place {
+        Ok(place) => place,
+        Err(message) => return verdict.error(Finding::at(&path, message)),
+    };
     for side in link.from.iter().take(FROM_MAX) {
-        if let Some(first) = shared.listeners.insert((side, listen), &path) {
+        if let Some(first) = shared.listeners.insert((side, place.clone()), &path) {
             if first == path {
                 continue; // The same side twice is told elsewhere.
             }
@@ -113,16 +116,6 @@ fn to_vm<'a>(
         verdict.error(unknown(&path.key("vm"), "there is no VM", &target.vm, names_of(fleet).collect()));
     }
     let port_path = path.key("port");
-    // The last is vsock's word for "any".
-    if [0, AGENT_PORT, u32::MAX].contains(&target.port) {
-        let message = format!(
-            "vsock port {} cannot be used; {} to {} can, below that are Lair's own",
-            target.port,
-            AGENT_PORT.saturating_add(1),
-            u32::MAX - 1
-        );
-        verdict.error(Finding::at(&port_path, message));
-    }
     if let Some(first) = shared.ports.insert((&target.vm, target.port), &port_path) {
         let message = format!("another link ends at port {} of VM {}", target.port, quoted(&target.vm));
         let hint = "one link may come from several VMs: name them all in its \"from\"";

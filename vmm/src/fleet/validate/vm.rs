@@ -2,7 +2,7 @@
 
 use super::{HOST, Unique, Verdict, file};
 use crate::fleet::{
-    limits::{HostFacts, MEMORY_MIN, MEMORY_STEP, VCPUS_MAX},
+    limits::{HostFacts, MEMORY_MIN, MEMORY_STEP},
     names,
     problem::{Finding, Path, Spot, listed, nearest, quoted},
     schema::{Overlay, Service, Vm, Volume},
@@ -62,9 +62,7 @@ fn count(length: usize) -> Result<(), String> {
 }
 
 fn processors(vcpus: u32, path: &Path, host: &HostFacts, verdict: &mut Verdict) {
-    if !(1..=VCPUS_MAX).contains(&vcpus) {
-        verdict.error(Finding::at(path, format!("{vcpus} virtual CPUs; 1 to {VCPUS_MAX} are allowed")));
-    } else if vcpus > host.cpus {
+    if vcpus > host.cpus {
         let message = format!(
             "{vcpus} virtual CPUs are more than the host's {}; they will wait for each other",
             host.cpus

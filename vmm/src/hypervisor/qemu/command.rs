@@ -142,29 +142,67 @@ mod tests {
         assert!(arguments.contains("accel=kvm") && arguments.contains("-cpu host"));
     }
 
+    /// What QEMU, shells and files of lines would take for something else. A NUL cannot be in an argument at all.
+    const METACHARACTERS: &str = ",=:;@#%&|<>()[]{}*?!~^$`'\"\\ \t\n\r/+._-";
+
+    /// The options of an argument as QEMU reads them: a comma ends a value, two stand for one.
+    fn options(argument: &str) -> Vec<(String, String)> {
+        let mut parts = vec![String::new()];
+        let mut left = argument.chars().peekable();
+        while let Some(c) = left.next() {
+            if c == ',' && left.next_if_eq(&',').is_none() {
+                parts.push(String::new());
+            } else {
+                parts.last_mut().unwrap().push(c);
+            }
+        }
+        let option = |part: String| match part.split_once('=') {
+            Some((key, value)) => (key.into(), value.into()),
+            None => (part, String::new()),
+        };
+        parts.into_iter().map(option).collect()
+    }
+
+    /// An argument as QEMU understands it: JSON, options, or one string.
+    fn understood(flag: &str, argument: &str) -> Value {
+        match flag {
+            "-object" | "-device" | "-blockdev" => serde_json::from_str(argument).unwrap(),
+            "-chardev" | "-name" => json!(options(argument)),
+            _ => json!(argument),
+        }
+    }
+
+    fn all_understood(machine: &Machine) -> Vec<Value> {
+        let arguments = arguments(machine);
+        let flags = std::iter::once("").chain(arguments.iter().map(String::as_str));
+        flags.zip(&arguments).map(|(flag, argument)| understood(flag, argument)).collect()
+    }
+
     #[test]
-    fn cf12_no_string_reaches_another_option() {
-        let hostile = r#"x,server=off,path=/etc/passwd"},-sandbox=off"#;
-        let calm = arguments(&machine());
-        let machine = Machine {
-            name: hostile.into(),
-            store_socket: format!("/run/{hostile}").into(),
-            console_socket: format!("/run/{hostile}").into(),
-            disks: vec![Disk { serial: hostile.into(), image: format!("/{hostile}").into() }],
+    fn cf12_every_string_arrives_whole_and_as_nothing_else() {
+        let calm = "a-calm-string";
+        let with = |text: &str| Machine {
+            name: text.into(),
+            kernel: text.into(),
+            initramfs: text.into(),
+            cmdline: text.into(),
+            store_socket: text.into(),
+            vsock_socket: text.into(),
+            disks: vec![Disk { serial: text.into(), image: text.into() }],
+            console_socket: text.into(),
+            control_socket: text.into(),
             ..machine()
         };
-        let wild = arguments(&machine);
-        assert_eq!(wild.len(), calm.len());
-        for (wild, calm) in wild.iter().zip(&calm) {
-            if let (Ok(Value::Object(wild)), Ok(Value::Object(calm))) =
-                (serde_json::from_str(wild), serde_json::from_str(calm))
-            {
-                assert_eq!(wild.keys().collect::<Vec<_>>(), calm.keys().collect::<Vec<_>>());
-            } else if wild != calm {
-                // Options that QEMU would see: separated by commas that are not doubled.
-                let options = wild.replace(",,", "").matches(',').count();
-                assert_eq!(options, calm.matches(',').count(), "{wild}");
-            }
+        let expected = json!(all_understood(&with(calm))).to_string();
+        assert_eq!(expected.matches(calm).count(), 10, "a string of the machine is not tried: {expected}");
+        let wild =
+            METACHARACTERS.chars().flat_map(|c| [format!("a{c}b"), format!("{c}"), format!("{c}{c}a{c}")]);
+        let worse =
+            [",server=off,path=/etc/passwd", "\"},{\"driver\":\"x\"", "-sandbox", "--", "json:{}", "${HOME}"];
+        for text in wild.chain(worse.map(Into::into)) {
+            let quoted = json!(text).to_string();
+            let expected = expected.replace(calm, &quoted[1..quoted.len() - 1]);
+            assert_eq!(json!(all_understood(&with(&text))).to_string(), expected, "{text:?}");
         }
     }
 }

@@ -1,0 +1,188 @@
+//! A supervisor with its API in a directory of its own.
+
+use crate::store;
+use lair_vmm::{
+    api::{
+        client::Client,
+        server,
+        types::{ApiError, VmStatus},
+    },
+    fleet::{self, limits::HostFacts, units::Size},
+    host::{
+        facts::Engine,
+        process::{Launch, Process},
+    },
+    state::dirs::Dirs,
+    supervisor::Supervisor,
+    vm::{
+        machine::{Part, State},
+        plan::Generation,
+        record::Record,
+    },
+};
+use std::{fs, path::PathBuf, process::Output, time::Duration};
+use tempfile::TempDir;
+use tokio::{net::UnixListener, process::Command, time};
+
+/// 2 GiB, of which VMs may have 1.5.
+pub(crate) const HOST: HostFacts = HostFacts { cpus: 2, memory: Size(2 << 30) };
+
+/// The id of the boot in which all tests take place.
+const BOOT: &str = "4b1d0000-0000-4000-8000-000000000000";
+
+/// No wait of these tests is longer: far above what anything takes, also on a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A host and what runs on it.
+pub(crate) struct Host {
+    directory: TempDir,
+    asleep: Vec<Process>,
+}
+
+impl Host {
+    pub(crate) fn new() -> Self {
+        let host = Self { directory: TempDir::new().unwrap(), asleep: vec![] };
+        fs::write(host.path("kernel"), "no kernel").unwrap();
+        fs::create_dir(host.path("modules")).unwrap();
+        host.dirs().create().unwrap();
+        host
+    }
+
+    /// Makes the source that fleets name, without which an apply is refused. No VM may start then.
+    pub(crate) fn with_source(self) -> Self {
+        store::make(&self.path("source"), &["0123456789abcdfghijklmnpqrsvwxyz-root"]);
+        self
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    pub(crate) fn dirs(&self) -> Dirs {
+        Dirs { state: self.path("state"), run: self.path("run") }
+    }
+
+    /// A fleet file with these VMs, each with its memory in MiB. There is no source but with [`Self::with_source`], so that no start gets
+    /// beyond the view.
+    pub(crate) fn fleet(&self, vms: &[(&str, u64)]) -> String {
+        let directory = self.directory.path().display();
+        let vm = |(name, memory): &(&str, u64)| {
+            format!(
+                "[vms.{name}]\nvcpus = 1\nmemory = \"{memory}MiB\"\nkernel = \"{directory}/kernel\"\n\
+                 modules = \"{directory}/modules\"\n\
+                 roots = [\"/nix/store/0123456789abcdfghijklmnpqrsvwxyz-root\"]\n"
+            )
+        };
+        let vms: String = vms.iter().map(vm).collect();
+        format!("schema = 1\nstore.sources = [{{ root = \"{directory}/source\" }}]\n{vms}")
+    }
+
+    /// Leaves behind what an earlier `laird` would have of a VM of `fleet` that is ready.
+    pub(crate) fn running(&mut self, name: &str, fleet: &str) {
+        let vm = &load(fleet).fleet.vms[name];
+        let view = self.path("view");
+        let generation =
+            Generation { id: "g".into(), view: view.clone(), registration: view, paths: 1, bytes: 1 };
+        let mut record = Record::new(BOOT, name, vm, &generation, Engine::Tcg);
+        record.state = State::Ready;
+        for part in [Part::Hypervisor, Part::StoreBackend, Part::VsockDevice, Part::Shim] {
+            let launch = Launch {
+                program: "/bin/sleep".into(),
+                arguments: vec!["600".into()],
+                log: self.path("sleep.log"),
+            };
+            let process = Process::spawn(&launch).unwrap();
+            record.processes.insert(part, process.id());
+            self.asleep.push(process);
+        }
+        let dirs = self.dirs().vm(name).unwrap();
+        dirs.create().unwrap();
+        record.write(&dirs.record()).unwrap();
+    }
+
+    /// Starts the supervisor with `fleet`, and serves its API.
+    pub(crate) async fn serve(&self, fleet: &str) -> Client {
+        let file = self.path("fleet.toml");
+        fs::write(&file, fleet).unwrap();
+        let supervisor =
+            Supervisor::start(self.dirs(), Engine::Tcg, HOST, BOOT.into(), file, load(fleet)).await;
+        let socket = self.dirs().api_socket();
+        tokio::spawn(server::serve(UnixListener::bind(&socket).unwrap(), supervisor));
+        Client::new(&socket)
+    }
+
+    /// Runs `vmctl` and waits for its end.
+    pub(crate) async fn vmctl(&self, arguments: &[&str]) -> Output {
+        let vmctl = Command::new(env!("CARGO_BIN_EXE_vmctl"))
+            .arg("--socket")
+            .arg(self.dirs().api_socket())
+            .args(arguments)
+            .kill_on_drop(true)
+            .output();
+        time::timeout(LIMIT, vmctl).await.expect("vmctl does not end").unwrap()
+    }
+
+    /// What there is of a VM on disk, besides what [`Self::running`] makes.
+    pub(crate) fn traces(&self, name: &str) -> Vec<PathBuf> {
+        let dirs = self.dirs().vm(name).unwrap();
+        [dirs.run, dirs.state, self.dirs().generations()].into_iter().filter(|path| path.exists()).collect()
+    }
+
+    /// The records of the audit log.
+    pub(crate) fn audit(&self) -> Vec<serde_json::Value> {
+        let text = fs::read_to_string(self.dirs().audit_log()).unwrap_or_default();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for process in &self.asleep {
+            process.signal(nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+}
+
+/// The same fleet, of which `laird` starts nothing by itself.
+pub(crate) fn asked_for(fleet: &str) -> String {
+    fleet.replace("vcpus", "autostart = false\nvcpus")
+}
+
+fn load(fleet: &str) -> fleet::Loaded {
+    fleet::load("fleet.toml", fleet.as_bytes(), &HOST).unwrap()
+}
+
+/// The VM once it is in `state`.
+pub(crate) async fn until(client: &Client, vm: &str, state: &str) -> VmStatus {
+    let reached = async {
+        loop {
+            let status = client.vm(vm).await.unwrap();
+            if status.state == state {
+                return status;
+            }
+            time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    time::timeout(LIMIT, reached).await.unwrap_or_else(|_| panic!("{vm} does not become {state}"))
+}
+
+/// What `laird` said no with.
+pub(crate) fn refused<T: std::fmt::Debug>(
+    outcome: Result<T, lair_vmm::api::client::ClientError>,
+) -> ApiError {
+    match outcome {
+        Err(lair_vmm::api::client::ClientError::Api(error)) => error,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The exit status and both outputs, for a snapshot.
+pub(crate) fn said(output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    format!(
+        "status {}\n--- stdout\n{}--- stderr\n{}",
+        output.status.code().unwrap(),
+        text(&output.stdout),
+        text(&output.stderr)
+    )
+}
