@@ -27,6 +27,8 @@ pub struct Machine {
     pub cmdline: String,
     /// The vhost-user socket of the store backend.
     pub store_socket: PathBuf,
+    /// Its request queues.
+    pub store_queues: u16,
     /// The vhost-user socket of the vsock device.
     pub vsock_socket: PathBuf,
     /// Disks, in order.

@@ -103,6 +103,13 @@ pub fn plan(
     })
 }
 
+/// A request queue for each virtual CPU, but no more than a store's page cache can feed. Linux uses the first one only before
+/// 6.10, and no more than it has CPUs.
+fn store_queues(vcpus: u32) -> u16 {
+    const MOST: u16 = 4;
+    u16::try_from(vcpus).unwrap_or(MOST).min(MOST)
+}
+
 fn machine(name: &str, vm: &Vm, dirs: &VmDirs, engine: Engine, kernel: PathBuf) -> Machine {
     Machine {
         name: name.into(),
@@ -113,6 +120,7 @@ fn machine(name: &str, vm: &Vm, dirs: &VmDirs, engine: Engine, kernel: PathBuf) 
         initramfs: dirs.socket("initramfs"),
         cmdline: [CMDLINE, vm.cmdline.trim()].join(" ").trim_end().into(),
         store_socket: dirs.socket("store.sock"),
+        store_queues: store_queues(vm.vcpus),
         vsock_socket: dirs.socket("vsock.sock"),
         disks: vm
             .volumes

@@ -348,6 +348,7 @@ fn virtiofs_arguments(plan: &Plan) -> Vec<String> {
         arguments.extend(["--source".into(), text(store)]);
     }
     arguments.extend(["--view".into(), text(&plan.generation.view)]);
+    arguments.extend(["--queues".into(), plan.machine.store_queues.to_string()]);
     arguments.extend(["--control".into(), text(&plan.dirs.socket("store-control.sock"))]);
     arguments
 }

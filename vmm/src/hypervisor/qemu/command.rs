@@ -41,6 +41,7 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
     arguments.device(json!({
         "driver": "vhost-user-fs-pci", "chardev": "store",
         "tag": lair_guest::boot::STORE_TAG, "queue-size": STORE_QUEUE,
+        "num-request-queues": machine.store_queues,
     }));
     arguments.connect("vsock", &machine.vsock_socket);
     arguments.device(json!({ "driver": "vhost-user-vsock-pci", "chardev": "vsock" }));
@@ -124,6 +125,7 @@ mod tests {
             initramfs: "/run/lair/vms/builder/initramfs".into(),
             cmdline: format!("{CMDLINE} loglevel=4"),
             store_socket: "/run/lair/vms/builder/store.sock".into(),
+            store_queues: 2,
             vsock_socket: "/run/lair/vms/builder/vsock.sock".into(),
             disks: vec![Disk { serial: "state".into(), image: "/var/lib/lair/vms/builder/state.img".into() }],
             console_socket: "/run/lair/vms/builder/console.sock".into(),
