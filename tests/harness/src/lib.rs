@@ -1,4 +1,4 @@
-//! The test bed as a library: what `tests/demo` and `tests/run` share.
+//! The test bed as a library: what `tests/demo`, `tests/run` and `tests/bench` share.
 //!
 //! | module | what is in it |
 //! |---|---|
@@ -6,8 +6,14 @@
 //! | [`host`] | a `laird` of one's own, and `vmctl` |
 //! | [`fleet`] | fleet files for tests |
 //! | [`keys`] | keys made for one run |
+//! | [`tree`] | a store directory for measurements |
+//! | [`process`] | servers as child processes, and what they use of the machine |
+//! | [`frontend`] | a hypervisor and a guest of our own, for virtiofs backends |
 
 pub mod fleet;
+pub mod frontend;
 pub mod host;
 pub mod keys;
+pub mod process;
 pub mod testbed;
+pub mod tree;

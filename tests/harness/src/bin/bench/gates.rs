@@ -1,0 +1,159 @@
+//! What Lair's backend is held to, beside virtiofsd in the same run.
+
+use crate::{
+    backends::{BEST, DEFAULT, OURS},
+    operation::Operation,
+    results::{Results, wait_key},
+};
+use lair_harness::frontend::queue::Wait;
+use serde::Serialize;
+
+/// Bytes that may be private to one VM.
+const PRIVATE_MAX: u64 = 8 << 20;
+/// Nanoseconds to the first reply.
+const START_MAX: u64 = 10_000_000;
+/// Nanoseconds of CPU time in 2 s, for "none": what a clock tick or two may charge.
+const IDLE_MAX: u64 = 1_000_000;
+/// How much slower than pread a sequential read may be.
+const SEQUENTIAL_MIN: f64 = 0.85;
+
+/// A thing that Lair's backend is held to.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct Gate {
+    pub(crate) name: String,
+    pub(crate) met: bool,
+    pub(crate) figures: String,
+}
+
+/// All gates, in the order of the tables.
+pub(crate) fn gates(results: &Results) -> Vec<Gate> {
+    let mut gates = Vec::new();
+    for (operation, polling, sleeping) in [
+        (Operation::Lookup, 20.0, 2.0),
+        (Operation::Getattr, 20.0, 2.0),
+        (Operation::Read4K, 10.0, 1.0),
+        (Operation::Read128K, 4.0, 1.0),
+        (Operation::Read1M, 2.0, 1.0),
+    ] {
+        gates.extend(latency(results, operation, Wait::Polling, polling));
+        gates.extend(latency(results, operation, Wait::Sleeping, sleeping));
+    }
+    gates.extend(results.sequential.iter().filter(|row| row.backend == OURS && row.wait == "polling").map(
+        |row| {
+            let (ours, pread) = (row.bytes_per_second as f64, row.pread_bytes_per_second as f64);
+            Gate {
+                name: "sequential read, polling: 85 % of pread".into(),
+                met: ours >= pread * SEQUENTIAL_MIN,
+                figures: format!(
+                    "{:.1} GB/s, pread {:.1} GB/s: {:.0} %",
+                    ours / 1e9,
+                    pread / 1e9,
+                    100.0 * ours / pread
+                ),
+            }
+        },
+    ));
+    if let Some(row) = results.of(OURS) {
+        gates.push(Gate {
+            name: "private to one VM after a walk: at most 8 MiB".into(),
+            met: row.memory.private_bytes <= PRIVATE_MAX && row.inodes_walked == results.inodes as u64,
+            figures: format!(
+                "{:.1} MiB, {} of {} inodes",
+                row.memory.private_bytes as f64 / f64::from(1 << 20),
+                row.inodes_walked,
+                results.inodes
+            ),
+        });
+        gates.push(Gate {
+            name: format!("start with {} store paths: at most 10 ms", results.store_paths),
+            met: row.start_ns <= START_MAX,
+            figures: format!("{:.1} ms", row.start_ns as f64 / 1e6),
+        });
+        gates.push(Gate {
+            name: "idle: no CPU".into(),
+            met: row.idle_cpu_ns <= IDLE_MAX,
+            figures: format!("{:.3} ms in {} s", row.idle_cpu_ns as f64 / 1e6, row.idle_seconds),
+        });
+    }
+    gates
+}
+
+/// The least that virtiofsd takes, however it is set up and waited for; with a sleeping frontend and where being as fast is
+/// all that is asked for, the least of its own with a sleeping frontend.
+fn reference(results: &Results, operation: Operation, wait: Wait, factor: f64) -> Option<u64> {
+    let waits =
+        if wait == Wait::Sleeping && factor <= 1.0 { &[wait][..] } else { &[Wait::Polling, Wait::Sleeping] };
+    waits
+        .iter()
+        .flat_map(|&wait| [DEFAULT, BEST].map(|backend| results.row(operation, wait, backend)))
+        .flatten()
+        .map(|row| row.median_ns)
+        .min()
+}
+
+fn latency(results: &Results, operation: Operation, wait: Wait, factor: f64) -> Option<Gate> {
+    let theirs = reference(results, operation, wait, factor)?;
+    let ours = results.row(operation, wait, OURS)?.median_ns.max(1);
+    let ratio = theirs as f64 / ours as f64;
+    let asked = if factor > 1.0 { format!("{factor} times faster") } else { "never slower".into() };
+    Some(Gate {
+        name: format!("{}, {}: {asked}", operation.title(), wait_key(wait)),
+        met: ratio >= factor,
+        figures: format!(
+            "{:.2} us, virtiofsd {:.2} us: {ratio:.2} times",
+            ours as f64 / 1e3,
+            theirs as f64 / 1e3
+        ),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::results::{LatencyRow, sample};
+
+    fn set(results: &mut Results, operation: Operation, wait: Wait, backend: &str, median_ns: u64) {
+        let is = |row: &&mut LatencyRow| {
+            (row.operation, row.wait, row.backend) == (operation.key(), wait_key(wait), backend)
+        };
+        results.latency.iter_mut().find(is).unwrap().median_ns = median_ns;
+    }
+
+    fn met(results: &Results, name: &str) -> bool {
+        let gates = gates(results);
+        let mut found = gates.iter().filter(|gate| gate.name.starts_with(name));
+        let gate = found.next().unwrap_or_else(|| panic!("{name}: {gates:?}"));
+        assert!(found.next().is_none(), "{name}");
+        gate.met
+    }
+
+    #[test]
+    fn each_gate_opens_and_shuts() {
+        let mut results = sample();
+        assert_eq!(gates(&results).len(), 14);
+        assert!(gates(&results).iter().all(|gate| gate.met), "{:#?}", gates(&results));
+        // The least of virtiofsd's four figures counts.
+        set(&mut results, Operation::Lookup, Wait::Sleeping, DEFAULT, 3_900);
+        assert!(!met(&results, "LOOKUP, polling") && met(&results, "LOOKUP, sleeping"));
+        set(&mut results, Operation::Lookup, Wait::Polling, BEST, 2_900);
+        assert!(!met(&results, "LOOKUP, sleeping"));
+        // With a sleeping frontend a READ is compared with those of a sleeping frontend.
+        set(&mut results, Operation::Read1M, Wait::Polling, BEST, 300);
+        assert!(!met(&results, "READ 1 MiB, polling") && met(&results, "READ 1 MiB, sleeping"));
+        set(&mut results, Operation::Read1M, Wait::Sleeping, BEST, 1_000);
+        assert!(!met(&results, "READ 1 MiB, sleeping"));
+        for row in &mut results.sequential {
+            row.bytes_per_second = 84;
+            row.pread_bytes_per_second = 100;
+        }
+        assert!(!met(&results, "sequential"));
+        for row in &mut results.whole {
+            row.inodes_walked -= 1;
+            row.start_ns = START_MAX + 1;
+            row.idle_cpu_ns = IDLE_MAX + 1;
+        }
+        // A walk that saw less than all proves nothing.
+        assert!(!met(&results, "private"));
+        assert!(!met(&results, "start") && !met(&results, "idle"));
+    }
+}

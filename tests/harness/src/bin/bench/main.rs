@@ -1,0 +1,178 @@
+//! Lair beside what does the same work, in one run. Started by `tests/bench`, which installs and builds what this needs.
+
+mod backends;
+mod chart;
+mod gates;
+mod measure;
+mod operation;
+mod report;
+mod results;
+mod statistics;
+
+use anyhow::{Context, Result};
+use backends::Backend;
+use clap::{Parser, Subcommand};
+use lair_harness::{
+    frontend::{echo, queue::Wait},
+    tree::{Scale, Tree},
+};
+use measure::{Effort, Round};
+use results::{BackendFacts, HostFacts, Results, WholeRow};
+use statistics::median;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+/// Measures Lair beside what does the same work, in one run.
+#[derive(Debug, Parser)]
+#[command(name = "tests/bench", max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// The store backend beside virtiofsd: the same requests, on the same tree, through the same frontend
+    Virtiofs(Virtiofs),
+}
+
+#[derive(Debug, clap::Args)]
+struct Virtiofs {
+    /// Print one JSON document instead of tables
+    #[arg(long)]
+    json: bool,
+    /// Less of everything: for a glance, not for publishing
+    #[arg(long)]
+    quick: bool,
+    /// Also write virtiofs.json, and charts as SVG, into this directory
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Where the store that is measured is kept
+    #[arg(long, value_name = "DIR", env = "LAIR_BENCH_CACHE", hide = true)]
+    cache: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let Bench::Virtiofs(arguments) = Arguments::parse().bench;
+    match virtiofs(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("tests/bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Some 140,000 inodes.
+const SCALE: Scale = Scale { store_paths: 1000, large: 64 << 20 };
+
+/// A line on stderr before something that takes long.
+fn note(text: &str) {
+    eprintln!("--- {text}");
+}
+
+fn virtiofs(arguments: &Virtiofs) -> Result<()> {
+    let effort = if arguments.quick {
+        Effort { rounds: 2, seconds: 0.04, starts: 5 }
+    } else {
+        Effort { rounds: 5, seconds: 0.25, starts: 15 }
+    };
+    let tree = Tree::new(SCALE);
+    let store = arguments.cache.join("store");
+    note(&format!("the store of {} inodes in {}", tree.entries.len(), store.display()));
+    let begin = Instant::now();
+    if tree.write(&store)? {
+        note(&format!("written in {:.1} s", begin.elapsed().as_secs_f64()));
+    }
+    let view = arguments.cache.join("view");
+    fs::write(&view, tree.view())?;
+    let index = arguments.cache.join("index");
+    fs::create_dir_all(&index)?;
+    let backends = backends::all(&store, &view, &index)?;
+    let directory = tempfile::Builder::new().prefix("lair-bench-").tempdir()?;
+    let results = measure(&backends, &tree, &store, directory.path(), effort)?;
+
+    if let Some(out) = &arguments.out {
+        write_out(&results, out)?;
+    }
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&results)?);
+    } else {
+        for line in report::tables(&results).lines() {
+            println!("{}", line.trim_end());
+        }
+    }
+    Ok(())
+}
+
+fn measure(
+    backends: &[Backend],
+    tree: &Tree,
+    store: &Path,
+    directory: &Path,
+    effort: Effort,
+) -> Result<Results> {
+    let frontend_round_trip_ns = echo::own_cost(if effort.rounds < 3 { 20_000 } else { 500_000 })?;
+    let mut rounds: Vec<Vec<Round>> = backends.iter().map(|_| Vec::new()).collect();
+    for number in 1..=effort.rounds {
+        for (backend, rounds) in backends.iter().zip(&mut rounds) {
+            note(&format!("round {number} of {}: {}", effort.rounds, backend.name));
+            let round = measure::round(backend, tree, store, directory, &effort);
+            rounds.push(round.with_context(|| format!("{} cannot be measured", backend.name))?);
+        }
+    }
+    let mut starts: Vec<Vec<u64>> = backends.iter().map(|_| Vec::new()).collect();
+    note("starts");
+    for _ in 0..effort.starts {
+        for (backend, starts) in backends.iter().zip(&mut starts) {
+            starts.push(measure::start(backend, directory)?);
+        }
+    }
+    let mut results = Results {
+        bench: "virtiofs",
+        schema: 1,
+        host: HostFacts::here(),
+        effort,
+        store_paths: tree.names.len(),
+        inodes: tree.entries.len(),
+        frontend_round_trip_ns,
+        backends: vec![],
+        latency: vec![],
+        throughput: vec![],
+        sequential: vec![],
+        whole: vec![],
+        gates: vec![],
+    };
+    for ((backend, rounds), starts) in backends.iter().zip(&rounds).zip(starts) {
+        note(&format!("{}: memory after a walk, then idle", backend.name));
+        let (inodes_walked, memory) = measure::memory(backend, directory)?;
+        results.backends.push(BackendFacts { name: backend.name, command: backend.command_line() });
+        results.latency.extend(results::latency(backend, rounds));
+        results.throughput.extend(results::throughput(backend, rounds));
+        results.sequential.extend(results::sequential(backend, rounds));
+        results.whole.push(WholeRow {
+            backend: backend.name,
+            inodes_walked,
+            memory,
+            start_ns: median(starts),
+            idle_seconds: measure::IDLE.as_secs_f64(),
+            idle_cpu_ns: measure::idle(backend, directory)?,
+            paced_cpu_ns: median(rounds.iter().map(|round| round.paced_cpu).collect()),
+        });
+    }
+    results.gates = gates::gates(&results);
+    Ok(results)
+}
+
+fn write_out(results: &Results, out: &Path) -> Result<()> {
+    fs::create_dir_all(out).with_context(|| format!("Cannot make {}", out.display()))?;
+    fs::write(out.join("virtiofs.json"), serde_json::to_string_pretty(results)? + "\n")?;
+    for (wait, name) in [(Wait::Polling, "polling"), (Wait::Sleeping, "sleeping")] {
+        fs::write(out.join(format!("virtiofs-{name}.svg")), chart::latency(results, wait)?)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! The results as tables, about 100 columns wide.
+
+use crate::{
+    backends::{BEST, DEFAULT, OURS},
+    measure::{DEPTH_OF_MANY, DEPTHS, IN_NUMBERS, PACE, QUEUES},
+    operation::Operation,
+    results::{LatencyRow, Results, wait_key},
+};
+use comfy_table::{CellAlignment, Table, presets::NOTHING};
+use lair_harness::frontend::queue::Wait;
+use std::fmt::Write;
+
+const BACKENDS: [&str; 3] = [DEFAULT, BEST, OURS];
+
+fn table(heads: &[&str]) -> Table {
+    let mut table = Table::new();
+    table.load_style(NOTHING).set_header(heads.to_vec());
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}
+
+/// All tables.
+pub(crate) fn tables(results: &Results) -> String {
+    let mut text = String::new();
+    // Writing to a string cannot fail.
+    let _ = writeln!(
+        text,
+        "{} store paths, {} inodes, on {} processors ({}), Linux {}",
+        results.store_paths,
+        results.inodes,
+        results.host.processors,
+        results.host.processor,
+        results.host.kernel
+    );
+    let _ = writeln!(
+        text,
+        "Medians of {} rounds. A round trip of the frontend alone: {:.2} us",
+        results.effort.rounds,
+        us(results.frontend_round_trip_ns)
+    );
+    for backend in &results.backends {
+        text += &folded(&format!("{}: {}", backend.name, backend.command));
+    }
+    for wait in [Wait::Polling, Wait::Sleeping] {
+        let _ = writeln!(text, "\nOne at a time, frontend {}: us, median (99th percentile)", wait_key(wait));
+        let _ = writeln!(text, "{}", latency(results, wait));
+    }
+    let _ = writeln!(text, "\nCPU time of the backend: us for one operation");
+    let _ = writeln!(text, "{}", cpu(results));
+    let _ = writeln!(text, "\nMany in flight: thousand requests each second");
+    let _ = writeln!(text, "{}", throughput(results));
+    let _ = writeln!(text, "\nA file of 64 MiB from its beginning to its end, 1 MiB at a time: GB/s");
+    let _ = writeln!(text, "{}", sequential(results));
+    let _ = writeln!(text, "\nThe backend as a whole");
+    let _ = writeln!(text, "{}", whole(results));
+    let _ = writeln!(text, "\nGates");
+    let _ = write!(text, "{}", gates(results));
+    text
+}
+
+/// Words in lines of at most 100 columns, where they are not longer themselves.
+fn folded(words: &str) -> String {
+    let mut text = String::new();
+    let mut column = 0;
+    for word in words.split_whitespace() {
+        let fits = column + word.len() < 100;
+        text += if column == 0 {
+            ""
+        } else if fits {
+            " "
+        } else {
+            "\n    "
+        };
+        column = if column == 0 {
+            0
+        } else if fits {
+            column + 1
+        } else {
+            4
+        } + word.len();
+        text += word;
+    }
+    text + "\n"
+}
+
+fn us(ns: u64) -> f64 {
+    ns as f64 / 1e3
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / f64::from(1 << 20))
+}
+
+/// The faster of virtiofsd's, and ours, for the ratio.
+fn ratio(results: &Results, operation: Operation, wait: Wait) -> String {
+    let row = |backend| results.row(operation, wait, backend).filter(|row| row.messages > 0.0);
+    let median = |backend| row(backend).map(|row| row.median_ns);
+    let theirs = [DEFAULT, BEST].into_iter().filter_map(median).min();
+    match (theirs, median(OURS)) {
+        (Some(theirs), Some(ours)) if ours > 0 => format!("{:.1}", theirs as f64 / ours as f64),
+        _ => "-".into(),
+    }
+}
+
+fn latency(results: &Results, wait: Wait) -> Table {
+    let mut table = table(&["OPERATION", "VIRTIOFSD", "VIRTIOFSD-TUNED", "LAIR-VIRTIOFS", "TIMES FASTER"]);
+    for operation in Operation::ALL {
+        let mut cells = vec![operation.title().to_owned()];
+        cells.extend(BACKENDS.map(|backend| results.row(operation, wait, backend).map_or("-".into(), cell)));
+        cells.push(ratio(results, operation, wait));
+        table.add_row(cells);
+    }
+    table
+}
+
+fn cell(row: &LatencyRow) -> String {
+    if row.messages == 0.0 {
+        return "0 messages".into();
+    }
+    format!("{:.2} ({:.1})", us(row.median_ns), us(row.p99_ns))
+}
+
+fn cpu(results: &Results) -> Table {
+    let mut table = table(&["OPERATION", "VIRTIOFSD", "VIRTIOFSD-TUNED", "LAIR-VIRTIOFS"]);
+    for wait in [Wait::Polling, Wait::Sleeping] {
+        for operation in [Operation::Lookup, Operation::Read4K, Operation::Read1M] {
+            let mut cells = vec![format!("{}, {}", operation.title(), wait_key(wait))];
+            cells.extend(BACKENDS.map(|backend| {
+                results
+                    .row(operation, wait, backend)
+                    .map_or("-".into(), |row| format!("{:.2}", us(row.cpu_ns)))
+            }));
+            table.add_row(cells);
+        }
+    }
+    let mut cells = vec![format!("LOOKUP, {PACE} a second")];
+    cells.extend(
+        BACKENDS.map(|backend| {
+            results.of(backend).map_or("-".into(), |row| format!("{:.2}", us(row.paced_cpu_ns)))
+        }),
+    );
+    table.add_row(cells);
+    table
+}
+
+fn throughput(results: &Results) -> Table {
+    let mut table = table(&["OPERATION", "VIRTIOFSD", "VIRTIOFSD-TUNED", "LAIR-VIRTIOFS"]);
+    let mut add = |operation: Operation, wait, depth, queues| {
+        let mut cells = vec![format!(
+            "{}, {}, {depth} in flight, {queues} {}",
+            operation.title(),
+            wait_key(wait),
+            if queues == 1 { "queue" } else { "queues" }
+        )];
+        cells.extend(BACKENDS.map(|backend| {
+            let row = results.throughput.iter().find(|row| {
+                (row.operation, row.wait, row.depth, row.queues, row.backend)
+                    == (operation.key(), wait_key(wait), depth, queues, backend)
+            });
+            row.map_or("-".into(), |row| format!("{:.0}", row.requests_per_second as f64 / 1e3))
+        }));
+        table.add_row(cells);
+    };
+    for operation in IN_NUMBERS {
+        for wait in [Wait::Polling, Wait::Sleeping] {
+            DEPTHS.into_iter().for_each(|depth| add(operation, wait, depth, 1));
+        }
+        for count in QUEUES.into_iter().filter(|&count| count > 1) {
+            add(operation, Wait::Sleeping, DEPTH_OF_MANY, count);
+        }
+    }
+    table
+}
+
+fn sequential(results: &Results) -> Table {
+    let mut table = table(&["FRONTEND", "VIRTIOFSD", "VIRTIOFSD-TUNED", "LAIR-VIRTIOFS", "PREAD"]);
+    for wait in [Wait::Polling, Wait::Sleeping] {
+        let row = |backend: &str| {
+            results.sequential.iter().find(|row| row.wait == wait_key(wait) && row.backend == backend)
+        };
+        let gb = |rate: u64| format!("{:.1}", rate as f64 / 1e9);
+        let mut cells = vec![wait_key(wait).to_owned()];
+        cells.extend(BACKENDS.map(|backend| row(backend).map_or("-".into(), |row| gb(row.bytes_per_second))));
+        cells.push(row(OURS).map_or("-".into(), |row| gb(row.pread_bytes_per_second)));
+        table.add_row(cells);
+    }
+    table
+}
+
+fn whole(results: &Results) -> Table {
+    let mut table = table(&["", "VIRTIOFSD", "VIRTIOFSD-TUNED", "LAIR-VIRTIOFS"]);
+    type Value = fn(&crate::results::WholeRow) -> String;
+    let rows: [(&str, Value); 7] = [
+        ("inodes walked", |row| row.inodes_walked.to_string()),
+        ("then: private to one VM, MiB", |row| mib(row.memory.private_bytes)),
+        ("then: anonymous memory, MiB", |row| mib(row.memory.rss_anon_bytes)),
+        ("then: pages of files, MiB", |row| mib(row.memory.rss_file_bytes)),
+        ("then: open descriptors", |row| row.memory.descriptors.to_string()),
+        ("start to first reply, ms", |row| format!("{:.2}", row.start_ns as f64 / 1e6)),
+        ("idle for 2 s: CPU, ms", |row| format!("{:.3}", row.idle_cpu_ns as f64 / 1e6)),
+    ];
+    for (title, value) in rows {
+        let mut cells = vec![title.to_owned()];
+        cells.extend(BACKENDS.map(|backend| results.of(backend).map_or("-".into(), value)));
+        table.add_row(cells);
+    }
+    table
+}
+
+fn gates(results: &Results) -> Table {
+    let mut table = Table::new();
+    table.load_style(NOTHING);
+    for gate in &results.gates {
+        table.add_row([if gate.met { "met" } else { "NOT met" }, &gate.name, &gate.figures]);
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{gates::gates, results::sample};
+
+    #[test]
+    fn tables_of_a_sample() {
+        let mut results = sample();
+        results.gates = gates(&results);
+        let text: Vec<_> = tables(&results).lines().map(|line| line.trim_end().to_owned()).collect();
+        assert!(text.iter().all(|line| line.len() <= 100));
+        insta::assert_snapshot!(text.join("\n"));
+    }
+
+    #[test]
+    fn long_lines_are_folded() {
+        let text = folded(&"0123456789 ".repeat(20));
+        assert!(text.lines().count() == 3 && text.lines().all(|line| line.len() <= 100), "{text}");
+    }
+}

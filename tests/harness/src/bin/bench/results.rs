@@ -1,0 +1,256 @@
+//! What was measured, as one document with names that stay: medians over the rounds.
+
+use crate::{
+    backends::Backend,
+    gates::Gate,
+    measure::{DEPTH_OF_MANY, DEPTHS, Effort, IN_NUMBERS, QUEUES, Round},
+    operation::Operation,
+    statistics::median,
+};
+use lair_harness::{frontend::queue::Wait, process::MemoryUse};
+use serde::Serialize;
+
+/// The document.
+#[derive(Debug, Serialize)]
+pub(crate) struct Results {
+    pub(crate) bench: &'static str,
+    pub(crate) schema: u32,
+    pub(crate) host: HostFacts,
+    pub(crate) effort: Effort,
+    pub(crate) store_paths: usize,
+    pub(crate) inodes: usize,
+    /// A round trip to a device that does nothing.
+    pub(crate) frontend_round_trip_ns: u64,
+    pub(crate) backends: Vec<BackendFacts>,
+    pub(crate) latency: Vec<LatencyRow>,
+    pub(crate) throughput: Vec<ThroughputRow>,
+    pub(crate) sequential: Vec<SequentialRow>,
+    pub(crate) whole: Vec<WholeRow>,
+    pub(crate) gates: Vec<Gate>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct HostFacts {
+    pub(crate) processor: String,
+    pub(crate) processors: usize,
+    pub(crate) kernel: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct BackendFacts {
+    pub(crate) name: &'static str,
+    pub(crate) command: String,
+}
+
+/// One operation at a time.
+#[derive(Debug, Serialize)]
+pub(crate) struct LatencyRow {
+    pub(crate) operation: &'static str,
+    pub(crate) wait: &'static str,
+    pub(crate) backend: &'static str,
+    pub(crate) median_ns: u64,
+    pub(crate) p99_ns: u64,
+    /// CPU time of the backend.
+    pub(crate) cpu_ns: u64,
+    /// Requests for one operation.
+    pub(crate) messages: f64,
+}
+
+/// Many requests in flight.
+#[derive(Debug, Serialize)]
+pub(crate) struct ThroughputRow {
+    pub(crate) operation: &'static str,
+    pub(crate) wait: &'static str,
+    /// In each queue.
+    pub(crate) depth: u16,
+    pub(crate) queues: usize,
+    pub(crate) backend: &'static str,
+    pub(crate) requests_per_second: u64,
+}
+
+/// A large file from its beginning to its end.
+#[derive(Debug, Serialize)]
+pub(crate) struct SequentialRow {
+    pub(crate) wait: &'static str,
+    pub(crate) backend: &'static str,
+    pub(crate) bytes_per_second: u64,
+    /// Measured in between, without a backend.
+    pub(crate) pread_bytes_per_second: u64,
+}
+
+/// What was measured of a backend as a whole.
+#[derive(Debug, Serialize)]
+pub(crate) struct WholeRow {
+    pub(crate) backend: &'static str,
+    /// Inodes that it has shown before its memory was measured.
+    pub(crate) inodes_walked: u64,
+    pub(crate) memory: MemoryUse,
+    pub(crate) start_ns: u64,
+    pub(crate) idle_seconds: f64,
+    pub(crate) idle_cpu_ns: u64,
+    /// CPU time for a LOOKUP where there are a thousand a second.
+    pub(crate) paced_cpu_ns: u64,
+}
+
+pub(crate) fn wait_key(wait: Wait) -> &'static str {
+    match wait {
+        Wait::Polling => "polling",
+        Wait::Sleeping => "sleeping",
+    }
+}
+
+fn over<'a>(rounds: &'a [Round], value: impl Fn(&'a Round) -> Option<u64>) -> Option<u64> {
+    let values: Vec<_> = rounds.iter().filter_map(value).collect();
+    if values.is_empty() { None } else { Some(median(values)) }
+}
+
+/// The rows of one backend's rounds.
+pub(crate) fn latency(backend: &Backend, rounds: &[Round]) -> Vec<LatencyRow> {
+    let mut rows = Vec::new();
+    for wait in [Wait::Polling, Wait::Sleeping] {
+        for operation in Operation::ALL {
+            let of = |field: fn(&crate::measure::Latency) -> u64| {
+                over(rounds, |round| round.latency.get(&(operation, wait)).map(field)).unwrap_or_default()
+            };
+            rows.push(LatencyRow {
+                operation: operation.key(),
+                wait: wait_key(wait),
+                backend: backend.name,
+                median_ns: of(|latency| latency.median),
+                p99_ns: of(|latency| latency.p99),
+                cpu_ns: of(|latency| latency.cpu),
+                messages: of(|latency| latency.messages) as f64 / 100.0,
+            });
+        }
+    }
+    rows
+}
+
+pub(crate) fn throughput(backend: &Backend, rounds: &[Round]) -> Vec<ThroughputRow> {
+    let mut rows = Vec::new();
+    for operation in IN_NUMBERS {
+        let mut add = |wait, depth, queues, rate: Option<u64>| {
+            rows.extend(rate.map(|requests_per_second| ThroughputRow {
+                operation: operation.key(),
+                wait: wait_key(wait),
+                depth,
+                queues,
+                backend: backend.name,
+                requests_per_second,
+            }));
+        };
+        for wait in [Wait::Polling, Wait::Sleeping] {
+            for depth in DEPTHS {
+                let rate = over(rounds, |round| round.depth.get(&(operation, wait, depth)).copied());
+                add(wait, depth, 1, rate);
+            }
+        }
+        // With one queue that row is there already.
+        for count in QUEUES.into_iter().filter(|&count| count > 1) {
+            let rate = over(rounds, |round| round.queues.get(&(operation, count)).copied());
+            add(Wait::Sleeping, DEPTH_OF_MANY, count, rate);
+        }
+    }
+    rows
+}
+
+pub(crate) fn sequential(backend: &Backend, rounds: &[Round]) -> Vec<SequentialRow> {
+    let row = |wait: Wait| {
+        let of = |field: fn(&(u64, u64)) -> u64| {
+            over(rounds, |round| round.sequential.get(&wait).map(field)).unwrap_or_default()
+        };
+        SequentialRow {
+            wait: wait_key(wait),
+            backend: backend.name,
+            bytes_per_second: of(|rates| rates.0),
+            pread_bytes_per_second: of(|rates| rates.1),
+        }
+    };
+    [Wait::Polling, Wait::Sleeping].map(row).into()
+}
+
+impl HostFacts {
+    pub(crate) fn here() -> Self {
+        let read = |file: &str| std::fs::read_to_string(file).unwrap_or_default();
+        let processor = read("/proc/cpuinfo").lines().find_map(|line| {
+            line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name.to_owned())
+        });
+        Self {
+            processor: processor.unwrap_or_else(|| "unknown".into()),
+            processors: std::thread::available_parallelism().map_or(1, usize::from),
+            kernel: read("/proc/sys/kernel/osrelease").trim().into(),
+        }
+    }
+}
+
+impl Results {
+    /// A latency row.
+    pub(crate) fn row(&self, operation: Operation, wait: Wait, backend: &str) -> Option<&LatencyRow> {
+        self.latency
+            .iter()
+            .find(|row| (row.operation, row.wait, row.backend) == (operation.key(), wait_key(wait), backend))
+    }
+
+    /// The whole row of a backend.
+    pub(crate) fn of(&self, backend: &str) -> Option<&WholeRow> {
+        self.whole.iter().find(|row| row.backend == backend)
+    }
+}
+
+/// Results in which all gates are met: virtiofsd takes 20 us for everything, Lair's backend 0.2 us, asleep 1.5 us.
+#[cfg(test)]
+pub(crate) fn sample() -> Results {
+    use crate::backends::{BEST, DEFAULT, OURS};
+    let backends = [DEFAULT, BEST, OURS];
+    let both = || [Wait::Polling, Wait::Sleeping].into_iter();
+    let latency = |backend, wait: Wait, operation: Operation| LatencyRow {
+        operation: operation.key(),
+        wait: wait_key(wait),
+        backend,
+        median_ns: match (backend, wait) {
+            (OURS, Wait::Polling) => 200,
+            (OURS, Wait::Sleeping) => 1_500,
+            _ => 20_000,
+        },
+        p99_ns: 40_000,
+        cpu_ns: 1_000,
+        messages: if (backend, operation) == (OURS, Operation::OpenCycle) { 0.0 } else { 1.0 },
+    };
+    let sequential = |backend, wait| SequentialRow {
+        wait: wait_key(wait),
+        backend,
+        bytes_per_second: 9_000_000_000,
+        pread_bytes_per_second: 10_000_000_000,
+    };
+    let whole = |backend| WholeRow {
+        backend,
+        inodes_walked: 1000,
+        memory: MemoryUse { private_bytes: 4 << 20, ..MemoryUse::default() },
+        start_ns: 5_000_000,
+        idle_seconds: 2.0,
+        idle_cpu_ns: 0,
+        paced_cpu_ns: 10_000,
+    };
+    let mut results = Results {
+        bench: "virtiofs",
+        schema: 1,
+        host: HostFacts { processor: "a processor".into(), processors: 2, kernel: "6.12".into() },
+        effort: Effort { rounds: 5, seconds: 0.25, starts: 15 },
+        store_paths: 10,
+        inodes: 1000,
+        frontend_round_trip_ns: 120,
+        backends: backends.map(|name| BackendFacts { name, command: format!("{name} --option") }).into(),
+        latency: vec![],
+        throughput: vec![],
+        sequential: vec![],
+        whole: backends.map(whole).into(),
+        gates: vec![],
+    };
+    for backend in backends {
+        results.sequential.extend(both().map(|wait| sequential(backend, wait)));
+        for operation in Operation::ALL {
+            results.latency.extend(both().map(|wait| latency(backend, wait, operation)));
+        }
+    }
+    results
+}
