@@ -5,14 +5,14 @@
 //! dawdles has little time, so that the next one gets its turn.
 
 use crate::{
+    error::chain,
     fuse::Server,
-    index::IndexError,
+    index::{Added, Index, IndexError, Origin},
     stats::prometheus,
     throttle::Throttle,
     view::{FILE_MAX, ParseError, View},
 };
 use std::{
-    error::Error,
     io::{self, Read, Write},
     os::{
         fd::OwnedFd,
@@ -37,6 +37,8 @@ pub struct Control<'a> {
     pub server: &'a Server,
     /// The store directories from which its tree was built.
     pub stores: &'a [OwnedFd],
+    /// The index from which its tree was built.
+    pub index: Option<Index>,
 }
 
 /// Why a command was not carried out. Nothing has changed.
@@ -91,7 +93,9 @@ impl Control<'_> {
     fn grant(&mut self, list: &[u8]) -> Result<String, Refused> {
         let view = View::parse(list)?;
         let paths = view.paths();
-        let added = self.server.replace(|tree| tree.with(self.stores, paths))?;
+        let origin = Origin { stores: self.stores, index: self.index.as_mut() };
+        let Added { paths: added, unindexed } = self.server.replace(|tree| tree.with(origin, paths))?;
+        unindexed.log();
         // Asked after they can be seen: what the guest is told from now on is that they are there.
         let refresh = if self.server.denied().needs_refresh(paths) { "yes" } else { "no" };
         info!(added, refresh, "Granted store paths");
@@ -111,17 +115,6 @@ impl Control<'_> {
         let list: String = names.iter().map(|path| format!("{path}\n")).collect();
         format!("denied {}, complete {complete}\n{list}", names.len())
     }
-}
-
-/// An error and its sources on one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 /// What a client sends.

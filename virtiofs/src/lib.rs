@@ -6,6 +6,7 @@
 
 mod beneath;
 pub mod control;
+pub mod error;
 pub mod fd;
 pub mod files;
 pub mod fuse;
