@@ -5,14 +5,14 @@
 //! dawdles has little time, so that the next one gets its turn.
 
 use crate::{
-    index::IndexError,
+    error::chain,
+    index::{Added, Index, IndexError, Origin},
     stats::prometheus,
     throttle::Throttle,
     vhost::Service,
     view::{FILE_MAX, ParseError, View},
 };
 use std::{
-    error::Error,
     io::{self, Read, Write},
     os::unix::net::{UnixListener, UnixStream},
     thread,
@@ -32,6 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub struct Control<'a> {
     /// What is served.
     pub service: &'a Service,
+    /// The index from which its tree was built.
+    pub index: Option<Index>,
 }
 
 /// Why a command was not carried out. Nothing has changed.
@@ -86,7 +88,10 @@ impl Control<'_> {
     fn grant(&mut self, list: &[u8]) -> Result<String, Refused> {
         let view = View::parse(list)?;
         let paths = view.paths();
-        let added = self.service.server.replace(|tree| tree.with(self.service.files.stores(), paths))?;
+        let service = self.service;
+        let origin = Origin { stores: service.files.stores(), index: self.index.as_mut() };
+        let Added { paths: added, unindexed } = service.server.replace(|tree| tree.with(origin, paths))?;
+        unindexed.log();
         // Asked after they can be seen: what the guest is told from now on is that they are there.
         let refresh = if self.service.server.denied().needs_refresh(paths) { "yes" } else { "no" };
         info!(added, refresh, "Granted store paths");
@@ -106,17 +111,6 @@ impl Control<'_> {
         let list: String = names.iter().map(|path| format!("{path}\n")).collect();
         format!("denied {}, complete {complete}\n{list}", names.len())
     }
-}
-
-/// An error and its sources on one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }
 
 /// What a client sends.

@@ -7,6 +7,7 @@
 mod beneath;
 pub(crate) mod buffers;
 pub mod control;
+pub mod error;
 pub mod fd;
 pub mod files;
 pub mod fuse;

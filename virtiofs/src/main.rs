@@ -1,5 +1,6 @@
 //! `lair-virtiofs`: shows one VM its view of the host's Nix stores.
 
+mod indexing;
 mod socket;
 
 use anyhow::{Context, Result, bail};
@@ -9,7 +10,7 @@ use lair_virtiofs::{
     fd,
     files::Files,
     fuse::Server,
-    index::Tree,
+    index::{Index, Origin, Tree},
     vhost::{Config, Service, serve},
     view::View,
 };
@@ -34,13 +35,34 @@ use tracing::{error, info};
 /// The guest sees exactly the store paths that the view file lists, with all that is in them, and mounts them with
 /// `mount -t virtiofs -o ro TAG /nix/store`. All files belong to root and date from 1970-01-01 00:00:01.
 ///
-/// Metadata is read once, at the start; the store paths must not change while this runs. One hypervisor may connect at a
-/// time; when it disconnects, the next one may. The program runs until SIGTERM or SIGINT.
+/// Metadata is read once: from the index, or where that has nothing, at the start. The store paths must not change while this
+/// runs. One hypervisor may connect at a time; when it disconnects, the next one may. The program runs until SIGTERM or SIGINT.
 #[derive(Parser)]
 #[command(version, max_term_width = 100, after_help = AFTER_HELP)]
-struct Args {
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+
     #[command(flatten)]
-    listen: Listen,
+    serve: Option<Args>,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    Index(indexing::Args),
+}
+
+#[derive(clap::Args)]
+#[command(group(clap::ArgGroup::new("listen").required(true)))]
+struct Args {
+    /// The unix socket to make, for the hypervisor to connect to.
+    #[arg(long, value_name = "PATH", group = "listen")]
+    socket: Option<PathBuf>,
+
+    /// A listening unix socket that is open already, as descriptor N.
+    #[arg(long, value_name = "N", group = "listen")]
+    fd: Option<RawFd>,
 
     /// A physical store directory, such as /nix/store. With several, a store path is taken from the first that has it.
     #[arg(long = "source", value_name = "DIR", required = true, num_args = 1..)]
@@ -49,6 +71,10 @@ struct Args {
     /// The view: logical store paths (/nix/store/HASH-NAME), one a line. A missing, empty or damaged file is an error.
     #[arg(long, value_name = "FILE")]
     view: PathBuf,
+
+    /// The index, a directory that `lair-virtiofs index` keeps. It is only read.
+    #[arg(long, value_name = "DIR")]
+    index: Option<PathBuf>,
 
     /// The name by which the guest mounts the device, 1 to 36 bytes.
     #[arg(long, default_value = "store")]
@@ -64,21 +90,10 @@ struct Args {
     control: Option<PathBuf>,
 }
 
-#[derive(clap::Args)]
-#[group(required = true, multiple = false)]
-struct Listen {
-    /// The unix socket to make, for the hypervisor to connect to.
-    #[arg(long, value_name = "PATH")]
-    socket: Option<PathBuf>,
-
-    /// A listening unix socket that is open already, as descriptor N.
-    #[arg(long, value_name = "N")]
-    fd: Option<RawFd>,
-}
-
 const AFTER_HELP: &str = "\
 Example:
-  lair-virtiofs --socket fs.sock --source /nix/store --view view.txt
+  lair-virtiofs index --index index --source /nix/store --view view.txt
+  lair-virtiofs --index index --socket fs.sock --source /nix/store --view view.txt
   qemu-system-x86_64 -machine q35,memory-backend=m \\
     -object memory-backend-memfd,id=m,size=1G,share=on \\
     -chardev socket,id=fs,path=fs.sock \\
@@ -87,9 +102,9 @@ Example:
 Logs go to standard error; RUST_LOG sets what is logged (error, warn, info).";
 
 fn main() -> ExitCode {
-    let args = Args::parse();
+    let cli = Cli::parse();
     init_log();
-    match run(args) {
+    match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error:#}");
@@ -110,8 +125,17 @@ fn init_log() {
         .init();
 }
 
-fn run(args: Args) -> Result<()> {
+fn run(cli: Cli) -> Result<()> {
     prctl::set_no_new_privs().context("Cannot give up gaining privileges")?;
+    match cli {
+        Cli { command: Some(Command::Index(args)), .. } => indexing::run(&args),
+        Cli { serve: Some(args), .. } => serve_view(args),
+        // Arguments are required.
+        Cli { .. } => bail!("There is nothing to do"),
+    }
+}
+
+fn serve_view(args: Args) -> Result<()> {
     let config = Config::new(&args.tag, args.queues)?;
     let view = View::read(&args.view)?;
     let made = Arc::new(Mutex::new(Vec::new()));
@@ -119,7 +143,8 @@ fn run(args: Args) -> Result<()> {
 
     let files = Files::open_stores(&args.sources)?;
     let begin = Instant::now();
-    let tree = Tree::build(files.stores(), &view)
+    let mut index = args.index.as_deref().map(Index::open).transpose()?;
+    let (tree, added) = Tree::load(Origin { stores: files.stores(), index: index.as_mut() }, &view)
         .with_context(|| format!("Cannot read the metadata of the view from {:?}", args.sources))?;
     info!(
         view = view.id(),
@@ -128,6 +153,7 @@ fn run(args: Args) -> Result<()> {
         milliseconds = begin.elapsed().as_millis(),
         "Read the view's metadata"
     );
+    added.unindexed.log();
     // Sockets appear once there is something to serve.
     let bind = |path: &Path| -> Result<UnixListener> {
         // Locked before, so that no signal finds a socket that is not in the list yet.
@@ -137,7 +163,7 @@ fn run(args: Args) -> Result<()> {
         Ok(listener)
     };
     let control = args.control.as_deref().map(bind).transpose()?;
-    let listener = match (&args.listen.socket, args.listen.fd) {
+    let listener = match (&args.socket, args.fd) {
         (Some(path), _) => bind(path)?,
         (None, Some(number)) => fd::inherited_listener(number)?,
         (None, None) => bail!("Neither --socket nor --fd is given"),
@@ -148,7 +174,7 @@ fn run(args: Args) -> Result<()> {
         let service = service.clone();
         thread::Builder::new()
             .name("control".into())
-            .spawn(move || control::serve(&listener, &mut Control { service: &service }))?;
+            .spawn(move || control::serve(&listener, &mut Control { service: &service, index }))?;
     }
     let result = serve(listener, &service, &config);
     made.lock().unwrap_or_else(PoisonError::into_inner).clear();

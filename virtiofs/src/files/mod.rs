@@ -24,7 +24,7 @@ use nix::{
 use open_file::Abilities;
 use std::{
     num::NonZeroUsize,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError,
@@ -58,41 +58,30 @@ pub struct OpenError {
 /// The store directories, and the files of them that are open.
 #[derive(Debug)]
 pub struct Files {
-    stores: Vec<Store>,
+    stores: Vec<OwnedFd>,
+    /// What each of them can do.
+    abilities: Vec<Arc<Abilities>>,
     cache: Mutex<LruCache<NodeId, Arc<OpenFile>>>,
     opens: Counter,
-}
-
-/// A store directory.
-#[derive(Debug)]
-pub struct Store {
-    directory: OwnedFd,
-    abilities: Arc<Abilities>,
-}
-
-impl AsFd for Store {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.directory.as_fd()
-    }
 }
 
 impl Files {
     /// Opens the store directories, in the order in which [`Tree::build`] gets them.
     pub fn open_stores(directories: &[impl AsRef<Path>]) -> Result<Self, OpenError> {
         let mapped = Arc::new(AtomicU64::new(0));
-        let stores = directories
-            .iter()
-            .map(|directory| {
-                let directory = directory.as_ref();
-                Store::open(directory, mapped.clone())
-                    .map_err(|source| OpenError { path: directory.to_owned(), source })
-            })
-            .collect::<Result<_, _>>()?;
-        Ok(Self { stores, cache: Mutex::new(LruCache::new(OPEN_MAX)), opens: Counter::default() })
+        let (mut stores, mut abilities) = (Vec::new(), Vec::new());
+        for path in directories.iter().map(AsRef::as_ref) {
+            let (store, able) =
+                open(path, &mapped).map_err(|source| OpenError { path: path.to_owned(), source })?;
+            stores.push(store);
+            abilities.push(Arc::new(able));
+        }
+        let cache = Mutex::new(LruCache::new(OPEN_MAX));
+        Ok(Self { stores, abilities, cache, opens: Counter::default() })
     }
 
     /// The store directories.
-    pub fn stores(&self) -> &[Store] {
+    pub fn stores(&self) -> &[OwnedFd] {
         &self.stores
     }
 
@@ -111,6 +100,7 @@ impl Files {
             return Err(Errno::ESTALE);
         };
         let store = self.stores.get(entry.source).ok_or(Errno::ESTALE)?;
+        let abilities = self.abilities.get(entry.source).ok_or(Errno::ESTALE)?;
         let names = entry.manifest.path(number).ok_or(Errno::EIO)?;
         let components: Vec<&[u8]> =
             std::iter::once(entry.path.base_name().as_bytes()).chain(names).collect();
@@ -122,7 +112,7 @@ impl Files {
             Err(errno) => return Err(errno),
         };
         self.opens.add(1);
-        let file = Arc::new(OpenFile::new(file, inode.size, store.abilities.clone()));
+        let file = Arc::new(OpenFile::new(file, inode.size, abilities.clone()));
         // What falls out is closed after the lock is released.
         let _old = self.lock().push(id, file.clone());
         Ok(Some(file))
@@ -150,12 +140,11 @@ impl Files {
     }
 }
 
-impl Store {
-    fn open(directory: &Path, mapped: Arc<AtomicU64>) -> Result<Self, Errno> {
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let directory = nix::fcntl::open(directory, flags, Mode::empty())?;
-        let FsType(kind) = fstatfs(&directory)?.filesystem_type();
-        let map = !NOT_MAPPED.contains(&kind);
-        Ok(Self { directory, abilities: Arc::new(Abilities { nowait: AtomicBool::new(true), map, mapped }) })
-    }
+/// Opens a store directory, and finds out what its file system can do.
+fn open(directory: &Path, mapped: &Arc<AtomicU64>) -> Result<(OwnedFd, Abilities), Errno> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = nix::fcntl::open(directory, flags, Mode::empty())?;
+    let FsType(kind) = fstatfs(&directory)?.filesystem_type();
+    let map = !NOT_MAPPED.contains(&kind);
+    Ok((directory, Abilities { nowait: AtomicBool::new(true), map, mapped: mapped.clone() }))
 }

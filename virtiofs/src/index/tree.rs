@@ -145,6 +145,12 @@ impl Tree {
         }
     }
 
+    /// A tree of one store path whose metadata is this. For tests and fuzzers.
+    pub fn of(path: &StorePath, manifest: Manifest) -> Result<Self, IndexError> {
+        let mut tree = Self::empty(Slots::Upwards);
+        tree.insert(path, 0, manifest, None).map(|()| tree)
+    }
+
     /// Adds a path that is not there yet. With `indexed` it has this slot and these inode numbers, else ones of this tree.
     pub(super) fn insert(
         &mut self,
@@ -172,6 +178,10 @@ impl Tree {
         self.names.insert(ByName(entry.clone()));
         self.entries.push(entry);
         Ok(())
+    }
+    /// Whether a store path has this slot.
+    pub(super) fn has_slot(&self, slot: u32) -> bool {
+        self.slots.contains_key(&slot)
     }
 
     /// A tree without these paths, and how many of them were there.

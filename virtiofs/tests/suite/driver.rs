@@ -6,12 +6,14 @@ use lair_virtiofs::{
         Opcode, Outcome, Request, Server, Session,
         wire::{AttrOut, EntryOut, InHeader, InitIn, OutHeader, ReadIn},
     },
-    index::Tree,
+    index::{Added, Index, Manifest, Origin, Tree, update},
     stats::Requests,
+    store::StorePath,
     view::View,
 };
 use nix::errno::Errno;
 use std::{
+    num::NonZero,
     path::Path,
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -74,10 +76,39 @@ pub(crate) fn take<T: FromBytes + IntoBytes + Immutable>(body: &[u8]) -> T {
 }
 
 impl Driver {
+    /// Reads the metadata itself.
     pub(crate) fn new(store: &Path, view: &View) -> Self {
+        Self::start(store, view, None).0
+    }
+
+    /// Indexes the view, and finds all of it in the index.
+    pub(crate) fn indexed(store: &Path, view: &View, index: &Path) -> Self {
         let files = Files::open_stores(&[store]).unwrap();
-        let server = Server::new(Tree::build(files.stores(), view).unwrap());
-        let driver = Self { server, files, session: Session::new(), stats: Requests::default() };
+        let summary =
+            update(index, files.stores(), view.paths(), NonZero::new(2).unwrap(), |_, _| ()).unwrap();
+        assert!(summary.failed.is_empty(), "{:?}", summary.failed);
+        let (driver, added) = Self::start(store, view, Some(index));
+        assert_eq!((added.paths, added.unindexed.count()), (view.paths().len(), 0));
+        driver
+    }
+
+    /// What it found is returned as well.
+    pub(crate) fn start(store: &Path, view: &View, index: Option<&Path>) -> (Self, Added) {
+        let files = Files::open_stores(&[store]).unwrap();
+        let mut index = index.map(|index| Index::open(index).unwrap());
+        let origin = Origin { stores: files.stores(), index: index.as_mut() };
+        let (tree, added) = Tree::load(origin, view).unwrap();
+        (Self::serving(tree, files), added)
+    }
+
+    /// Serves one store path of which this is the metadata, true or not.
+    pub(crate) fn of(store: &Path, path: &StorePath, manifest: Manifest) -> Self {
+        Self::serving(Tree::of(path, manifest).unwrap(), Files::open_stores(&[store]).unwrap())
+    }
+
+    fn serving(tree: Tree, files: Files) -> Self {
+        let driver =
+            Self { server: Server::new(tree), files, session: Session::new(), stats: Requests::default() };
         driver.send(&init_request(7, 41, OFFERED)).unwrap();
         driver
     }

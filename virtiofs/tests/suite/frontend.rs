@@ -8,6 +8,7 @@ use nix::{
 };
 use std::{
     collections::BTreeMap,
+    ffi::OsStr,
     fs::File,
     io::{BufRead, BufReader, ErrorKind, Read},
     os::{
@@ -60,6 +61,11 @@ pub(crate) struct Program {
 impl Program {
     /// Starts the program for a view of a store, and waits until it can be connected to.
     pub(crate) fn start(dir: &Path, store: &Path, view: &Path) -> Self {
+        Self::start_with(dir, store, view, &[])
+    }
+
+    /// The same with more arguments.
+    pub(crate) fn start_with(dir: &Path, store: &Path, view: &Path, more: &[&OsStr]) -> Self {
         let socket = dir.join("fs.sock");
         let child = Command::new(env!("CARGO_BIN_EXE_lair-virtiofs"))
             .args([
@@ -69,6 +75,7 @@ impl Program {
                 dir.join("control").as_os_str(),
             ])
             .args(["--source".as_ref(), store.as_os_str(), "--view".as_ref(), view.as_os_str()])
+            .args(more)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();

@@ -330,16 +330,33 @@ fn fu7_devices_fifos_and_sockets_are_absent() {
 
 #[test]
 fn fu8_forged_node_ids() {
-    let (_fixture, driver) = start();
+    let (fixture, private) = start();
+    let index = tempfile::tempdir().unwrap();
+    // The index knows the hidden path as well, which has the last slot.
+    let all = View::new(fixture.view().paths().iter().cloned().chain([path(4, "hidden")])).unwrap();
+    Driver::indexed(&fixture.store(), &all, index.path());
+    let indexed = Driver::indexed(&fixture.store(), &fixture.view(), index.path());
     let inode = |slot: u32, number: u32| NodeId::Inode { slot, number }.to_wire();
-    let many = driver.server.tree().entries()[0].manifest.len();
-    let forged =
-        [0, 2, u64::from(u32::MAX), u64::MAX, inode(4, 0), inode(1, many), inode(2, 1), inode(u32::MAX, 0)];
-    for node in forged {
-        use Opcode::*;
-        for opcode in [Lookup, Getattr, Readlink, Read, Readdir, Readdirplus] {
-            let body = if opcode == Lookup { c_name(b"x") } else { read_in(0, 4096) };
-            assert_eq!(driver.call(opcode, node, &body), Err(Errno::ESTALE), "{opcode:?} {node:#x}");
+    for driver in [private, indexed] {
+        let many = driver.server.tree().entries()[0].manifest.len();
+        let forged = [
+            0,
+            2,
+            u64::from(u32::MAX),
+            u64::MAX,
+            inode(4, 0),
+            inode(4, 1),
+            inode(5, 0),
+            inode(1, many),
+            inode(2, 1),
+            inode(u32::MAX, 0),
+        ];
+        for node in forged {
+            use Opcode::*;
+            for opcode in [Lookup, Getattr, Readlink, Read, Readdir, Readdirplus] {
+                let body = if opcode == Lookup { c_name(b"x") } else { read_in(0, 4096) };
+                assert_eq!(driver.call(opcode, node, &body), Err(Errno::ESTALE), "{opcode:?} {node:#x}");
+            }
         }
     }
 }
@@ -382,10 +399,10 @@ fn fu11_read_bounds() {
     let hello = driver.walk(&tree("/bin/hello"));
     let size = HELLO.len() as u64;
     for offset in [size, size + 1, i64::MAX as u64, 1 << 63, u64::MAX] {
-        assert_eq!(driver.read(hello, offset, 4096).unwrap(), [], "{offset}");
+        assert_eq!(driver.read(hello, offset, 4096).unwrap(), b"", "{offset}");
     }
     assert_eq!(driver.read(hello, size - 1, u32::from(u16::MAX)).unwrap(), [HELLO[HELLO.len() - 1]]);
-    assert_eq!(driver.read(hello, 0, 0).unwrap(), []);
+    assert_eq!(driver.read(hello, 0, 0).unwrap(), b"");
     assert_eq!(driver.read(hello, 0, u32::MAX), Err(Errno::EINVAL));
     assert_eq!(driver.call(Opcode::Read, hello, &[0; 39]), Err(Errno::EINVAL));
     // The guest's buffer is shorter than what it asks for.
@@ -410,7 +427,7 @@ fn fu12_readdir_bounds() {
             assert_eq!(names(&list(&driver, many, size, plus)), all, "{size}");
         }
         for offset in [MANY as u64 + 2, 1 << 32, u64::from(u32::MAX) + 2, u64::MAX] {
-            assert_eq!(driver.call(opcode, many, &read_in(offset, 4096)).unwrap(), [], "{offset}");
+            assert_eq!(driver.call(opcode, many, &read_in(offset, 4096)).unwrap(), b"", "{offset}");
         }
         for size in [0, 1, 31] {
             assert_eq!(driver.call(opcode, many, &read_in(0, size)), Err(Errno::EINVAL), "{size}");
@@ -448,8 +465,8 @@ fn fu13_open_is_needless_whatever_the_flags() {
     // The root's listing can grow, so it is not to be cached for good.
     assert_eq!(open(Opcode::Opendir, ROOT), Ok(0));
     assert_eq!(open(Opcode::Opendir, hello), Err(Errno::ENOTDIR));
-    assert_eq!(driver.call(Opcode::Release, hello, &[0; 24]).unwrap(), []);
-    assert_eq!(driver.call(Opcode::Releasedir, top, &[0; 24]).unwrap(), []);
+    assert_eq!(driver.call(Opcode::Release, hello, &[0; 24]).unwrap(), b"");
+    assert_eq!(driver.call(Opcode::Releasedir, top, &[0; 24]).unwrap(), b"");
 }
 
 #[test]
@@ -470,7 +487,7 @@ fn fu14_sessions() {
     assert_eq!(out.max_readahead, 0);
     assert!(driver.getattr(ROOT).is_ok());
     // After DESTROY, until INIT.
-    assert_eq!(driver.call(Opcode::Destroy, 0, &[]).unwrap(), []);
+    assert_eq!(driver.call(Opcode::Destroy, 0, &[]).unwrap(), b"");
     assert_eq!(driver.getattr(ROOT), Err(Errno::EIO));
     driver.session.resume();
     assert_eq!(driver.getattr(ROOT), Err(Errno::EIO));
@@ -572,7 +589,15 @@ fn st6_hard_links_are_one_inode_within_a_store_path() {
     std::fs::create_dir(fixture.store().join(".links")).unwrap();
     std::fs::hard_link(&one, fixture.store().join(".links/x")).unwrap();
     let view = View::new(fixture.view().paths().iter().cloned().chain([path(5, "other")])).unwrap();
-    let driver = Driver::new(&fixture.store(), &view);
+    let index = tempfile::tempdir().unwrap();
+    for driver in
+        [Driver::new(&fixture.store(), &view), Driver::indexed(&fixture.store(), &view, index.path())]
+    {
+        hard_links(&driver);
+    }
+}
+
+fn hard_links(driver: &Driver) {
     let nodes = ["/again", "/bin/once-more", "/share/doc/readme"].map(|name| driver.walk(&tree(name)));
     assert_eq!(nodes, [nodes[0]; 3]);
     let attr = driver.getattr(nodes[0]).unwrap().attr;
@@ -585,14 +610,14 @@ fn st6_hard_links_are_one_inode_within_a_store_path() {
     // Listings say the same as lookups.
     for directory in ["", "/bin", "/share/doc"] {
         let directory = driver.walk(&tree(directory));
-        for l in list(&driver, directory, 65_536, true).iter().skip(2) {
+        for l in list(driver, directory, 65_536, true).iter().skip(2) {
             let entry = l.entry.unwrap();
             assert_eq!(driver.lookup(directory, &l.name).unwrap(), entry);
             assert_eq!((l.dirent.ino, l.dirent.kind), (entry.attr.ino, entry.attr.mode >> 12));
         }
     }
     // Numbers of aliases were never given out.
-    let seen = all_nodes(&driver);
+    let seen = all_nodes(driver);
     let entries = driver.server.tree().entries().to_vec();
     for entry in entries {
         for number in 0..entry.manifest.len() {

@@ -10,6 +10,7 @@ use crate::{
 use lair_virtiofs::{
     files::Files,
     fuse::{DENIED_MAX, Opcode, wire::AttrOut},
+    index::Origin,
     store::StorePath,
     view::View,
 };
@@ -36,7 +37,8 @@ impl Growing {
 
     /// How many were new; `None` if it was refused.
     fn grant(&self, paths: &[StorePath]) -> Option<usize> {
-        self.driver.server.replace(|tree| tree.with(self.files.stores(), paths)).ok()
+        let origin = Origin { stores: self.files.stores(), index: None };
+        self.driver.server.replace(|tree| tree.with(origin, paths)).ok().map(|added| added.paths)
     }
 
     fn revoke(&self, paths: &[StorePath]) -> usize {

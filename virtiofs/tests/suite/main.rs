@@ -12,6 +12,8 @@ mod frontend;
 mod fuse;
 mod growth;
 mod hostile;
+mod index;
+mod indexing;
 mod model;
 mod program;
 mod serve;

@@ -10,12 +10,12 @@ use std::{
     process::{Command, Output},
 };
 
-fn run(args: &[&str]) -> Output {
+pub(crate) fn run(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_lair-virtiofs")).args(args).env("COLUMNS", "100").output().unwrap()
 }
 
 /// The last line of standard error, without the time, and with the directory's name taken out.
-fn complaint(output: &Output, dir: &Path) -> String {
+pub(crate) fn complaint(output: &Output, dir: &Path) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();
     let last = text.lines().last().unwrap_or_default();
     last.split_once("ERROR ").map_or(last, |(_, rest)| rest).replace(dir.to_str().unwrap(), "DIR")
@@ -26,6 +26,9 @@ fn help() {
     let output = run(&["--help"]);
     assert_eq!(output.status.code(), Some(0));
     insta::assert_snapshot!("help", String::from_utf8(output.stdout).unwrap());
+    let output = run(&["index", "--help"]);
+    assert_eq!(output.status.code(), Some(0));
+    insta::assert_snapshot!("help_index", String::from_utf8(output.stdout).unwrap());
 }
 
 #[test]

@@ -1,0 +1,80 @@
+//! An index as backends use it: read-only, with no lock, its packs mapped once.
+
+use super::{
+    Identity, Manifest,
+    directory::{Directory, FileError},
+    pack::Pack,
+    registry::{self, Known, Record},
+};
+use crate::store::StorePath;
+use std::{collections::HashMap, path::Path};
+
+/// An index on disk: see the module's documentation.
+#[derive(Debug)]
+pub struct Index {
+    directory: Directory,
+    packs: HashMap<u32, Pack>,
+}
+
+/// What an index has of a store path.
+pub(super) enum Found {
+    /// This, and it is sound.
+    Sound(Record, Manifest),
+    /// Nothing.
+    Missing,
+    /// Only of another one that had the same name.
+    Stale,
+    /// Something that is damaged.
+    Damaged,
+}
+
+impl Index {
+    /// Opens the index in this directory. It may be empty.
+    pub fn open(path: &Path) -> Result<Self, FileError> {
+        Directory::open(path).map(Self::new)
+    }
+
+    pub(super) fn new(directory: Directory) -> Self {
+        Self { directory, packs: HashMap::new() }
+    }
+
+    /// What the registry says now of these paths.
+    pub(super) fn known<'a>(&self, paths: &'a [StorePath]) -> Result<Known<'a>, FileError> {
+        let bytes = registry::read(&self.directory)?.unwrap_or_default();
+        Ok(Known::of(paths, &bytes).0)
+    }
+
+    /// What there is of this path. The newest that is sound counts.
+    pub(super) fn find(&mut self, known: &Known<'_>, path: &StorePath, identity: Identity) -> Found {
+        let mut found = Found::Missing;
+        for record in known.records(path) {
+            if record.identity != identity {
+                if !matches!(found, Found::Damaged) {
+                    found = Found::Stale;
+                }
+                continue;
+            }
+            match self.manifest(record) {
+                Some(manifest) => return Found::Sound(*record, manifest),
+                None => found = Found::Damaged,
+            }
+        }
+        found
+    }
+
+    /// The manifest of a record; `None` if it is damaged or gone.
+    pub(super) fn manifest(&mut self, record: &Record) -> Option<Manifest> {
+        let manifest =
+            self.pack(record.place.pack)?.manifest(record.place.offset, record.place.length).ok()?;
+        let same = manifest.checksum() == record.manifest && manifest.len() == record.inodes;
+        same.then_some(manifest)
+    }
+
+    fn pack(&mut self, number: u32) -> Option<&Pack> {
+        if !self.packs.contains_key(&number) {
+            let pack = Pack::open(&self.directory, number).ok()??;
+            self.packs.insert(number, pack);
+        }
+        self.packs.get(&number)
+    }
+}
