@@ -166,7 +166,7 @@ async fn apply(
 ) -> Result<Json<ApplyReply>, ApiError> {
     let name = request.file.as_ref().map(|file| file.name.clone());
     let detail = name.clone().unwrap_or_else(|| api.supervisor.fleet_file().display().to_string());
-    let (path, host) = (api.supervisor.fleet_file().to_owned(), *api.supervisor.host());
+    let (path, host) = (api.supervisor.fleet_file().to_owned(), api.supervisor.host().facts);
     let checked = tokio::task::spawn_blocking(move || match request.file {
         Some(file) => fleet::check(&file.name, file.text.as_bytes(), &host),
         None => fleet::check_file(&path, &host),

@@ -11,7 +11,10 @@ use super::{
     validate::Verdict,
     view,
 };
-use crate::error::chain;
+use crate::{
+    error::chain,
+    host::facts::{self, NoKvm},
+};
 use lair_virtiofs::store::{self, ClosureError, DatabaseError, StorePath, StorePathError};
 use std::{
     collections::{BTreeMap, HashSet},
@@ -31,6 +34,15 @@ type Views<'a> = BTreeMap<&'a [PathBuf], Result<HashSet<String>, NoView>>;
 /// Looks at all that `fleet` names.
 pub(super) fn check(fleet: &Fleet, verdict: &mut Verdict) {
     let root = Path::root();
+    if let Err(reason) = facts::engine(fleet.host.accel) {
+        let finding = Finding::at(&root.key("host").key("accel"), reason.to_string());
+        let finding =
+            finding.hint("allowed without KVM: \"auto\" and \"tcg\", which run guests under emulation");
+        match reason {
+            NoKvm::Denied => verdict.warnings.push(finding),
+            _ => verdict.errors.push(finding),
+        }
+    }
     let sources = &fleet.store.sources;
     let mut usable = true;
     for (index, given) in sources.iter().enumerate() {

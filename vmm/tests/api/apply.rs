@@ -102,3 +102,20 @@ async fn cf6_a_fleet_of_which_something_is_missing_is_refused_as_a_whole() {
     fs::write(host.path("fleet.toml"), &fleet).unwrap();
     assert_eq!(host.vmctl(&["apply"]).await.status.code(), Some(0));
 }
+
+#[tokio::test]
+async fn an_apply_says_that_the_accelerator_stays() {
+    let host = Host::new().with_source();
+    let fleet = host.fleet(&[]);
+    let client = host.serve(&fleet).await;
+    assert_eq!(client.apply(&AGAIN).await.unwrap().warnings, []);
+    fs::write(host.path("fleet.toml"), fleet.clone() + "host.accel = \"tcg\"\n").unwrap();
+    let output = host.vmctl(&["apply"]).await;
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(
+        text.ends_with(
+            "/fleet.toml: host.accel: is read when laird starts; until then guests run as before\n"
+        )
+    );
+}
