@@ -84,3 +84,10 @@ fn cf1_a_fleet_file_that_is_refused_is_status_2_and_nothing_is_made() {
     assert!(text.contains(&expected), "{text}");
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing was made");
 }
+
+#[test]
+fn help() {
+    let directory = TempDir::new().unwrap();
+    let output = laird(directory.path()).arg("--help").env("COLUMNS", "100").output().unwrap();
+    insta::assert_snapshot!(String::from_utf8(output.stdout).unwrap());
+}
