@@ -32,6 +32,8 @@ pub struct Supervisor {
     fleet: watch::Sender<Arc<Fleet>>,
     /// Set by an `apply` of something else than the fleet file, which holds until the next start.
     differs: Mutex<Option<String>>,
+    /// Held by an apply: two at once would both make a VM that is new to them.
+    applying: tokio::sync::Mutex<()>,
     vms: Mutex<BTreeMap<String, Handle>>,
 }
 
@@ -77,6 +79,7 @@ impl Supervisor {
             fleet_file,
             fleet: sender,
             differs: Mutex::new(None),
+            applying: tokio::sync::Mutex::new(()),
             vms: Mutex::new(BTreeMap::new()),
         });
         let fleet = supervisor.fleet();
@@ -174,6 +177,7 @@ impl Supervisor {
     /// Makes `fleet` the fleet: VMs that are new start, VMs that are gone stop, links change at once; a VM that is
     /// otherwise different keeps what it was started with until its next start.
     pub async fn apply(self: &Arc<Self>, loaded: Loaded, other_file: Option<String>) -> ApplyReply {
+        let _applying = self.applying.lock().await;
         let Loaded { fleet, mut warnings } = loaded;
         if fleet.host != self.fleet().host {
             warnings.problems.push(self.accel_stays(other_file.as_deref()));

@@ -33,7 +33,7 @@ pub(crate) const HOST: HostFacts = HostFacts { cpus: 2, memory: Size(2 << 30) };
 const BOOT: &str = "4b1d0000-0000-4000-8000-000000000000";
 
 /// No wait of these tests is longer: far above what anything takes, also on a busy machine.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// A host and what runs on it.
 pub(crate) struct Host {
@@ -180,8 +180,10 @@ fn load(fleet: &str) -> fleet::Loaded {
 pub(crate) async fn until(client: &Client, vm: &str, state: &str) -> VmStatus {
     let reached = async {
         loop {
-            let status = client.vm(vm).await.unwrap();
-            if status.state == state {
+            // It may not be there yet.
+            if let Ok(status) = client.vm(vm).await
+                && status.state == state
+            {
                 return status;
             }
             time::sleep(Duration::from_millis(10)).await;
