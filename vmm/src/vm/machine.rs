@@ -15,7 +15,7 @@
 //! The executor ([`super::actor`]) performs the actions in order and feeds back what came of them. An input that does
 //! not fit the state is one that was overtaken: it changes nothing.
 
-use crate::fleet::limits::OverBudget;
+use crate::{fleet::limits::OverBudget, host::tools::Missing};
 use serde::{Deserialize, Serialize};
 
 /// The steps of a start, in order. Each is idempotent; [`Action::CleanUp`] undoes them all.
@@ -190,6 +190,9 @@ pub enum Refusal {
     /// The host has not enough memory.
     #[error(transparent)]
     OverBudget(#[from] OverBudget),
+    /// The host has not all programs.
+    #[error(transparent)]
+    Missing(#[from] Missing),
 }
 
 /// How long something may take.
