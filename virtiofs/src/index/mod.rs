@@ -18,6 +18,7 @@ mod pack;
 mod reader;
 mod registry;
 mod slot;
+mod table;
 mod tree;
 mod update;
 

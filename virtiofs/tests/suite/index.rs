@@ -575,7 +575,7 @@ fn nonsense_with_a_sound_checksum_does_no_harm() {
         driver.server.tree().entries()[0].manifest.as_bytes().len()
     };
     let manifest = &pack[64..64 + length];
-    let case = prop::collection::vec((16usize..length, any::<u8>()), 1..6);
+    let case = prop::collection::vec((12usize..length, any::<u8>()), 1..6);
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(400));
     runner
         .run(&case, |changes| {
@@ -585,8 +585,8 @@ fn nonsense_with_a_sound_checksum_does_no_harm() {
                 let at = if at % 3 == 0 { at } else { 16 + at % 600 };
                 bytes[at] = value;
             }
-            let sum = twox_hash::XxHash3_64::oneshot(&bytes[16..]);
-            bytes[8..16].copy_from_slice(&sum.to_le_bytes());
+            let sum = twox_hash::XxHash3_64::oneshot(&bytes[8..]);
+            bytes[..8].copy_from_slice(&sum.to_le_bytes());
             let Ok(manifest) = Manifest::from_bytes(&bytes) else { return Ok(()) };
             let driver = Driver::of(&it.fixture.store(), &path(1, "tree"), manifest);
             for number in 0..60 {
