@@ -4,7 +4,10 @@
 //! No symbolic link is followed. Directories are opened one at a time, so the walk needs two descriptors. Files that are
 //! hard links of each other within the store path become one inode; links from elsewhere do not matter.
 
-use super::manifest::{Inode, Kind, Manifest, Parts};
+use super::{
+    inode::{Inode, Kind},
+    manifest::{Manifest, Parts},
+};
 use crate::{beneath, store::StorePath};
 use nix::{
     NixPath,

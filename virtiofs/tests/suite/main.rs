@@ -5,6 +5,7 @@
 // Clippy takes only `#[test]` functions for tests, not what they call.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
+mod damage;
 mod driver;
 mod fixture;
 mod frontend;
