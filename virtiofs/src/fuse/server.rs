@@ -314,7 +314,7 @@ fn readlink(node: &Node<'_>, reply: &mut Vec<u8>) -> Result<Answer, Errno> {
 fn read(node: &Node<'_>, call: &Call<'_>) -> Result<Answer, Errno> {
     let read = parse::<ReadIn>(call)?;
     let file_size = match node {
-        Node::Inode { inode, .. } if matches!(inode.kind(), Kind::File { .. }) => inode.size,
+        Node::Inode { inode, .. } if matches!(inode.kind(), Kind::File { .. }) => inode.size(),
         node if node.is_directory() => return Err(Errno::EISDIR),
         _ => return Err(Errno::EINVAL),
     };

@@ -16,6 +16,14 @@ pub struct Index {
     packs: HashMap<u32, Pack>,
 }
 
+/// The search for some store paths, with what the registry says of them.
+pub(super) struct Search<'a> {
+    index: &'a mut Index,
+    paths: &'a [StorePath],
+    known: Known<'a>,
+    again: bool,
+}
+
 /// What an index has of a store path.
 pub(super) enum Found {
     /// This, and it is sound.
@@ -38,8 +46,15 @@ impl Index {
         Self { directory, packs: HashMap::new() }
     }
 
-    /// What the registry says now of these paths.
-    pub(super) fn known<'a>(&self, paths: &'a [StorePath]) -> Result<Known<'a>, FileError> {
+    /// Reads what the registry says of these paths.
+    pub(super) fn search<'a>(&'a mut self, paths: &'a [StorePath]) -> Result<Search<'a>, FileError> {
+        let known = self.known(paths)?;
+        Ok(Search { index: self, paths, known, again: false })
+    }
+
+    fn known<'a>(&mut self, paths: &'a [StorePath]) -> Result<Known<'a>, FileError> {
+        // Those that are gone on disk would else stay mapped for good.
+        self.packs.retain(|_, pack| pack.is_used());
         let bytes = registry::read(&self.directory)?.unwrap_or_default();
         Ok(Known::of(paths, &bytes).0)
     }
@@ -76,5 +91,21 @@ impl Index {
             self.packs.insert(number, pack);
         }
         self.packs.get(&number)
+    }
+}
+
+impl Search<'_> {
+    /// What there is of one of the paths.
+    pub(super) fn find(&mut self, path: &StorePath, identity: Identity) -> Found {
+        let found = self.index.find(&self.known, path, identity);
+        if self.again || !matches!(found, Found::Damaged) {
+            return found;
+        }
+        // Its pack may have been merged with others since the registry was read.
+        self.again = true;
+        if let Ok(known) = self.index.known(self.paths) {
+            self.known = known;
+        }
+        self.index.find(&self.known, path, identity)
     }
 }

@@ -241,7 +241,7 @@ impl<'a> Registry<'a> {
     /// Opens it, makes it if there is none, and takes away a record that was cut short. Returns what is in it as well.
     pub(super) fn open(directory: &'a Directory, _lock: &Lock) -> Result<(Self, Vec<u8>), FileError> {
         let error = |verb| move |e: io::Error| directory.error(verb, NAME, e);
-        let bytes = match read(directory)? {
+        let mut bytes = match read(directory)? {
             Some(bytes) => bytes,
             None => {
                 let header = Header { magic: MAGIC, version: VERSION, reserved: 0 };
@@ -256,6 +256,7 @@ impl<'a> Registry<'a> {
         let end = scan(&bytes, |_, _| ()).end;
         if end < bytes.len() {
             file.set_len(end as u64).map_err(error("write"))?;
+            bytes.truncate(end);
         }
         Ok((Self { directory, file, end: end as u64 }, bytes))
     }

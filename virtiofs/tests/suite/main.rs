@@ -6,6 +6,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod cold;
+mod damage;
 mod driver;
 mod fixture;
 mod frontend;
