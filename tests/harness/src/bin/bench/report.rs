@@ -37,6 +37,14 @@ pub(crate) fn tables(results: &Results) -> String {
             guest.engine, guest.kernel, guest.store_paths, guest.inodes
         );
         let _ = writeln!(text, "{}", commands(guest));
+        let differ = guest.rows.iter().filter(|row| !row.counts_agree()).count();
+        let _ = match differ {
+            0 => writeln!(text, "lair-virtiofs has counted the same requests as the guest's kernel."),
+            _ => writeln!(
+                text,
+                "lair-virtiofs has counted other requests than the guest's kernel in {differ} rows."
+            ),
+        };
     }
     let _ = write!(text, "\nGates\n{}", gates(results));
     text

@@ -87,6 +87,16 @@ pub(crate) struct Row {
     pub(crate) counted_by_backend: Option<BTreeMap<String, u64>>,
 }
 
+impl Row {
+    /// Whether the backend, if it counts, has counted what the guest's kernel has. A FORGET is no request to the kernel.
+    pub(crate) fn counts_agree(&self) -> bool {
+        self.counted_by_backend.as_ref().is_none_or(|counted| {
+            let requests = counted.iter().filter(|(operation, _)| !operation.ends_with("forget"));
+            requests.eq(self.by_operation.iter())
+        })
+    }
+}
+
 /// A way to the closure: a mount in the guest, and what serves it.
 struct Way {
     name: &'static str,
@@ -308,6 +318,16 @@ mod tests {
         assert_eq!(counts, [("getattr".into(), 2), ("readdirplus".into(), 310)].into());
         assert!(parse_histogram("{ opcode: x } hitcount: 1").is_err());
         assert!(parse_histogram("").unwrap().is_empty());
+    }
+
+    #[test]
+    fn counts_that_differ_are_noticed() {
+        let mut row = example().rows.into_iter().find(|row| row.way == OURS).unwrap();
+        assert!(row.counts_agree());
+        row.counted_by_backend.as_mut().unwrap().insert("forget".into(), 7);
+        assert!(row.counts_agree());
+        row.counted_by_backend.as_mut().unwrap().insert("read".into(), 1);
+        assert!(!row.counts_agree());
     }
 
     #[test]
