@@ -94,10 +94,13 @@ fn replaces_a_stale_socket_only() {
     // One that nobody listens at.
     drop(listener);
     assert!(socket.exists());
-    let program = Program::start(fixture.root(), &fixture.store(), &fixture.view_file());
-    drop(crate::frontend::raw_connection(&socket));
-    assert_eq!(program.terminate().0, Some(0));
-    assert!(!socket.exists() && !fixture.root().join("control").exists());
+    for _ in 0..2 {
+        let program = Program::start(fixture.root(), &fixture.store(), &fixture.view_file());
+        drop(crate::frontend::raw_connection(&socket));
+        assert_eq!(program.terminate().0, Some(0));
+        // For the next start to replace.
+        assert!(socket.exists() && fixture.root().join("control").exists());
+    }
 }
 
 #[test]
