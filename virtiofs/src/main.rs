@@ -11,6 +11,7 @@ use lair_virtiofs::{
     files::Files,
     fuse::Server,
     index::{Index, Origin, Tree},
+    sandbox::{Identity, Sandbox},
     vhost::{Config, Service, serve},
     view::View,
 };
@@ -18,7 +19,7 @@ use nix::sys::{prctl, signal::Signal};
 use signal_hook::flag;
 use std::{
     io::IsTerminal,
-    os::fd::RawFd,
+    os::fd::{AsFd, RawFd},
     path::PathBuf,
     process::ExitCode,
     sync::{Arc, atomic::AtomicBool},
@@ -35,6 +36,9 @@ use tracing::{error, info};
 /// Metadata is read once: from the index, or where that has nothing, at the start. The store paths must not change while this
 /// runs. One hypervisor may connect at a time; when it disconnects, the next one may. The program runs until SIGTERM or SIGINT;
 /// its sockets stay, and the next start replaces them.
+///
+/// Once it serves, all that it can do is to read files beneath the directories of the sources and the index, and to answer: it
+/// has no capabilities, and Landlock and seccomp, which the kernel must have, deny the rest.
 #[derive(Parser)]
 #[command(version, max_term_width = 100, after_help = AFTER_HELP)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -86,6 +90,14 @@ struct Args {
     /// granting and revoking store paths while the guest runs.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// The user to become, before anything is served. Only root can ask for it; without it, root becomes 65534.
+    #[arg(long, value_name = "N", requires = "gid")]
+    uid: Option<u32>,
+
+    /// The group to become, in place of all others.
+    #[arg(long, value_name = "N", requires = "uid")]
+    gid: Option<u32>,
 }
 
 const AFTER_HELP: &str = "\
@@ -135,6 +147,7 @@ fn run(cli: Cli) -> Result<()> {
 
 fn serve_view(args: Args) -> Result<()> {
     let config = Config::new(&args.tag, args.queues)?;
+    let identity = Identity::choose(args.uid.zip(args.gid))?;
     let view = View::read(&args.view)?;
     exit_on_signal()?;
 
@@ -151,6 +164,9 @@ fn serve_view(args: Args) -> Result<()> {
         "Read the view's metadata"
     );
     added.unindexed.log();
+    let stores = args.sources.iter().zip(files.stores()).map(|(path, store)| (path.as_path(), store.as_fd()));
+    let indexes = args.index.as_deref().zip(index.as_ref().map(AsFd::as_fd));
+    let sandbox = Sandbox::prepare(stores.chain(indexes), identity)?;
     // Sockets appear once there is something to serve.
     let control = args.control.as_deref().map(socket::bind).transpose()?;
     let listener = match (&args.socket, args.fd) {
@@ -158,6 +174,8 @@ fn serve_view(args: Args) -> Result<()> {
         (None, Some(number)) => fd::inherited_listener(number)?,
         (None, None) => bail!("Neither --socket nor --fd is given"),
     };
+    // Before any other thread starts, and before anybody is heard.
+    sandbox.close()?;
 
     let service = Arc::new(Service::new(Server::new(tree), files, &config));
     if let Some(listener) = control {

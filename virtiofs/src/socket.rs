@@ -1,4 +1,5 @@
-//! The sockets that this program makes. They stay when it ends; the next start replaces them.
+//! The sockets that this program makes. They stay when it ends, since by then it may not remove anything; the next start replaces
+//! them.
 
 use anyhow::{Context, Result, bail};
 use std::{

@@ -1,5 +1,6 @@
 //! The few threads that wait for disks, so that the queues' own threads need not.
 
+use crate::sandbox::restrict_worker;
 use std::{
     io,
     sync::{
@@ -54,6 +55,7 @@ impl Pool {
 }
 
 fn work(receiver: &Mutex<Receiver<Job>>) {
+    restrict_worker();
     loop {
         // The lock is held while waiting: the others wait for it instead, which is as good.
         let job = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();

@@ -40,6 +40,8 @@ fn wrong_usage() {
         &["--socket", "s", "--view", "v"],
         &["--socket", "s", "--source", "d"],
         &["--socket", "s", "--source", "d", "--view", "v", "--sandbox=none"],
+        &["--socket", "s", "--source", "d", "--view", "v", "--uid", "1000"],
+        &["--socket", "s", "--source", "d", "--view", "v", "--gid", "1000"],
     ] {
         assert_eq!(run(args).status.code(), Some(2), "{args:?}");
     }
@@ -98,7 +100,7 @@ fn replaces_a_stale_socket_only() {
         let program = Program::start(fixture.root(), &fixture.store(), &fixture.view_file());
         drop(crate::frontend::raw_connection(&socket));
         assert_eq!(program.terminate().0, Some(0));
-        // For the next start to replace.
+        // It may not remove them any more.
         assert!(socket.exists() && fixture.root().join("control").exists());
     }
 }
