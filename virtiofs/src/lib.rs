@@ -12,6 +12,7 @@ pub mod fd;
 pub mod files;
 pub mod fuse;
 pub mod index;
+pub mod sandbox;
 pub mod stats;
 pub mod store;
 pub mod throttle;

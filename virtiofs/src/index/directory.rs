@@ -6,14 +6,17 @@
 use nix::{
     dir::Dir,
     errno::Errno,
-    fcntl::{Flock, FlockArg, OFlag, openat, renameat},
+    fcntl::{Flock, FlockArg, OFlag, OpenHow, ResolveFlag, openat, openat2, renameat},
     sys::stat::{Mode, fchmod},
     unistd::{UnlinkatFlags, unlinkat},
 };
 use std::{
     fs::{DirBuilder, File},
     io,
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
     path::{Path, PathBuf},
 };
 use thiserror::Error;
@@ -78,6 +81,12 @@ pub(super) struct Directory {
 /// Held while a program writes.
 pub(super) struct Lock(#[allow(dead_code)] Flock<File>);
 
+impl AsFd for Directory {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl Directory {
     pub(super) fn open(path: &Path) -> Result<Self, FileError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -111,7 +120,9 @@ impl Directory {
     fn open_at(&self, name: &str, flags: OFlag, mode: Mode) -> nix::Result<File> {
         // Without O_NONBLOCK a FIFO would block.
         let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-        openat(&self.fd, name, flags, mode).map(File::from)
+        // Not openat, which a confined backend may not use.
+        let how = OpenHow::new().flags(flags).mode(mode).resolve(ResolveFlag::RESOLVE_BENEATH);
+        openat2(&self.fd, name, how).map(File::from)
     }
 
     /// Opens a regular file; `None` if there is nothing.

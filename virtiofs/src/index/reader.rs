@@ -7,7 +7,11 @@ use super::{
     registry::{self, Known, Record},
 };
 use crate::store::StorePath;
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+};
 
 /// An index on disk: see the module's documentation.
 #[derive(Debug)]
@@ -34,6 +38,13 @@ pub(super) enum Found {
     Stale,
     /// Something that is damaged.
     Damaged,
+}
+
+/// Its directory, beneath which it opens files whenever something is granted.
+impl AsFd for Index {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
 }
 
 impl Index {

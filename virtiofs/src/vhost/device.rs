@@ -4,7 +4,7 @@ use super::{
     Config, QUEUE_SIZE_MAX, Service,
     queue::{Memory, Queue, State, Vring},
 };
-use crate::{fuse::Session, stats::Requests};
+use crate::{fuse::Session, sandbox::restrict_worker, stats::Requests};
 use std::{
     cell::RefCell,
     io,
@@ -90,6 +90,7 @@ impl Device {
     }
 
     fn watch_worker(&self) {
+        restrict_worker();
         WORKER.with_borrow_mut(|guard| {
             if guard.is_none() {
                 *guard = self.shutdown.get().cloned().map(WorkerGuard);

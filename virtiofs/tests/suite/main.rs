@@ -17,5 +17,6 @@ mod index;
 mod indexing;
 mod model;
 mod program;
+mod sandbox;
 mod serve;
 mod store;

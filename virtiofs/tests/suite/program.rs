@@ -40,6 +40,8 @@ fn wrong_usage() {
         &["--socket", "s", "--view", "v"],
         &["--socket", "s", "--source", "d"],
         &["--socket", "s", "--source", "d", "--view", "v", "--sandbox=none"],
+        &["--socket", "s", "--source", "d", "--view", "v", "--uid", "1000"],
+        &["--socket", "s", "--source", "d", "--view", "v", "--gid", "1000"],
     ] {
         assert_eq!(run(args).status.code(), Some(2), "{args:?}");
     }
@@ -94,10 +96,13 @@ fn replaces_a_stale_socket_only() {
     // One that nobody listens at.
     drop(listener);
     assert!(socket.exists());
-    let program = Program::start(fixture.root(), &fixture.store(), &fixture.view_file());
-    drop(crate::frontend::raw_connection(&socket));
-    assert_eq!(program.terminate().0, Some(0));
-    assert!(!socket.exists() && !fixture.root().join("control").exists());
+    for _ in 0..2 {
+        let program = Program::start(fixture.root(), &fixture.store(), &fixture.view_file());
+        drop(crate::frontend::raw_connection(&socket));
+        assert_eq!(program.terminate().0, Some(0));
+        // It may not remove them any more.
+        assert!(socket.exists() && fixture.root().join("control").exists());
+    }
 }
 
 #[test]

