@@ -43,7 +43,7 @@ struct Cache {
 }
 
 impl Files {
-    /// Opens the store directories, in the order in which [`Tree::build`] gets them.
+    /// Opens the store directories, in the order in which [`Tree::load`] gets them.
     pub fn open_stores(directories: &[impl AsRef<Path>]) -> Result<Self, OpenError> {
         let open = |directory: &Path| {
             let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
