@@ -26,6 +26,10 @@ use std::{
 };
 use thiserror::Error;
 
+/// How deep directories may be nested. A path that Linux takes as a whole has 4095 bytes, so it never leads deeper. Whoever
+/// makes a store path could nest millions, and the walk takes longer the deeper it is.
+const DEPTH_MAX: usize = 2048;
+
 /// Why a store path has no manifest.
 #[derive(Debug, Error)]
 pub enum IndexError {
@@ -48,6 +52,12 @@ pub enum IndexError {
     /// It has more inodes, or more bytes of names, than 32 bits count.
     #[error("{path} has more files, or longer names in all, than an index holds ({})", u32::MAX)]
     TooLarge {
+        /// The store path.
+        path: StorePath,
+    },
+    /// Its directories are nested too deeply.
+    #[error("{path} has directories that are nested more than {DEPTH_MAX} deep")]
+    TooDeep {
         /// The store path.
         path: StorePath,
     },
@@ -125,6 +135,9 @@ pub(super) fn build(store: BorrowedFd<'_>, path: &StorePath) -> Result<(Manifest
     while let Some(directory) = usize::try_from(number).ok().and_then(|at| builder.parts.inodes.get(at)) {
         if directory.is_directory() {
             let names = builder.parts.sections().path(number).unwrap_or_default();
+            if names.len() > DEPTH_MAX {
+                return Err(IndexError::TooDeep { path: path.clone() });
+            }
             let components: Vec<&[u8]> =
                 std::iter::once(path.base_name().as_bytes()).chain(names.iter().copied()).collect();
             let found = list(store, &components).map_err(io(&names))?;

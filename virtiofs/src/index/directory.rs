@@ -20,6 +20,7 @@ use std::{
     path::{Path, PathBuf},
 };
 use thiserror::Error;
+use tracing::info;
 
 /// Why a file of an index cannot be used.
 #[derive(Debug, Error)]
@@ -203,7 +204,11 @@ impl Directory {
         let file = self
             .open_at(LOCK, flags, Mode::S_IRUSR | Mode::S_IWUSR)
             .map_err(|errno| self.error("open", LOCK, errno))?;
-        let mut file = file;
+        let mut file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Lock(lock)),
+            Err((file, _)) => file,
+        };
+        info!("Waiting for another program that writes {}", self.path.display());
         loop {
             match Flock::lock(file, FlockArg::LockExclusive) {
                 Ok(lock) => return Ok(Lock(lock)),

@@ -61,6 +61,9 @@ pub enum ManifestError {
     /// Damaged.
     #[error("The manifest's checksum is wrong")]
     Checksum,
+    /// It was made wrong.
+    #[error("An inode of the manifest refers to what is not in it")]
+    Range,
 }
 
 /// The sections of a manifest, wherever they are.
@@ -113,16 +116,17 @@ impl<'a> Sections<'a> {
     }
 
     /// The position of the child with this name.
-    fn find(&self, directory: &Inode, name: &[u8]) -> Option<usize> {
-        let children = self.children(directory)?;
-        let Some(table) = self.table(directory) else {
-            return children.binary_search_by(|child| self.name(child).cmp(name)).ok();
-        };
+    fn find(&self, directory: &Inode, name: &[u8]) -> Result<Option<usize>, ManifestError> {
+        let children = self.children(directory).ok_or(ManifestError::Range)?;
+        if directory.size == 0 {
+            return Ok(children.binary_search_by(|child| self.name(child).cmp(name)).ok());
+        }
+        let table = self.table(directory).ok_or(ManifestError::Range)?;
         let hash = table::hash(name);
         let tag = table::tag(hash);
-        table::find(table, hash, |position| {
+        Ok(table::find(table, hash, |position| {
             children.get(position).is_some_and(|child| child.tag == tag && self.name(child) == name)
-        })
+        }))
     }
 
     /// The manifest of these sections; `None` if 32 bits do not hold their lengths.
@@ -318,7 +322,7 @@ impl Manifest {
         self.sections().name(inode)
     }
 
-    /// The target of a symbolic link.
+    /// The target of a symbolic link; `None` for a wrong one, and for what is none.
     pub fn target(&self, inode: &Inode) -> Option<&[u8]> {
         (inode.kind() == Kind::Symlink).then(|| range(self.sections().targets, inode.first, inode.size))?
     }
@@ -329,11 +333,14 @@ impl Manifest {
         self.sections().children(directory).map(|children| (directory.first, children))
     }
 
-    /// The number of the child with this name. For an alias it is that of the inode.
-    pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Option<u32> {
-        let position = self.sections().find(directory, name)?;
-        let number = directory.first.checked_add(u32::try_from(position).ok()?)?;
-        self.resolve(number).map(|(number, _)| number)
+    /// The child with this name, for an alias the inode that it stands for, and its number.
+    pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Result<Option<(u32, &Inode)>, ManifestError> {
+        let Some(position) = self.sections().find(directory, name)? else { return Ok(None) };
+        u32::try_from(position)
+            .ok()
+            .and_then(|position| self.resolve(directory.first.checked_add(position)?))
+            .ok_or(ManifestError::Range)
+            .map(Some)
     }
 
     /// The names that lead from the store path to this inode; none for the store path itself. Each is a proper name, so
@@ -380,14 +387,14 @@ mod tests {
             let top = manifest.inode(0).unwrap();
             assert_eq!(top.size(), 0);
             let found: Vec<_> = (0..count)
-                .map(|number| manifest.lookup(top, format!("file-{number}").as_bytes()).unwrap())
-                .map(|number| manifest.path(number).unwrap()[0].to_vec())
+                .map(|number| manifest.lookup(top, format!("file-{number}").as_bytes()).unwrap().unwrap())
+                .map(|(number, _)| manifest.path(number).unwrap()[0].to_vec())
                 .collect();
             assert!(
                 found.iter().enumerate().all(|(number, name)| *name == format!("file-{number}").into_bytes())
             );
             for name in ["", "file-", "file-00", "fil", "zzz", &format!("file-{count}")] {
-                assert_eq!(manifest.lookup(top, name.as_bytes()), None, "{name}");
+                assert_eq!(manifest.lookup(top, name.as_bytes()), Ok(None), "{name}");
             }
         }
     }

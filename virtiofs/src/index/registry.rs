@@ -157,14 +157,15 @@ pub(super) struct Scan {
 /// The bytes of the registry; `None` if there is none.
 pub(super) fn read(directory: &Directory) -> Result<Option<Vec<u8>>, FileError> {
     let Some(file) = directory.file(NAME, OFlag::O_RDONLY)? else { return Ok(None) };
-    let mut bytes = Vec::new();
-    file.take(FILE_MAX.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .map_err(|e| directory.error("read", NAME, e))?;
+    let error = |e| directory.error("read", NAME, e);
     let path = || directory.path(NAME);
-    if bytes.len() as u64 > FILE_MAX {
+    let size = file.metadata().map_err(error)?.len();
+    if size > FILE_MAX {
         return Err(FileError::TooLarge { path: path(), limit: FILE_MAX });
     }
+    // It may grow meanwhile; what is added is not needed.
+    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default().saturating_add(1));
+    file.take(size).read_to_end(&mut bytes).map_err(error)?;
     let (header, _) = Header::read_from_prefix(&bytes).map_err(|_| FileError::Magic { path: path() })?;
     if header.magic != MAGIC {
         return Err(FileError::Magic { path: path() });

@@ -291,3 +291,45 @@ fn nonsense_with_a_sound_checksum_does_no_harm() {
         })
         .unwrap();
 }
+
+#[test]
+fn a_listing_is_never_cut_short() {
+    use nix::errno::Errno;
+    use std::os::unix::fs::symlink;
+    let (it, _) = Indexed::small();
+    let one = path(30, "one");
+    let host = it.fixture.host(&one);
+    fs::create_dir(&host).unwrap();
+    (0..20).for_each(|number| fs::write(host.join(format!("{number:02}")), "").unwrap());
+    symlink("target", host.join("link")).unwrap();
+    let whole = Driver::new(&it.fixture.store(), &View::new([one.clone()]).unwrap());
+    let bytes = whole.server.tree().entries()[0].manifest.as_bytes().to_vec();
+    // The bytes of an inode from `at` on are something else.
+    let with = |inode: usize, at: usize, value: &[u8]| {
+        let mut bytes = bytes.clone();
+        bytes[32 + 32 * inode + at..][..value.len()].copy_from_slice(value);
+        let sum = twox_hash::XxHash3_64::oneshot(&bytes[8..]);
+        bytes[..8].copy_from_slice(&sum.to_le_bytes());
+        Driver::of(&it.fixture.store(), &one, Manifest::from_bytes(&bytes).unwrap())
+    };
+    let top = 1 << 32;
+    // More children than there are inodes; children elsewhere; a table that is not there.
+    let (count, first, table) = (99u32.to_le_bytes(), 9u32.to_le_bytes(), 7u64.to_le_bytes());
+    for (what, driver) in [("count", with(0, 16, &count)), ("first", with(0, 12, &first))] {
+        for opcode in [Opcode::Readdir, Opcode::Readdirplus] {
+            assert_eq!(driver.call(opcode, top, &read_in(2, 4096)), Err(Errno::EIO), "{what}");
+        }
+        assert_eq!(driver.lookup(top, b"07"), Err(Errno::EIO), "{what}");
+    }
+    assert_eq!(with(0, 0, &table).lookup(top, b"07"), Err(Errno::EIO));
+    // A child that is an alias of nothing.
+    let mut alias = [0; 20];
+    alias[..4].fill(0xff);
+    alias[17] = 4;
+    let driver = with(5, 12, &alias);
+    assert_eq!(driver.call(Opcode::Readdirplus, top, &read_in(0, 4096)), Err(Errno::EIO));
+    // A target that is not there.
+    let link = (1..22).find(|&number| whole.call(Opcode::Readlink, top + number, &[]).is_ok()).unwrap();
+    let broken = with(link as usize, 12, &[0xff; 4]);
+    assert_eq!(broken.call(Opcode::Readlink, top + link, &[]), Err(Errno::EIO));
+}

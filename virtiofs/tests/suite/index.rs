@@ -342,6 +342,36 @@ fn a_directory_of_ten_thousand() {
     }
 }
 
+#[test]
+fn directories_may_be_nested_deeply_but_not_without_end() {
+    use nix::sys::stat::{Mode, mkdirat};
+    let it = Indexed::new();
+    let nest = |number, depth: usize| {
+        let path = path(number, "deep");
+        fs::create_dir(it.fixture.host(&path)).unwrap();
+        let mut at = fs::File::open(it.fixture.host(&path)).unwrap();
+        for _ in 0..depth {
+            mkdirat(&at, "d", Mode::S_IRWXU).unwrap();
+            let flags = nix::fcntl::OFlag::O_DIRECTORY;
+            at = nix::fcntl::openat(&at, "d", flags, Mode::empty()).unwrap().into();
+        }
+        path
+    };
+    let (deep, deeper) = (nest(40, 2048), nest(41, 2049));
+    let summary = it.update(&[deep.clone(), deeper.clone()]).unwrap();
+    assert_eq!((summary.paths, summary.inodes), (1, 2049));
+    let told = format!("{deeper} has directories that are nested more than 2048 deep");
+    assert_eq!(summary.failed.iter().map(|e| chain(e)).collect::<Vec<_>>(), [told]);
+    let driver = it.start(&View::new([deep]).unwrap()).0;
+    let mut node = 1 << 32;
+    for depth in 0..2048 {
+        node = driver.lookup(node, b"d").unwrap().nodeid;
+        assert_ne!(node, 0, "{depth}");
+    }
+    assert_eq!(driver.lookup(node, b"d").unwrap().nodeid, 0);
+    assert_eq!(driver.server.tree().entries()[0].manifest.path(2048).unwrap().len(), 2048);
+}
+
 /// Does `work` in a mount namespace of its own, which goes with the thread. `false` where that is not allowed.
 fn with_mounts(work: impl FnOnce() + Send) -> bool {
     use nix::{mount::MsFlags, sched::CloneFlags};

@@ -71,6 +71,7 @@ fn refuses_to_start_without_a_sound_view() {
     insta::assert_snapshot!(start(store, &[]), @r#"Cannot read the metadata of the view from ["DIR/store"]: /nix/store/00000000000000000000000000000000-absent is in none of the store directories"#);
     std::fs::copy(fixture.view_file(), &view).unwrap();
     insta::assert_snapshot!(start("/nowhere", &[]), @"Cannot open the store directory /nowhere: ENOENT: No such file or directory");
+    insta::assert_snapshot!(start(store, &["--index", "/nowhere"]), @"Cannot open /nowhere: No such file or directory (os error 2)");
     insta::assert_snapshot!(start(store, &["--tag", &"t".repeat(37)]), @r#"The tag "ttttttttttttttttttttttttttttttttttttt" has 37 bytes; 1 to 36 bytes without NUL are allowed"#);
     insta::assert_snapshot!(start(store, &["--queues", "0"]), @"0 request queues are not possible; 1 to 31 are");
 }
