@@ -11,6 +11,7 @@ use lair_virtiofs::{
         wire::{InHeader, InitIn, ReadIn},
     },
     index::{Index, NodeId, Origin, Tree, update},
+    stats::Requests,
     store::StorePath,
     view::View,
 };
@@ -114,11 +115,12 @@ fn main() {
 struct Bench<'a> {
     server: &'a Server,
     session: Session,
+    stats: Requests,
 }
 
 impl<'a> Bench<'a> {
     fn new(server: &'a Server) -> Self {
-        let bench = Self { server, session: Session::new() };
+        let bench = Self { server, session: Session::new(), stats: Requests::default() };
         let init = InitIn { major: 7, minor: 41, flags: u32::MAX, ..InitIn::default() };
         bench.handle(&request(Opcode::Init, 0, init.as_bytes()), &mut Vec::new());
         bench
@@ -126,7 +128,7 @@ impl<'a> Bench<'a> {
 
     fn handle(&self, bytes: &[u8], reply: &mut Vec<u8>) {
         let request = Request { bytes, total: bytes.len() as u64 };
-        let outcome = self.server.handle(&self.session, request, ROOM, reply);
+        let outcome = self.server.handle(&self.session, &self.stats, request, ROOM, reply);
         assert!(matches!(outcome, Outcome::Reply));
         black_box(&reply);
     }

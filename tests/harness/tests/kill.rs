@@ -204,7 +204,6 @@ fn a_backend_that_is_killed_200_times_answers_every_request_once_and_rightly() -
 }
 
 #[test]
-#[ignore = "not yet: if a queue that was never used starts before one that was, its requests fail with EIO"]
 fn a_queue_that_is_first_used_after_a_kill_is_served() -> Result<()> {
     let tree = Tree::new(Scale { store_paths: 3, large: 4096 });
     let Some(backend) = Backend::find(&tree)? else { return Ok(()) };
