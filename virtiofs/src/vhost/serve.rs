@@ -78,6 +78,7 @@ fn connection(
     let mut daemon = VhostUserDaemon::new("vhost-user".into(), device.clone(), memory)
         .map_err(|e| ServeError::Device(e.to_string()))?;
     let workers = daemon.get_epoll_handlers();
+    device.meet(&workers).map_err(|source| ServeError::Setup { what: "worker", source })?;
     let accepted = daemon.start(listener);
     match &accepted {
         Ok(()) => {
