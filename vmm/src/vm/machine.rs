@@ -26,6 +26,8 @@ pub enum Step {
     View,
     /// Makes the directories.
     Directories,
+    /// Has the view's metadata indexed.
+    Index,
     /// Makes and formats volumes that are missing.
     Volumes,
     /// Writes the initramfs.
@@ -50,7 +52,8 @@ impl Step {
     pub fn next(self) -> Option<Self> {
         match self {
             Self::View => Some(Self::Directories),
-            Self::Directories => Some(Self::Volumes),
+            Self::Directories => Some(Self::Index),
+            Self::Index => Some(Self::Volumes),
             Self::Volumes => Some(Self::Initramfs),
             Self::Initramfs => Some(Self::StoreBackend),
             Self::StoreBackend => Some(Self::VsockDevice),
@@ -313,7 +316,7 @@ mod tests {
             steps += 1;
         }
         assert_eq!((&state, actions), (&State::Booting, vec![Action::Expect(Patience::Boot)]));
-        assert_eq!(steps, 9);
+        assert_eq!(steps, 10);
         state
     }
 

@@ -33,6 +33,7 @@ use std::{
     fs, io,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
+    process::Stdio,
     sync::Arc,
     time::Duration,
 };
@@ -71,6 +72,14 @@ pub enum StepError {
         /// The image.
         path: PathBuf,
         /// Why.
+        reason: String,
+    },
+    /// The view's metadata cannot be indexed.
+    #[error("Cannot index the view {view}: {reason}")]
+    Index {
+        /// The view file.
+        view: PathBuf,
+        /// What was said about it.
         reason: String,
     },
     /// The initramfs cannot be made.
@@ -154,6 +163,7 @@ impl Instance {
         match step {
             Step::View => Ok(()),
             Step::Directories => Ok(plan.dirs.create()?),
+            Step::Index => index(&plan, &find(tools::VIRTIOFS)?).await,
             Step::Volumes if plan.vm.volumes.is_empty() => Ok(()),
             Step::Volumes => {
                 let mkfs = find(tools::MKFS)?;
@@ -318,6 +328,15 @@ fn view(context: &Context, fleet: &Fleet) -> Result<Plan, StepError> {
     Ok(plan(&context.name, vm, fleet, &context.dirs, context.host.engine, generation)?)
 }
 
+/// Brings the index up to date. Runs for several VMs wait for each other.
+async fn index(plan: &Plan, program: &Path) -> Result<(), StepError> {
+    let failed = |reason: String| StepError::Index { view: plan.generation.view.clone(), reason };
+    let mut command = tokio::process::Command::new(program);
+    command.arg("index").args(store_arguments(plan)).stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await.map_err(|e| failed(e.to_string()))?;
+    if output.status.success() { Ok(()) } else { Err(failed(last_lines(&output.stderr))) }
+}
+
 fn volumes(plan: &Plan, mkfs: &Path) -> Result<(), StepError> {
     for (volume, disk) in plan.vm.volumes.iter().zip(&plan.machine.disks) {
         if disk.image.exists() {
@@ -350,12 +369,19 @@ fn write_initramfs(plan: &Plan, guest: &Path) -> Result<(), StepError> {
     Ok(file::replace(&plan.machine.initramfs, &archive, 0o600)?)
 }
 
-fn virtiofs_arguments(plan: &Plan) -> Vec<String> {
-    let mut arguments = vec!["--socket".into(), text(&plan.machine.store_socket)];
+/// What indexing and serving have in common.
+fn store_arguments(plan: &Plan) -> Vec<String> {
+    let mut arguments = vec!["--index".into(), text(&plan.index)];
     for store in &plan.stores {
         arguments.extend(["--source".into(), text(store)]);
     }
     arguments.extend(["--view".into(), text(&plan.generation.view)]);
+    arguments
+}
+
+fn virtiofs_arguments(plan: &Plan) -> Vec<String> {
+    let mut arguments = vec!["--socket".into(), text(&plan.machine.store_socket)];
+    arguments.extend(store_arguments(plan));
     arguments.extend(["--queues".into(), plan.machine.store_queues.to_string()]);
     arguments.extend(["--control".into(), text(&plan.dirs.socket("store-control.sock"))]);
     arguments
@@ -409,7 +435,10 @@ fn not_up(part: Part, plan: &Plan, reason: String) -> StepError {
 
 /// The last lines of a log, indented below the message that they explain; at most 50 lines and 8 KiB.
 fn tail(log: &Path) -> String {
-    let bytes = fs::read(log).unwrap_or_default();
+    last_lines(&fs::read(log).unwrap_or_default())
+}
+
+fn last_lines(bytes: &[u8]) -> String {
     let bytes = &bytes[bytes.len().saturating_sub(8 << 10)..];
     let text = String::from_utf8_lossy(bytes);
     let lines: Vec<_> = text.lines().collect();
