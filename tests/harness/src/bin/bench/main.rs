@@ -127,7 +127,9 @@ fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()>
     let backends = backends::all(&store, &view, &index)?;
 
     (results.store_paths, results.inodes) = (tree.names.len(), tree.entries.len());
-    results.frontend_round_trip_ns = echo::own_cost(if effort.rounds < 3 { 20_000 } else { 500_000 })?;
+    let count = if effort.rounds < 3 { 20_000 } else { 200_000 };
+    results.frontend_round_trip_ns = echo::own_cost(Wait::Polling, count)?;
+    results.frontend_round_trip_sleeping_ns = echo::own_cost(Wait::Sleeping, count)?;
     let mut rounds: Vec<Vec<Round>> = backends.iter().map(|_| Vec::new()).collect();
     for number in 1..=effort.rounds {
         for (backend, rounds) in backends.iter().zip(&mut rounds) {

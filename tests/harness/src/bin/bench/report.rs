@@ -52,11 +52,13 @@ pub(crate) fn tables(results: &Results) -> String {
 
 fn frontend(results: &Results) -> String {
     let mut text = format!(
-        "{} store paths, {} inodes; medians of {} rounds. A round trip of the frontend alone: {:.2} us\n",
+        "{} store paths, {} inodes; medians of {} rounds\n\
+         A round trip of the frontend alone: {:.2} us polling, {:.2} us sleeping\n",
         results.store_paths,
         results.inodes,
         results.effort.rounds,
-        us(results.frontend_round_trip_ns)
+        us(results.frontend_round_trip_ns),
+        us(results.frontend_round_trip_sleeping_ns)
     );
     for backend in &results.backends {
         text += &folded(&format!("{}: {}", backend.name, backend.command));

@@ -22,6 +22,8 @@ pub(crate) struct Results {
     pub(crate) inodes: usize,
     /// A round trip to a device that does nothing.
     pub(crate) frontend_round_trip_ns: u64,
+    /// The same with a frontend that sleeps until the interrupt.
+    pub(crate) frontend_round_trip_sleeping_ns: u64,
     pub(crate) backends: Vec<BackendFacts>,
     pub(crate) latency: Vec<LatencyRow>,
     pub(crate) throughput: Vec<ThroughputRow>,
@@ -197,6 +199,7 @@ impl Results {
             store_paths: 0,
             inodes: 0,
             frontend_round_trip_ns: 0,
+            frontend_round_trip_sleeping_ns: 0,
             backends: vec![],
             latency: vec![],
             throughput: vec![],
@@ -257,7 +260,8 @@ pub(crate) fn sample() -> Results {
     let effort = Effort { rounds: 5, seconds: 0.25, starts: 15 };
     let host = HostFacts { processor: "a processor".into(), processors: 2, kernel: "6.12".into() };
     let mut results = Results::new(host, effort);
-    (results.store_paths, results.inodes, results.frontend_round_trip_ns) = (10, 1000, 120);
+    (results.store_paths, results.inodes) = (10, 1000);
+    (results.frontend_round_trip_ns, results.frontend_round_trip_sleeping_ns) = (120, 1_200);
     results.backends = backends.map(|name| BackendFacts { name, command: format!("{name} --option") }).into();
     results.whole = backends.map(whole).into();
     results.guest = Some(crate::guest::example());
