@@ -73,6 +73,8 @@ pub(super) struct Queue {
 #[derive(Default)]
 pub(super) struct State {
     phase: Phase,
+    /// Its size in descriptors, which is fixed while it runs.
+    size: u16,
     /// Counts starts and stops, so that a read that began before one is not published after it.
     epoch: u64,
     /// Requests taken and not yet published, the oldest first. Empty unless that one waits for a disk.
@@ -149,6 +151,8 @@ enum Broken {
     AvailableIndex { available: u16, next: u16, size: u16 },
     #[error("A chain begins at descriptor {head}, in a queue of {size}")]
     Head { head: u16, size: u16 },
+    #[error("The size of the queue changed from {from} to {to} while it ran")]
+    Size { from: u16, to: u16 },
     #[error(transparent)]
     Ring(#[from] RingError),
 }
@@ -239,6 +243,7 @@ impl Queue {
             self.session.resume();
         }
         state.phase = Phase::Running;
+        state.size = queue.size();
         state.vring = Some(place.clone());
         state.forget();
         // What was published before may never have been told.
@@ -257,6 +262,7 @@ impl Queue {
         if !runs(&vring) {
             return Ok(Burst::Stopped);
         }
+        state.check_size(vring.get_queue())?;
         if !ring.is_of(&self.memory.memory(), vring.get_queue()) {
             return Ok(Burst::Moved);
         }
@@ -334,6 +340,7 @@ impl Queue {
             state.forget();
             return Ok(());
         }
+        state.check_size(vring.get_queue())?;
         let ring = Ring::new(&memory, vring.get_queue())?;
         let begin = vring.get_queue().next_used();
         let place = usize::from(index.wrapping_sub(begin));
@@ -489,6 +496,12 @@ impl State {
     fn forget(&mut self) {
         self.epoch = self.epoch.wrapping_add(1);
         self.pending.clear();
+    }
+
+    /// Whether the queue has the size that it started with.
+    fn check_size(&self, queue: &virtio_queue::Queue) -> Result<(), Broken> {
+        let (from, to) = (self.size, queue.size());
+        if from == to { Ok(()) } else { Err(Broken::Size { from, to }) }
     }
 
     /// The number of the next request to take, where `used` is the next to publish.
