@@ -233,9 +233,8 @@ impl Queue {
         if !runs(&vring) {
             return Ok(false);
         }
-        // The descriptors are the hypervisor's; a blocking one could hold the worker, and with it the connection.
+        // The descriptor is the hypervisor's; a blocking one could hold the worker, and with it the connection.
         vring.get_kick().iter().for_each(fd::set_nonblocking);
-        vring.get_call().iter().for_each(fd::set_nonblocking);
         let queue = vring.get_queue_mut();
         let used = queue.next_used();
         queue.set_next_avail(used);
@@ -247,7 +246,7 @@ impl Queue {
         state.vring = Some(place.clone());
         state.forget();
         // What was published before may never have been told.
-        let _ = vring.signal_used_queue();
+        interrupt(&vring);
         Ok(true)
     }
 
@@ -379,8 +378,7 @@ impl Queue {
         queue.set_next_used(to);
         queue.set_next_avail(to);
         if ring.wants_interrupt(from, to)? {
-            // A full eventfd has told the guest already.
-            let _ = vring.signal_used_queue();
+            interrupt(vring);
         }
         Ok(())
     }
@@ -527,6 +525,13 @@ impl State {
             head => Err(Broken::Head { head, size }),
         }
     }
+}
+
+/// The hypervisor may replace the descriptor at any time, so each time it is made one that cannot hold the worker.
+fn interrupt(state: &VringState<Memory>) {
+    state.get_call().iter().for_each(fd::set_nonblocking);
+    // A full eventfd has told the guest already.
+    let _ = state.signal_used_queue();
 }
 
 fn runs(state: &VringState<Memory>) -> bool {
