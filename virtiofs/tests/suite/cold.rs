@@ -20,7 +20,7 @@ use virtio_queue::desc::split::Descriptor;
 const APART: u64 = 64 << 10;
 
 /// Drops a file from the page cache.
-fn chill(file: &Path) {
+pub(crate) fn chill(file: &Path) {
     let file = File::open(file).unwrap();
     file.sync_all().unwrap();
     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();

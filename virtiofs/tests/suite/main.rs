@@ -6,6 +6,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod cold;
+mod disk;
 mod driver;
 mod fixture;
 mod frontend;
@@ -15,6 +16,7 @@ mod hostile;
 mod index;
 mod indexing;
 mod model;
+mod mounts;
 mod program;
 mod serve;
 mod store;
