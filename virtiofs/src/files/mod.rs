@@ -66,7 +66,7 @@ pub struct Files {
 }
 
 impl Files {
-    /// Opens the store directories, in the order in which [`Tree::build`] gets them.
+    /// Opens the store directories, in the order in which [`Tree::load`] gets them.
     pub fn open_stores(directories: &[impl AsRef<Path>]) -> Result<Self, OpenError> {
         let mapped = Arc::new(AtomicU64::new(0));
         let (mut stores, mut abilities) = (Vec::new(), Vec::new());
