@@ -9,6 +9,9 @@ mod chain;
 mod cold;
 mod config;
 mod device;
+#[cfg(feature = "fuzzing")]
+#[allow(clippy::expect_used)] // As in the fuzzers.
+pub(crate) mod fuzzing;
 mod queue;
 mod ring;
 mod serve;
