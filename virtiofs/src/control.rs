@@ -45,6 +45,8 @@ enum Refused {
     List(#[from] ParseError),
     #[error("cannot read the metadata")]
     Index(#[from] IndexError),
+    #[error("the view would have more than {FILE_MAX} bytes as a file")]
+    TooLarge,
 }
 
 /// Answers clients, one after the other, for ever.
@@ -90,7 +92,12 @@ impl Control<'_> {
         let paths = view.paths();
         let service = self.service;
         let origin = Origin { stores: service.files.stores(), index: self.index.as_mut() };
-        let Added { paths: added, unindexed } = service.server.replace(|tree| tree.with(origin, paths))?;
+        let Added { paths: added, unindexed } = service.server.replace(|tree| {
+            let (tree, added) = tree.with(origin, paths)?;
+            // With more, this program could not be started again.
+            let bytes: u64 = tree.entries().iter().map(|entry| View::line_length(&entry.path)).sum();
+            if bytes > FILE_MAX { Err(Refused::TooLarge) } else { Ok((tree, added)) }
+        })?;
         unindexed.log();
         // Asked after they can be seen: what the guest is told from now on is that they are there.
         let refresh = if self.service.server.denied().needs_refresh(paths) { "yes" } else { "no" };

@@ -9,7 +9,7 @@ use nix::{
 };
 use std::{
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixListener,
     },
     sync::atomic::{AtomicBool, Ordering},
@@ -58,8 +58,18 @@ pub fn inherited_listener(number: RawFd) -> Result<UnixListener, InheritError> {
 pub(crate) fn set_nonblocking(file: &impl AsRawFd) {
     // SAFETY: `file` is borrowed until after the last use.
     let fd = unsafe { BorrowedFd::borrow_raw(file.as_raw_fd()) };
-    let Ok(flags) = fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain) else { return };
+    let Ok(flags) = flags(fd) else { return };
     if !flags.contains(OFlag::O_NONBLOCK) {
         let _ = fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK));
     }
+}
+
+/// Makes a descriptor blocking, for all processes that share it. Unlike the standard library's, which takes an ioctl.
+pub(crate) fn set_blocking(file: &impl AsFd) -> nix::Result<()> {
+    let flags = flags(file.as_fd())?;
+    fcntl(file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK)).map(drop)
+}
+
+fn flags(fd: BorrowedFd<'_>) -> nix::Result<OFlag> {
+    fcntl(fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain)
 }

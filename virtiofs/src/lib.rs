@@ -15,6 +15,7 @@ pub mod fuse;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod index;
+pub mod sandbox;
 pub mod stats;
 pub mod store;
 pub mod throttle;

@@ -11,20 +11,18 @@ use lair_virtiofs::{
     files::Files,
     fuse::Server,
     index::{Index, Origin, Tree},
+    sandbox::{Identity, Sandbox},
     vhost::{Config, Service, serve},
     view::View,
 };
-use nix::sys::{
-    prctl,
-    signal::{SigSet, Signal},
-};
-use socket::Bound;
+use nix::sys::{prctl, signal::Signal};
+use signal_hook::flag;
 use std::{
     io::IsTerminal,
-    os::{fd::RawFd, unix::net::UnixListener},
-    path::{Path, PathBuf},
+    os::fd::{AsFd, RawFd},
+    path::PathBuf,
     process::ExitCode,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, atomic::AtomicBool},
     thread,
     time::Instant,
 };
@@ -36,7 +34,11 @@ use tracing::{error, info};
 /// `mount -t virtiofs -o ro TAG /nix/store`. All files belong to root and date from 1970-01-01 00:00:01.
 ///
 /// Metadata is read once: from the index, or where that has nothing, at the start. The store paths must not change while this
-/// runs. One hypervisor may connect at a time; when it disconnects, the next one may. The program runs until SIGTERM or SIGINT.
+/// runs. One hypervisor may connect at a time; when it disconnects, the next one may. The program runs until SIGTERM or SIGINT;
+/// its sockets stay, and the next start replaces them.
+///
+/// Once it serves, all that it can do is to read files beneath the directories of the sources and the index, and to answer: it
+/// has no capabilities, and Landlock and seccomp, which the kernel must have, deny the rest.
 #[derive(Parser)]
 #[command(version, max_term_width = 100, after_help = AFTER_HELP)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -88,6 +90,14 @@ struct Args {
     /// granting and revoking store paths while the guest runs.
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// The user to become, before anything is served. Only root can ask for it; without it, root becomes 65534.
+    #[arg(long, value_name = "N", requires = "gid")]
+    uid: Option<u32>,
+
+    /// The group to become, in place of all others.
+    #[arg(long, value_name = "N", requires = "uid")]
+    gid: Option<u32>,
 }
 
 const AFTER_HELP: &str = "\
@@ -137,9 +147,9 @@ fn run(cli: Cli) -> Result<()> {
 
 fn serve_view(args: Args) -> Result<()> {
     let config = Config::new(&args.tag, args.queues)?;
+    let identity = Identity::choose(args.uid.zip(args.gid))?;
     let view = View::read(&args.view)?;
-    let made = Arc::new(Mutex::new(Vec::new()));
-    exit_on_signal(made.clone())?;
+    exit_on_signal()?;
 
     let files = Files::open_stores(&args.sources)?;
     let begin = Instant::now();
@@ -154,20 +164,18 @@ fn serve_view(args: Args) -> Result<()> {
         "Read the view's metadata"
     );
     added.unindexed.log();
+    let stores = args.sources.iter().zip(files.stores()).map(|(path, store)| (path.as_path(), store.as_fd()));
+    let indexes = args.index.as_deref().zip(index.as_ref().map(AsFd::as_fd));
+    let sandbox = Sandbox::prepare(stores.chain(indexes), identity)?;
     // Sockets appear once there is something to serve.
-    let bind = |path: &Path| -> Result<UnixListener> {
-        // Locked before, so that no signal finds a socket that is not in the list yet.
-        let mut made = made.lock().unwrap_or_else(PoisonError::into_inner);
-        let (listener, bound) = Bound::bind(path)?;
-        made.push(bound);
-        Ok(listener)
-    };
-    let control = args.control.as_deref().map(bind).transpose()?;
+    let control = args.control.as_deref().map(socket::bind).transpose()?;
     let listener = match (&args.socket, args.fd) {
-        (Some(path), _) => bind(path)?,
+        (Some(path), _) => socket::bind(path)?,
         (None, Some(number)) => fd::inherited_listener(number)?,
         (None, None) => bail!("Neither --socket nor --fd is given"),
     };
+    // Before any other thread starts, and before anybody is heard.
+    sandbox.close()?;
 
     let service = Arc::new(Service::new(Server::new(tree), files, &config));
     if let Some(listener) = control {
@@ -176,23 +184,15 @@ fn serve_view(args: Args) -> Result<()> {
             .name("control".into())
             .spawn(move || control::serve(&listener, &mut Control { service: &service, index }))?;
     }
-    let result = serve(listener, &service, &config);
-    made.lock().unwrap_or_else(PoisonError::into_inner).clear();
-    Ok(result?)
+    Ok(serve(listener, &service, &config)?)
 }
 
-/// Lets SIGTERM and SIGINT remove the sockets in `made` and end the program with status 0. To be called before any other
-/// thread starts, since threads inherit which signals are blocked.
-fn exit_on_signal(made: Arc<Mutex<Vec<Bound>>>) -> Result<()> {
-    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
-    signals.thread_block().context("Cannot block signals")?;
-    thread::Builder::new().name("signals".into()).spawn(move || {
-        // Only a signal ends the wait; an error would mean an empty set.
-        let _ = signals.wait();
-        // Kept locked, so that none is made any more.
-        let mut made = made.lock().unwrap_or_else(PoisonError::into_inner);
-        made.clear();
-        std::process::exit(0);
-    })?;
+/// Lets SIGTERM and SIGINT end the program with status 0, at once: there is nothing to put away.
+fn exit_on_signal() -> Result<()> {
+    let always = Arc::new(AtomicBool::new(true));
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        flag::register_conditional_shutdown(signal as i32, 0, always.clone())
+            .with_context(|| format!("Cannot handle {signal}"))?;
+    }
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! The sockets that this program makes.
+//! The sockets that this program makes. They stay when it ends, since by then it may not remove anything; the next start replaces
+//! them.
 
 use anyhow::{Context, Result, bail};
 use std::{
@@ -7,35 +8,22 @@ use std::{
         fs::FileTypeExt,
         net::{UnixListener, UnixStream},
     },
-    path::{Path, PathBuf},
+    path::Path,
 };
 
-/// A socket file that is removed when the program ends.
-pub(crate) struct Bound(PathBuf);
-
-impl Bound {
-    /// Listens at `path`. A socket that nobody listens at any more is replaced; anything else there is left alone.
-    pub(crate) fn bind(path: &Path) -> Result<(UnixListener, Self)> {
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                let is_socket =
-                    std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
-                let refused = UnixStream::connect(path)
-                    .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-                if !is_socket || !refused {
-                    bail!("Cannot listen at {}: it is in use", path.display());
-                }
-                std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
+/// Listens at `path`. A socket that nobody listens at any more is replaced; anything else there is left alone.
+pub(crate) fn bind(path: &Path) -> Result<UnixListener> {
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            let is_socket = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.file_type().is_socket());
+            let refused = UnixStream::connect(path)
+                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+            if !is_socket || !refused {
+                bail!("Cannot listen at {}: it is in use", path.display());
             }
-            result => result,
-        };
-        let listener = listener.with_context(|| format!("Cannot listen at {}", path.display()))?;
-        Ok((listener, Self(path.to_owned())))
-    }
-}
-
-impl Drop for Bound {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+            std::fs::remove_file(path).and_then(|()| UnixListener::bind(path))
+        }
+        result => result,
+    };
+    listener.with_context(|| format!("Cannot listen at {}", path.display()))
 }

@@ -2,7 +2,7 @@
 //!
 //! A missing, empty or damaged file is an error. It never means "everything".
 
-use crate::store::{StorePath, StorePathError};
+use crate::store::{STORE_DIR, StorePath, StorePathError};
 use nix::{
     fcntl::{OFlag, open},
     sys::stat::Mode,
@@ -21,7 +21,7 @@ use thiserror::Error;
 /// The largest view file that is read, in bytes: about 300,000 store paths.
 pub const FILE_MAX: u64 = 32 << 20;
 
-/// A view: at least one store path, none twice. The order is that of the file, and is what node ids are made of.
+/// A view: at least one store path, none twice. The order is that of the file, and that of the guest's root directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
     paths: Vec<StorePath>,
@@ -150,6 +150,11 @@ impl View {
         self.paths.iter().map(|path| format!("{path}\n")).collect()
     }
 
+    /// How many bytes a store path takes in a view file.
+    pub fn line_length(path: &StorePath) -> u64 {
+        (STORE_DIR.len() as u64).saturating_add(path.base_name().len() as u64).saturating_add(2)
+    }
+
     /// What names this view: the first 32 hex digits of the SHA-256 of its text.
     pub fn id(&self) -> String {
         Sha256::digest(self.text()).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
@@ -178,6 +183,8 @@ mod tests {
         view.write(&file).unwrap();
         assert_eq!(View::read(&file).unwrap(), view);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "a temporary file was left");
+        let bytes: u64 = view.paths().iter().map(View::line_length).sum();
+        assert_eq!(std::fs::metadata(&file).unwrap().len(), bytes);
         // sha256sum of the two lines.
         assert_eq!(view.id(), "202850a83e4f5b1a94fbb5b1f2ac6619");
     }

@@ -2,8 +2,8 @@
 
 use crate::{
     api::types::{ApplyReply, HostStatus, VmStatus},
-    fleet::{Loaded, Problems, limits::HostFacts, schema::Fleet},
-    host::facts::Engine,
+    fleet::{Loaded, Place, Problem, Problems, schema::Fleet},
+    host::Host,
     shim::client,
     state::dirs::Dirs,
     vm::{
@@ -26,13 +26,14 @@ use tokio::{sync::watch, time::timeout};
 #[derive(Debug)]
 pub struct Supervisor {
     dirs: Dirs,
-    engine: Engine,
+    host: Arc<Host>,
     budget: Arc<Budget>,
-    boot_id: String,
     fleet_file: PathBuf,
     fleet: watch::Sender<Arc<Fleet>>,
     /// Set by an `apply` of something else than the fleet file, which holds until the next start.
     differs: Mutex<Option<String>>,
+    /// Held by an apply: two at once would both make a VM that is new to them.
+    applying: tokio::sync::Mutex<()>,
     vms: Mutex<BTreeMap<String, Handle>>,
 }
 
@@ -67,25 +68,18 @@ impl std::fmt::Display for Nearest {
 
 impl Supervisor {
     /// Adopts what runs of the last `laird` and starts what should run, as far as `host` has memory for it.
-    pub async fn start(
-        dirs: Dirs,
-        engine: Engine,
-        host: HostFacts,
-        boot_id: String,
-        fleet_file: PathBuf,
-        loaded: Loaded,
-    ) -> Arc<Self> {
+    pub async fn start(dirs: Dirs, host: Host, fleet_file: PathBuf, loaded: Loaded) -> Arc<Self> {
         let Loaded { fleet, warnings } = loaded;
         log(&warnings);
         let (sender, _) = watch::channel(Arc::new(fleet));
         let supervisor = Arc::new(Self {
             dirs,
-            engine,
-            budget: Arc::new(Budget::new(host)),
-            boot_id,
+            budget: Arc::new(Budget::new(host.facts)),
+            host: Arc::new(host),
             fleet_file,
             fleet: sender,
             differs: Mutex::new(None),
+            applying: tokio::sync::Mutex::new(()),
             vms: Mutex::new(BTreeMap::new()),
         });
         let fleet = supervisor.fleet();
@@ -93,7 +87,7 @@ impl Supervisor {
             fleet.vms.keys().cloned().chain(adopt::recorded(&supervisor.dirs)).collect();
         let mut idle = Vec::new();
         for name in names {
-            let beginning = adopt::adopt(&name, &fleet, &supervisor.dirs, &supervisor.boot_id).await;
+            let beginning = adopt::adopt(&name, &fleet, &supervisor.dirs, &supervisor.host.boot_id).await;
             let stopped = beginning.state == State::Stopped;
             let handle = supervisor.spawn(&name, beginning);
             match fleet.vms.get(&name) {
@@ -114,10 +108,10 @@ impl Supervisor {
         let context = Context {
             name: name.into(),
             dirs: self.dirs.clone(),
-            engine: self.engine,
+            host: Arc::clone(&self.host),
             budget: Arc::clone(&self.budget),
         };
-        let handle = actor::spawn(context, self.fleet.subscribe(), self.boot_id.clone(), beginning);
+        let handle = actor::spawn(context, self.fleet.subscribe(), beginning);
         self.vms().insert(name.into(), handle.clone());
         handle
     }
@@ -146,9 +140,9 @@ impl Supervisor {
         Arc::clone(&self.fleet.borrow())
     }
 
-    /// What the host has.
-    pub fn host(&self) -> &HostFacts {
-        self.budget.host()
+    /// The host.
+    pub fn host(&self) -> &Host {
+        &self.host
     }
 
     /// `laird`'s directories.
@@ -183,7 +177,11 @@ impl Supervisor {
     /// Makes `fleet` the fleet: VMs that are new start, VMs that are gone stop, links change at once; a VM that is
     /// otherwise different keeps what it was started with until its next start.
     pub async fn apply(self: &Arc<Self>, loaded: Loaded, other_file: Option<String>) -> ApplyReply {
-        let Loaded { fleet, warnings } = loaded;
+        let _applying = self.applying.lock().await;
+        let Loaded { fleet, mut warnings } = loaded;
+        if fleet.host != self.fleet().host {
+            warnings.problems.push(self.accel_stays(other_file.as_deref()));
+        }
         log(&warnings);
         let fleet = Arc::new(fleet);
         let before = self.fleet.send_replace(Arc::clone(&fleet));
@@ -223,6 +221,14 @@ impl Supervisor {
         reply
     }
 
+    /// The one thing that an apply does not change.
+    fn accel_stays(&self, other_file: Option<&str>) -> Problem {
+        let file = other_file.map_or_else(|| self.fleet_file.display().to_string(), Into::into);
+        let place = Place { file, line: None, column: None, path: Some("host.accel".into()) };
+        let message = "is read when laird starts; until then guests run as before".into();
+        Problem { place, message, hint: None, other: None }
+    }
+
     /// The state of one VM, with its counters as they are now.
     pub async fn vm_status(&self, name: &str) -> Result<VmStatus, SupervisorError> {
         let mut snapshot = self.vm(name)?.snapshot();
@@ -249,7 +255,7 @@ impl Supervisor {
             version: env!("CARGO_PKG_VERSION").into(),
             fleet_file: self.fleet_file.clone(),
             applied: self.differs.lock().unwrap_or_else(PoisonError::into_inner).clone(),
-            engine: self.engine,
+            engine: self.host.engine,
             root: crate::state::dirs::is_root(),
             vms,
         }

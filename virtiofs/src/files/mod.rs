@@ -112,7 +112,7 @@ impl Files {
             Err(errno) => return Err(errno),
         };
         self.opens.add(1);
-        let file = Arc::new(OpenFile::new(file, inode.size, abilities.clone()));
+        let file = Arc::new(OpenFile::new(file, inode.size(), abilities.clone()));
         // What falls out is closed after the lock is released.
         let _old = self.lock().push(id, file.clone());
         Ok(Some(file))

@@ -28,7 +28,7 @@ pub(super) fn attr(node: &Node<'_>) -> Attr {
                 Kind::File { executable: false } => FILE | 0o444,
                 Kind::Symlink | Kind::Alias => SYMLINK | 0o777,
             };
-            (mode, inode.size, inode.links, 1)
+            (mode, inode.size(), inode.links, 1)
         }
     };
     Attr {

@@ -284,9 +284,10 @@ impl Server {
         match parent {
             Node::Root(_) => self.lookup_in_root(tree, name),
             Node::Inode { entry, inode, .. } => match entry.manifest.lookup(inode, name) {
-                Some(number) => entry.node(number).map(|node| entry_out(&node)).ok_or(Errno::EIO),
+                Ok(Some((number, inode))) => Ok(entry_out(&Node::Inode { entry, number, inode })),
                 // It is missing for good, and the guest may remember that.
-                None => Ok(EntryOut { entry_valid: FOREVER, ..EntryOut::default() }),
+                Ok(None) => Ok(EntryOut { entry_valid: FOREVER, ..EntryOut::default() }),
+                Err(_) => Err(Errno::EIO),
             },
         }
     }
@@ -307,14 +308,17 @@ impl Server {
 
 fn readlink(node: &Node<'_>, reply: &mut Vec<u8>) -> Result<Answer, Errno> {
     let Node::Inode { entry, inode, .. } = node else { return Err(Errno::EINVAL) };
-    reply.extend(entry.manifest.target(inode).ok_or(Errno::EINVAL)?);
+    if inode.kind() != Kind::Symlink {
+        return Err(Errno::EINVAL);
+    }
+    reply.extend(entry.manifest.target(inode).ok_or(Errno::EIO)?);
     Ok(Answer::Body)
 }
 
 fn read(node: &Node<'_>, call: &Call<'_>) -> Result<Answer, Errno> {
     let read = parse::<ReadIn>(call)?;
     let file_size = match node {
-        Node::Inode { inode, .. } if matches!(inode.kind(), Kind::File { .. }) => inode.size,
+        Node::Inode { inode, .. } if matches!(inode.kind(), Kind::File { .. }) => inode.size(),
         node if node.is_directory() => return Err(Errno::EISDIR),
         _ => return Err(Errno::EINVAL),
     };

@@ -37,7 +37,8 @@ impl Session {
         self.0.store(DESTROYED, Ordering::Relaxed);
     }
 
-    pub(super) fn is_live(&self) -> bool {
+    /// Whether requests are served.
+    pub fn is_live(&self) -> bool {
         self.has(LIVE)
     }
 

@@ -62,7 +62,7 @@ fn answer(session: &Session, stats: &Requests, request: &[u8], room: usize) -> O
             let tree = service.server.tree();
             let Some(Node::Inode { inode, .. }) = tree.node(read.node) else { panic!("{read:?}") };
             assert!(matches!(inode.kind(), Kind::File { .. }) && read.length > 0);
-            assert!(read.offset.checked_add(u64::from(read.length)).is_some_and(|end| end <= inode.size));
+            assert!(read.offset.checked_add(u64::from(read.length)).is_some_and(|end| end <= inode.size()));
             let mut content = vec![0; read.length as usize];
             let file = service.files.get(&tree, read.node, true).unwrap().unwrap();
             file.read(read.offset, &[VolatileSlice::from(content.as_mut_slice())], true).unwrap();

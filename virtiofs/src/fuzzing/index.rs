@@ -49,7 +49,7 @@ pub fn index(input: &[u8]) {
     };
     write("registry", &registry);
     write("pack-00000001", &pack);
-    for (path, manifest) in read(directory, &paths()) {
+    for (path, manifest) in read(directory, &registry, &paths()) {
         look(&path, manifest);
     }
 }
@@ -73,7 +73,7 @@ fn seal(bytes: &mut [u8], at: usize, from: usize) {
 }
 
 fn mend_manifest(bytes: &mut [u8]) {
-    seal(bytes, 8, 16);
+    seal(bytes, 0, 8);
 }
 
 /// Makes the checksums of a registry, a pack and the manifests in it right.
@@ -92,10 +92,10 @@ pub(super) fn mend(registry: &mut [u8], pack: &mut [u8]) {
         let (offset, length, name) = (field(24, 8), field(32, 8), field(80, 4));
         let manifest = offset.checked_add(length).and_then(|end| pack.get_mut(offset..end));
         if let Some(manifest) = manifest
-            && manifest.len() >= 16
+            && manifest.len() >= 8
         {
             mend_manifest(manifest);
-            let checksum = manifest[8..16].to_vec();
+            let checksum = manifest[..8].to_vec();
             record[40..48].copy_from_slice(&checksum);
         }
         if let Some(record) =

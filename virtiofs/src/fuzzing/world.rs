@@ -72,7 +72,7 @@ impl World {
         for entry in tree.entries() {
             for id in (0..entry.manifest.len()).filter_map(|number| Some(entry.node(number)?.id())) {
                 if let Some(Node::Inode { inode, .. }) = tree.node(id) {
-                    files.warm(&tree, id, 0, inode.size);
+                    files.warm(&tree, id, 0, inode.size());
                 }
             }
         }

@@ -4,7 +4,10 @@
 //! No symbolic link is followed. Directories are opened one at a time, so the walk needs two descriptors. Files that are
 //! hard links of each other within the store path become one inode; links from elsewhere do not matter.
 
-use super::manifest::{Inode, Kind, Manifest, Sections};
+use super::{
+    inode::{Inode, Kind},
+    manifest::{Manifest, Parts},
+};
 use crate::{beneath, store::StorePath};
 use nix::{
     NixPath,
@@ -22,6 +25,10 @@ use std::{
     },
 };
 use thiserror::Error;
+
+/// How deep directories may be nested. A path that Linux takes as a whole has 4095 bytes, so it never leads deeper. Whoever
+/// makes a store path could nest millions, and the walk takes longer the deeper it is.
+const DEPTH_MAX: usize = 2048;
 
 /// Why a store path has no manifest.
 #[derive(Debug, Error)]
@@ -45,6 +52,12 @@ pub enum IndexError {
     /// It has more inodes, or more bytes of names, than 32 bits count.
     #[error("{path} has more files, or longer names in all, than an index holds ({})", u32::MAX)]
     TooLarge {
+        /// The store path.
+        path: StorePath,
+    },
+    /// Its directories are nested too deeply.
+    #[error("{path} has directories that are nested more than {DEPTH_MAX} deep")]
+    TooDeep {
         /// The store path.
         path: StorePath,
     },
@@ -116,12 +129,15 @@ pub(super) fn build(store: BorrowedFd<'_>, path: &StorePath) -> Result<(Manifest
         let target = readlinkat(store, base).map_err(io(&[]))?.into_vec();
         builder.add_target(&mut root, &target).ok_or_else(too_large)?;
     }
-    builder.inodes.push(root);
+    builder.parts.inodes.push(root);
 
     let mut number = 0;
-    while let Some(directory) = usize::try_from(number).ok().and_then(|at| builder.inodes.get(at)) {
+    while let Some(directory) = usize::try_from(number).ok().and_then(|at| builder.parts.inodes.get(at)) {
         if directory.is_directory() {
-            let names = builder.sections().path(number).unwrap_or_default();
+            let names = builder.parts.sections().path(number).unwrap_or_default();
+            if names.len() > DEPTH_MAX {
+                return Err(IndexError::TooDeep { path: path.clone() });
+            }
             let components: Vec<&[u8]> =
                 std::iter::once(path.base_name().as_bytes()).chain(names.iter().copied()).collect();
             let found = list(store, &components).map_err(io(&names))?;
@@ -133,26 +149,20 @@ pub(super) fn build(store: BorrowedFd<'_>, path: &StorePath) -> Result<(Manifest
     if Identity::of(&stat(store, base).map_err(io(&[]))?) != identity {
         return Err(IndexError::Changed { path: path.clone() });
     }
-    Ok((builder.sections().encode().ok_or_else(too_large)?, identity))
+    Ok((builder.parts.finish().ok_or_else(too_large)?, identity))
 }
 
 #[derive(Default)]
 struct Builder {
-    inodes: Vec<Inode>,
-    names: Vec<u8>,
-    targets: Vec<u8>,
+    parts: Parts,
     /// The numbers of files with more than one name, by device and inode on the host.
     linked: HashMap<(u64, u64), u32>,
 }
 
 impl Builder {
-    fn sections(&self) -> Sections<'_> {
-        Sections { inodes: &self.inodes, names: &self.names, targets: &self.targets }
-    }
-
     /// `None` if 32 bits do not hold it.
     fn add_children(&mut self, directory: u32, found: Vec<Found>) -> Option<()> {
-        let first = u32::try_from(self.inodes.len()).ok()?;
+        let first = u32::try_from(self.parts.inodes.len()).ok()?;
         let count = u32::try_from(found.len()).ok()?;
         let mut number = first;
         let mut subdirectories: u32 = 0;
@@ -160,23 +170,23 @@ impl Builder {
             if let Some(one) =
                 linked.map(|key| *self.linked.entry(key).or_insert(number)).filter(|&one| one != number)
             {
-                let one_inode = self.inodes.get_mut(usize::try_from(one).ok()?)?;
+                let one_inode = self.parts.inodes.get_mut(usize::try_from(one).ok()?)?;
                 one_inode.links = one_inode.links.checked_add(1)?;
                 inode = Inode::new(Kind::Alias, 0);
                 inode.first = one;
             }
             inode.parent = directory;
-            inode.name = u32::try_from(self.names.len()).ok()?;
+            inode.name = u32::try_from(self.parts.names.len()).ok()?;
             inode.name_len = u8::try_from(name.as_bytes().len()).ok()?;
-            self.names.extend_from_slice(name.as_bytes());
+            self.parts.names.extend_from_slice(name.as_bytes());
             if inode.kind() == Kind::Symlink {
                 self.add_target(&mut inode, &target)?;
             }
             subdirectories = subdirectories.checked_add(u32::from(inode.is_directory()))?;
-            self.inodes.push(inode);
+            self.parts.inodes.push(inode);
             number = number.checked_add(1)?;
         }
-        let directory = self.inodes.get_mut(usize::try_from(directory).ok()?)?;
+        let directory = self.parts.inodes.get_mut(usize::try_from(directory).ok()?)?;
         directory.first = first;
         directory.count = count;
         directory.links = directory.links.checked_add(subdirectories)?;
@@ -184,9 +194,9 @@ impl Builder {
     }
 
     fn add_target(&mut self, link: &mut Inode, target: &[u8]) -> Option<()> {
-        link.first = u32::try_from(self.targets.len()).ok()?;
+        link.first = u32::try_from(self.parts.targets.len()).ok()?;
         link.size = u64::try_from(target.len()).ok()?;
-        self.targets.extend_from_slice(target);
+        self.parts.targets.extend_from_slice(target);
         Some(())
     }
 }

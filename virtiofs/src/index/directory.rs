@@ -6,17 +6,21 @@
 use nix::{
     dir::Dir,
     errno::Errno,
-    fcntl::{Flock, FlockArg, OFlag, openat, renameat},
+    fcntl::{Flock, FlockArg, OFlag, OpenHow, ResolveFlag, openat, openat2, renameat},
     sys::stat::{Mode, fchmod},
     unistd::{UnlinkatFlags, unlinkat},
 };
 use std::{
     fs::{DirBuilder, File},
     io,
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
     path::{Path, PathBuf},
 };
 use thiserror::Error;
+use tracing::info;
 
 /// Why a file of an index cannot be used.
 #[derive(Debug, Error)]
@@ -78,6 +82,12 @@ pub(super) struct Directory {
 /// Held while a program writes.
 pub(super) struct Lock(#[allow(dead_code)] Flock<File>);
 
+impl AsFd for Directory {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 impl Directory {
     pub(super) fn open(path: &Path) -> Result<Self, FileError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
@@ -111,7 +121,9 @@ impl Directory {
     fn open_at(&self, name: &str, flags: OFlag, mode: Mode) -> nix::Result<File> {
         // Without O_NONBLOCK a FIFO would block.
         let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-        openat(&self.fd, name, flags, mode).map(File::from)
+        // Not openat, which a confined backend may not use.
+        let how = OpenHow::new().flags(flags).mode(mode).resolve(ResolveFlag::RESOLVE_BENEATH);
+        openat2(&self.fd, name, how).map(File::from)
     }
 
     /// Opens a regular file; `None` if there is nothing.
@@ -192,7 +204,11 @@ impl Directory {
         let file = self
             .open_at(LOCK, flags, Mode::S_IRUSR | Mode::S_IWUSR)
             .map_err(|errno| self.error("open", LOCK, errno))?;
-        let mut file = file;
+        let mut file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Lock(lock)),
+            Err((file, _)) => file,
+        };
+        info!("Waiting for another program that writes {}", self.path.display());
         loop {
             match Flock::lock(file, FlockArg::LockExclusive) {
                 Ok(lock) => return Ok(Lock(lock)),

@@ -4,10 +4,13 @@ use super::{Index, Manifest, reader::Found, registry::Known};
 use crate::store::StorePath;
 use std::path::Path;
 
-/// What the index in a directory has of these paths, whatever their identities are.
-pub(crate) fn read(directory: &Path, paths: &[StorePath]) -> Vec<(StorePath, Manifest)> {
+/// What the index in a directory, whose registry has these bytes, has of these paths, whatever their identities are.
+pub(crate) fn read(directory: &Path, registry: &[u8], paths: &[StorePath]) -> Vec<(StorePath, Manifest)> {
     let Ok(mut index) = Index::open(directory) else { return Vec::new() };
-    let known = index.known(paths).unwrap_or_else(|_| Known::default());
+    if index.search(paths).is_err() {
+        return Vec::new();
+    }
+    let (known, _) = Known::of(paths, registry);
     let mut found = Vec::new();
     for path in paths {
         for record in known.records(path) {

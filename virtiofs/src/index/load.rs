@@ -4,7 +4,6 @@ use super::{
     FileError, Index, IndexError, Tree,
     build::{build, find},
     reader::Found,
-    registry::Known,
     slot::Slots,
 };
 use crate::{error::chain, store::StorePath, view::View};
@@ -77,13 +76,14 @@ impl Tree {
         origin: Origin<'_, D>,
         paths: &[StorePath],
     ) -> Result<(Self, Added), IndexError> {
-        let Origin { stores, mut index } = origin;
+        let Origin { stores, index } = origin;
         let mut added = Added::default();
-        let known = match index.as_ref().map(|index| index.known(paths)).transpose() {
-            Ok(known) => known.unwrap_or_default(),
+        let has_index = index.is_some();
+        let mut search = match index.map(|index| index.search(paths)).transpose() {
+            Ok(search) => search,
             Err(error) => {
                 added.unindexed.error = Some(error);
-                Known::default()
+                None
             }
         };
         let mut tree = self.clone();
@@ -93,8 +93,9 @@ impl Tree {
             }
             let (source, identity) = find(stores, path)?;
             added.paths = added.paths.saturating_add(1);
-            if let Some(index) = &mut index {
-                let counter = match index.find(&known, path, identity) {
+            if has_index {
+                let found = search.as_mut().map_or(Found::Missing, |search| search.find(path, identity));
+                let counter = match found {
                     Found::Sound(record, manifest) if !tree.has_slot(record.slot) => {
                         tree.insert(path, source, manifest, Some((record.slot, record.first_ino)))?;
                         continue;

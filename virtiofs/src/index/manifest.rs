@@ -1,43 +1,50 @@
 //! The metadata of one store path as one run of bytes, with offsets instead of pointers, so that it is the same in memory and
 //! in a mapped file.
 //!
-//! A [`Header`], then the inodes, the names and the targets of symbolic links, the last two filled up to 8 bytes. Inodes are
-//! numbered breadth-first from 0, the store path itself. A directory's children so are one contiguous range, and are sorted
-//! by the bytes of their names. A second name of a file (a hard link) is an alias: a record that has a name and refers to the
+//! A [`Header`], then the inodes, the hash tables of large directories, the names and the targets of symbolic links, all of them
+//! filled up to 8 bytes. Inodes are numbered breadth-first from 0, the store path itself. A directory's children so are one
+//! contiguous range, and are sorted by the bytes of their names. A second name of a file (a hard link) is an alias: a record that has a name and refers to the
 //! first one. Nothing in here is trusted further than that no access can go wrong; what the checksum is good for is damage.
 
-use super::bytes::Bytes;
+use super::{
+    bytes::Bytes,
+    inode::{Inode, Kind},
+    table,
+};
 use std::ops::Range;
 use thiserror::Error;
 use twox_hash::XxHash3_64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-const MAGIC: [u8; 4] = *b"LMan";
+const MAGIC: [u8; 3] = *b"LMa";
 
 /// The version of the format.
-const VERSION: u32 = 1;
+const VERSION: u8 = 1;
 
 /// The beginning of a manifest.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 struct Header {
-    magic: [u8; 4],
-    version: u32,
-    /// XXH3 of all that follows this field.
+    /// XXH3 of all that follows.
     checksum: u64,
+    magic: [u8; 3],
+    version: u8,
+    /// How many of the inodes are aliases.
+    aliases: u32,
     inodes: u32,
+    /// The length of all tables, in words of 32 bits.
+    tables: u32,
     /// Bytes of all names.
     names: u32,
     /// Bytes of all targets.
     targets: u32,
-    /// How many of the inodes are aliases.
-    aliases: u32,
 }
 
 const HEADER: usize = size_of::<Header>();
+const _: () = assert!(HEADER == 32);
 
 /// Where the checksummed part begins.
-const CHECKED: usize = 16;
+const CHECKED: usize = size_of::<u64>();
 
 /// Why bytes are no manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -47,90 +54,23 @@ pub enum ManifestError {
     Magic,
     /// Another version.
     #[error("The manifest has version {0}; {VERSION} is known")]
-    Version(u32),
+    Version(u8),
     /// Its sections do not add up.
     #[error("The manifest has {0} bytes, which is not what its header says")]
     Length(usize),
     /// Damaged.
     #[error("The manifest's checksum is wrong")]
     Checksum,
+    /// It was made wrong.
+    #[error("An inode of the manifest refers to what is not in it")]
+    Range,
 }
 
-/// What an inode is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
-    /// A directory.
-    Directory,
-    /// A regular file.
-    File {
-        /// Whether it may be executed.
-        executable: bool,
-    },
-    /// A symbolic link.
-    Symlink,
-    /// Another name of an inode, which is met instead of it wherever one looks.
-    Alias,
-}
-
-/// One inode, 32 bytes. Which fields mean what depends on [`Inode::kind`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct Inode {
-    /// Bytes of a file, or of a symbolic link's target; 0 for a directory.
-    pub size: u64,
-    /// The directory that holds it; 0 for the store path itself.
-    pub parent: u32,
-    /// Directory: its first child. Symbolic link: where its target begins among the targets. Alias: the inode it stands for.
-    pub first: u32,
-    /// Directory: how many children it has.
-    pub count: u32,
-    /// Where its name begins among the names.
-    pub name: u32,
-    /// Its link count as the guest sees it: 2 and its subdirectories for a directory, else how many names it has in this
-    /// store path.
-    pub links: u32,
-    /// The length of its name. The kernel allows 255.
-    pub name_len: u8,
-    /// 0 directory, 1 file, 2 executable file, 3 symbolic link, 4 alias.
-    kind: u8,
-    reserved: u16,
-}
-
-const _: () = assert!(HEADER == 32 && size_of::<Inode>() == 32);
-
-impl Inode {
-    pub(super) fn new(kind: Kind, size: u64) -> Self {
-        let (code, links) = match kind {
-            Kind::Directory => (0, 2),
-            Kind::File { executable: false } => (1, 1),
-            Kind::File { executable: true } => (2, 1),
-            Kind::Symlink => (3, 1),
-            Kind::Alias => (4, 0),
-        };
-        Self { size, parent: 0, first: 0, count: 0, name: 0, links, name_len: 0, kind: code, reserved: 0 }
-    }
-
-    /// What it is.
-    pub fn kind(&self) -> Kind {
-        match self.kind {
-            0 => Kind::Directory,
-            1 => Kind::File { executable: false },
-            2 => Kind::File { executable: true },
-            3 => Kind::Symlink,
-            _ => Kind::Alias,
-        }
-    }
-
-    /// Whether it is a directory.
-    pub fn is_directory(&self) -> bool {
-        self.kind() == Kind::Directory
-    }
-}
-
-/// The three sections of a manifest, wherever they are.
+/// The sections of a manifest, wherever they are.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sections<'a> {
     pub(super) inodes: &'a [Inode],
+    pub(super) tables: &'a [u32],
     pub(super) names: &'a [u8],
     pub(super) targets: &'a [u8],
 }
@@ -165,22 +105,48 @@ impl<'a> Sections<'a> {
         Some(names)
     }
 
+    fn children(&self, directory: &Inode) -> Option<&'a [Inode]> {
+        directory.is_directory().then(|| range(self.inodes, directory.first, u64::from(directory.count)))?
+    }
+
+    fn table(&self, directory: &Inode) -> Option<&'a [u32]> {
+        let start = u32::try_from(directory.size.checked_sub(1)?).ok()?;
+        let length = table::length(usize::try_from(directory.count).ok()?)?;
+        range(self.tables, start, u64::try_from(length).ok()?)
+    }
+
+    /// The position of the child with this name.
+    fn find(&self, directory: &Inode, name: &[u8]) -> Result<Option<usize>, ManifestError> {
+        let children = self.children(directory).ok_or(ManifestError::Range)?;
+        if directory.size == 0 {
+            return Ok(children.binary_search_by(|child| self.name(child).cmp(name)).ok());
+        }
+        let table = self.table(directory).ok_or(ManifestError::Range)?;
+        let hash = table::hash(name);
+        let tag = table::tag(hash);
+        Ok(table::find(table, hash, |position| {
+            children.get(position).is_some_and(|child| child.tag == tag && self.name(child) == name)
+        }))
+    }
+
     /// The manifest of these sections; `None` if 32 bits do not hold their lengths.
-    pub(super) fn encode(&self) -> Option<Manifest> {
+    fn encode(&self) -> Option<Manifest> {
         let aliases = self.inodes.iter().filter(|inode| inode.kind() == Kind::Alias).count();
         let mut header = Header {
+            checksum: 0,
             magic: MAGIC,
             version: VERSION,
-            checksum: 0,
+            aliases: u32::try_from(aliases).ok()?,
             inodes: u32::try_from(self.inodes.len()).ok()?,
+            tables: u32::try_from(self.tables.len()).ok()?,
             names: u32::try_from(self.names.len()).ok()?,
             targets: u32::try_from(self.targets.len()).ok()?,
-            aliases: u32::try_from(aliases).ok()?,
         };
         let layout = header.layout()?;
         let mut words = vec![0u64; layout.end.checked_div(8)?].into_boxed_slice();
         let bytes = words.as_mut_bytes();
-        bytes.get_mut(HEADER..layout.names.start)?.copy_from_slice(self.inodes.as_bytes());
+        bytes.get_mut(HEADER..layout.tables.start)?.copy_from_slice(self.inodes.as_bytes());
+        bytes.get_mut(layout.tables.clone())?.copy_from_slice(self.tables.as_bytes());
         bytes.get_mut(layout.names.clone())?.copy_from_slice(self.names);
         bytes.get_mut(layout.targets.clone())?.copy_from_slice(self.targets);
         bytes.get_mut(..HEADER)?.copy_from_slice(header.as_bytes());
@@ -190,9 +156,45 @@ impl<'a> Sections<'a> {
     }
 }
 
+/// A manifest in the making.
+#[derive(Debug, Default)]
+pub(super) struct Parts {
+    pub(super) inodes: Vec<Inode>,
+    tables: Vec<u32>,
+    pub(super) names: Vec<u8>,
+    pub(super) targets: Vec<u8>,
+}
+
+impl Parts {
+    pub(super) fn sections(&self) -> Sections<'_> {
+        let Self { inodes, tables, names, targets } = self;
+        Sections { inodes, tables, names, targets }
+    }
+
+    /// The manifest; `None` if 32 bits do not hold the lengths of its sections.
+    pub(super) fn finish(mut self) -> Option<Manifest> {
+        for number in 0..self.inodes.len() {
+            let directory = *self.inodes.get(number)?;
+            let Some(children) = self.sections().children(&directory) else { continue };
+            let hashes: Vec<u64> =
+                children.iter().map(|child| table::hash(self.sections().name(child))).collect();
+            let first = usize::try_from(directory.first).ok()?;
+            for (child, hash) in self.inodes.get_mut(first..)?.iter_mut().zip(&hashes) {
+                child.tag = table::tag(*hash);
+            }
+            if let Some(table) = table::make(&hashes) {
+                self.inodes.get_mut(number)?.size = u64::try_from(self.tables.len()).ok()?.checked_add(1)?;
+                self.tables.extend(table);
+            }
+        }
+        self.sections().encode()
+    }
+}
+
 /// Where the sections are, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Layout {
+    tables: Range<usize>,
     names: Range<usize>,
     targets: Range<usize>,
     end: usize,
@@ -201,12 +203,14 @@ struct Layout {
 impl Header {
     fn layout(&self) -> Option<Layout> {
         let size = |n: u32| usize::try_from(n).ok();
-        let names = HEADER.checked_add(size(self.inodes)?.checked_mul(size_of::<Inode>())?)?;
+        let tables = HEADER.checked_add(size(self.inodes)?.checked_mul(size_of::<Inode>())?)?;
+        let tables = tables..tables.checked_add(size(self.tables)?.checked_mul(size_of::<u32>())?)?;
+        let names = tables.end.checked_next_multiple_of(8)?;
         let names = names..names.checked_add(size(self.names)?)?;
         let targets = names.end.checked_next_multiple_of(8)?;
         let targets = targets..targets.checked_add(size(self.targets)?)?;
         let end = targets.end.checked_next_multiple_of(8)?;
-        Some(Layout { names, targets, end })
+        Some(Layout { tables, names, targets, end })
     }
 }
 
@@ -289,9 +293,11 @@ impl Manifest {
     #[inline]
     fn sections(&self) -> Sections<'_> {
         let bytes: &[u8] = &self.bytes;
-        let inodes = bytes.get(HEADER..self.layout.names.start).unwrap_or_default();
+        let inodes = bytes.get(HEADER..self.layout.tables.start).unwrap_or_default();
+        let tables = bytes.get(self.layout.tables.clone()).unwrap_or_default();
         Sections {
             inodes: <[Inode]>::ref_from_bytes(inodes).unwrap_or_default(),
+            tables: <[u32]>::ref_from_bytes(tables).unwrap_or_default(),
             names: bytes.get(self.layout.names.clone()).unwrap_or_default(),
             targets: bytes.get(self.layout.targets.clone()).unwrap_or_default(),
         }
@@ -316,7 +322,7 @@ impl Manifest {
         self.sections().name(inode)
     }
 
-    /// The target of a symbolic link.
+    /// The target of a symbolic link; `None` for a wrong one, and for what is none.
     pub fn target(&self, inode: &Inode) -> Option<&[u8]> {
         (inode.kind() == Kind::Symlink).then(|| range(self.sections().targets, inode.first, inode.size))?
     }
@@ -324,19 +330,17 @@ impl Manifest {
     /// The records of a directory's children, sorted by name, and the number of the first one. `None` for what is no
     /// directory.
     pub fn children(&self, directory: &Inode) -> Option<(u32, &[Inode])> {
-        let children = directory
-            .is_directory()
-            .then(|| range(self.sections().inodes, directory.first, u64::from(directory.count)))??;
-        Some((directory.first, children))
+        self.sections().children(directory).map(|children| (directory.first, children))
     }
 
-    /// The number of the child with this name. For an alias it is that of the inode.
-    pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Option<u32> {
-        let sections = self.sections();
-        let (first, children) = self.children(directory)?;
-        let position = children.binary_search_by(|child| sections.name(child).cmp(name)).ok()?;
-        let number = first.checked_add(u32::try_from(position).ok()?)?;
-        self.resolve(number).map(|(number, _)| number)
+    /// The child with this name, for an alias the inode that it stands for, and its number.
+    pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Result<Option<(u32, &Inode)>, ManifestError> {
+        let Some(position) = self.sections().find(directory, name)? else { return Ok(None) };
+        u32::try_from(position)
+            .ok()
+            .and_then(|position| self.resolve(directory.first.checked_add(position)?))
+            .ok_or(ManifestError::Range)
+            .map(Some)
     }
 
     /// The names that lead from the store path to this inode; none for the store path itself. Each is a proper name, so
@@ -351,4 +355,69 @@ fn range<T>(all: &[T], first: u32, count: u64) -> Option<&[T]> {
     let first = usize::try_from(first).ok()?;
     let end = first.checked_add(usize::try_from(count).ok()?)?;
     all.get(first..end)
+}
+
+#[cfg(test)]
+#[allow(clippy::indexing_slicing, clippy::cast_possible_truncation)]
+mod tests {
+    use super::*;
+
+    /// A directory of `count` empty files.
+    fn directory(count: u32) -> Manifest {
+        let mut parts = Parts::default();
+        let mut top = Inode::new(Kind::Directory, 0);
+        (top.first, top.count) = (1, count);
+        parts.inodes.push(top);
+        let mut names: Vec<String> = (0..count).map(|number| format!("file-{number}")).collect();
+        names.sort();
+        for name in names {
+            let mut file = Inode::new(Kind::File { executable: false }, 0);
+            (file.name, file.name_len) = (parts.names.len() as u32, name.len() as u8);
+            parts.names.extend(name.as_bytes());
+            parts.inodes.push(file);
+        }
+        parts.finish().unwrap()
+    }
+
+    #[test]
+    fn names_are_found_with_and_without_a_table() {
+        for count in [0, 1, 16, 17, 1000] {
+            let manifest = directory(count);
+            assert_eq!(manifest.sections().table(manifest.inode(0).unwrap()).is_some(), count > 16);
+            let top = manifest.inode(0).unwrap();
+            assert_eq!(top.size(), 0);
+            let found: Vec<_> = (0..count)
+                .map(|number| manifest.lookup(top, format!("file-{number}").as_bytes()).unwrap().unwrap())
+                .map(|(number, _)| manifest.path(number).unwrap()[0].to_vec())
+                .collect();
+            assert!(
+                found.iter().enumerate().all(|(number, name)| *name == format!("file-{number}").into_bytes())
+            );
+            for name in ["", "file-", "file-00", "fil", "zzz", &format!("file-{count}")] {
+                assert_eq!(manifest.lookup(top, name.as_bytes()), Ok(None), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn only_sound_bytes_are_taken() {
+        let manifest = directory(20);
+        let bytes = manifest.as_bytes().to_vec();
+        assert_eq!(Manifest::from_bytes(&bytes).unwrap(), manifest);
+        let changed = |at: usize, value: u8| {
+            let mut bytes = bytes.clone();
+            bytes[at] = value;
+            Manifest::from_bytes(&bytes).unwrap_err()
+        };
+        assert_eq!(changed(8, b'X'), ManifestError::Magic);
+        assert_eq!(changed(11, 2), ManifestError::Version(2));
+        assert_eq!(changed(16, 99), ManifestError::Length(bytes.len()));
+        assert_eq!(changed(0, !bytes[0]), ManifestError::Checksum);
+        assert_eq!(changed(bytes.len() - 1, 1), ManifestError::Checksum);
+        for length in 0..bytes.len() {
+            assert!(Manifest::from_bytes(&bytes[..length]).is_err(), "{length}");
+        }
+        let longer = [&bytes[..], &[0; 8]].concat();
+        assert_eq!(Manifest::from_bytes(&longer), Err(ManifestError::Length(longer.len())));
+    }
 }

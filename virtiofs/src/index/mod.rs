@@ -14,19 +14,23 @@ mod bytes;
 mod directory;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
+mod inode;
 mod load;
 mod manifest;
+mod merge;
 mod pack;
 mod reader;
 mod registry;
 mod slot;
+mod table;
 mod tree;
 mod update;
 
 pub use build::{Identity, IndexError};
 pub use directory::FileError;
+pub use inode::{Inode, Kind};
 pub use load::{Added, Origin, Unindexed};
-pub use manifest::{Inode, Kind, Manifest, ManifestError};
+pub use manifest::{Manifest, ManifestError};
 pub use reader::Index;
 pub use tree::{Entry, Node, NodeId, Tree};
 pub use update::{Summary, UpdateError, update};

@@ -104,6 +104,11 @@ impl Pack {
         Ok(Some(Self { map: Arc::new(map), given }))
     }
 
+    /// Whether a manifest of it is in use.
+    pub(super) fn is_used(&self) -> bool {
+        Arc::strong_count(&self.map) > 1
+    }
+
     /// The manifest at this place, if it is sound.
     pub(super) fn manifest(&self, offset: u64, length: u64) -> Result<Manifest, ManifestError> {
         let range = usize::try_from(offset)
@@ -134,6 +139,10 @@ impl<'a> Writer<'a> {
         // The header comes last.
         writer.write(&[0; HEADER])?;
         Ok(writer)
+    }
+
+    pub(super) fn number(&self) -> u32 {
+        self.number
     }
 
     pub(super) fn append(&mut self, manifest: &Manifest) -> Result<Place, FileError> {

@@ -7,13 +7,25 @@ use super::{
     registry::{self, Known, Record},
 };
 use crate::store::StorePath;
-use std::{collections::HashMap, path::Path};
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+};
 
 /// An index on disk: see the module's documentation.
 #[derive(Debug)]
 pub struct Index {
     directory: Directory,
     packs: HashMap<u32, Pack>,
+}
+
+/// The search for some store paths, with what the registry says of them.
+pub(super) struct Search<'a> {
+    index: &'a mut Index,
+    paths: &'a [StorePath],
+    known: Known<'a>,
+    again: bool,
 }
 
 /// What an index has of a store path.
@@ -28,6 +40,13 @@ pub(super) enum Found {
     Damaged,
 }
 
+/// Its directory, beneath which it opens files whenever something is granted.
+impl AsFd for Index {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.directory.as_fd()
+    }
+}
+
 impl Index {
     /// Opens the index in this directory. It may be empty.
     pub fn open(path: &Path) -> Result<Self, FileError> {
@@ -38,8 +57,15 @@ impl Index {
         Self { directory, packs: HashMap::new() }
     }
 
-    /// What the registry says now of these paths.
-    pub(super) fn known<'a>(&self, paths: &'a [StorePath]) -> Result<Known<'a>, FileError> {
+    /// Reads what the registry says of these paths.
+    pub(super) fn search<'a>(&'a mut self, paths: &'a [StorePath]) -> Result<Search<'a>, FileError> {
+        let known = self.known(paths)?;
+        Ok(Search { index: self, paths, known, again: false })
+    }
+
+    fn known<'a>(&mut self, paths: &'a [StorePath]) -> Result<Known<'a>, FileError> {
+        // Those that are gone on disk would else stay mapped for good.
+        self.packs.retain(|_, pack| pack.is_used());
         let bytes = registry::read(&self.directory)?.unwrap_or_default();
         Ok(Known::of(paths, &bytes).0)
     }
@@ -76,5 +102,21 @@ impl Index {
             self.packs.insert(number, pack);
         }
         self.packs.get(&number)
+    }
+}
+
+impl Search<'_> {
+    /// What there is of one of the paths.
+    pub(super) fn find(&mut self, path: &StorePath, identity: Identity) -> Found {
+        let found = self.index.find(&self.known, path, identity);
+        if self.again || !matches!(found, Found::Damaged) {
+            return found;
+        }
+        // Its pack may have been merged with others since the registry was read.
+        self.again = true;
+        if let Ok(known) = self.index.known(self.paths) {
+            self.known = known;
+        }
+        self.index.find(&self.known, path, identity)
     }
 }

@@ -157,14 +157,15 @@ pub(super) struct Scan {
 /// The bytes of the registry; `None` if there is none.
 pub(super) fn read(directory: &Directory) -> Result<Option<Vec<u8>>, FileError> {
     let Some(file) = directory.file(NAME, OFlag::O_RDONLY)? else { return Ok(None) };
-    let mut bytes = Vec::new();
-    file.take(FILE_MAX.saturating_add(1))
-        .read_to_end(&mut bytes)
-        .map_err(|e| directory.error("read", NAME, e))?;
+    let error = |e| directory.error("read", NAME, e);
     let path = || directory.path(NAME);
-    if bytes.len() as u64 > FILE_MAX {
+    let size = file.metadata().map_err(error)?.len();
+    if size > FILE_MAX {
         return Err(FileError::TooLarge { path: path(), limit: FILE_MAX });
     }
+    // It may grow meanwhile; what is added is not needed.
+    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default().saturating_add(1));
+    file.take(size).read_to_end(&mut bytes).map_err(error)?;
     let (header, _) = Header::read_from_prefix(&bytes).map_err(|_| FileError::Magic { path: path() })?;
     if header.magic != MAGIC {
         return Err(FileError::Magic { path: path() });
@@ -241,7 +242,7 @@ impl<'a> Registry<'a> {
     /// Opens it, makes it if there is none, and takes away a record that was cut short. Returns what is in it as well.
     pub(super) fn open(directory: &'a Directory, _lock: &Lock) -> Result<(Self, Vec<u8>), FileError> {
         let error = |verb| move |e: io::Error| directory.error(verb, NAME, e);
-        let bytes = match read(directory)? {
+        let mut bytes = match read(directory)? {
             Some(bytes) => bytes,
             None => {
                 let header = Header { magic: MAGIC, version: VERSION, reserved: 0 };
@@ -256,6 +257,7 @@ impl<'a> Registry<'a> {
         let end = scan(&bytes, |_, _| ()).end;
         if end < bytes.len() {
             file.set_len(end as u64).map_err(error("write"))?;
+            bytes.truncate(end);
         }
         Ok((Self { directory, file, end: end as u64 }, bytes))
     }

@@ -7,6 +7,7 @@ use super::{
     Identity, Index, IndexError, Manifest,
     build::{build, find},
     directory::{Directory, FileError},
+    merge::{Live, pack_numbers},
     pack::{self, Given, Pack, Place},
     reader::Found,
     registry::{Known, Record, Registry},
@@ -147,12 +148,19 @@ pub fn update<D: AsFd + Sync>(
         let Read { place, identity, checksum, inodes, .. } = read;
         records.extend(Record { slot, place, manifest: checksum, first_ino, inodes, identity }.encode(path));
     }
-    if let Some(pack) = pack {
-        pack.finish(given)?;
-    }
-    if !records.is_empty() {
-        registry.append(&records)?;
-    }
+    let Some(mut pack) = pack else {
+        if !records.is_empty() {
+            registry.append(&records)?;
+        }
+        return Ok(summary);
+    };
+    // Before the new ones: of two records of the same store path, the later one counts.
+    let mut all = Live::of(&bytes).merge(&directory, &mut reader, &mut pack)?;
+    all.append(&mut records);
+    let number = pack.number();
+    pack.finish(given)?;
+    registry.append(&all)?;
+    Live::of(&[bytes, all].concat()).remove_others(&directory, number);
     Ok(summary)
 }
 
@@ -175,7 +183,7 @@ fn is_of(record: &Record, manifest: &Manifest) -> bool {
 /// What has been given according to the registry and the packs, and the number of the next pack.
 fn given(directory: &Directory, registry: Given, last_pack: u32) -> Result<(Given, Option<u32>), FileError> {
     let (mut given, mut last) = (registry, last_pack);
-    for number in directory.names()?.iter().filter_map(|name| pack::number(name)) {
+    for number in pack_numbers(directory)? {
         last = last.max(number);
         // One that is damaged says nothing.
         if let Ok(Some(pack)) = Pack::open(directory, number) {

@@ -1,5 +1,6 @@
 //! The few threads that wait for disks, so that the queues' own threads need not.
 
+use crate::sandbox::restrict_worker;
 use std::{
     io,
     sync::{
@@ -15,7 +16,7 @@ const THREADS: usize = 4;
 /// Something that may wait.
 type Job = Box<dyn FnOnce() + Send>;
 
-/// Threads that start with the first job and stay. They outlive connections.
+/// Threads that start with the first job, at the latest, and stay. They outlive connections.
 #[derive(Debug)]
 pub(super) struct Pool {
     sender: Sender<Job>,
@@ -31,7 +32,7 @@ impl Pool {
 
     /// Has a job done by one of the threads, or, if none can be made, at once.
     pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
-        if *self.started.get_or_init(|| self.start()) == 0 {
+        if self.start() == 0 {
             job();
             return;
         }
@@ -39,8 +40,12 @@ impl Pool {
         let _ = self.sender.send(Box::new(job));
     }
 
-    /// How many threads could be started.
-    fn start(&self) -> usize {
+    /// Starts the threads, if they are not yet. How many could be started.
+    pub(super) fn start(&self) -> usize {
+        *self.started.get_or_init(|| self.spawn())
+    }
+
+    fn spawn(&self) -> usize {
         let spawn = |_| -> io::Result<()> {
             let receiver = self.receiver.clone();
             thread::Builder::new().name("cold reads".into()).spawn(move || work(&receiver)).map(drop)
@@ -50,6 +55,7 @@ impl Pool {
 }
 
 fn work(receiver: &Mutex<Receiver<Job>>) {
+    restrict_worker();
     loop {
         // The lock is held while waiting: the others wait for it instead, which is as good.
         let job = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();

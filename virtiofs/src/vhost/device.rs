@@ -4,7 +4,7 @@ use super::{
     Config, QUEUE_SIZE_MAX, Service,
     queue::{Memory, Queue, State, Vring},
 };
-use crate::{fuse::Session, stats::Requests};
+use crate::{fuse::Session, sandbox::restrict_worker, stats::Requests};
 use std::{
     cell::RefCell,
     io,
@@ -15,7 +15,7 @@ use std::{
     },
 };
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{ShutdownHandle, VhostUserBackend};
+use vhost_user_backend::{ShutdownHandle, VhostUserBackend, VringEpollHandler};
 use virtio_bindings::bindings::{
     virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
@@ -24,6 +24,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMem
 use vmm_sys_util::{
     epoll::EventSet,
     event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier},
+    eventfd::{EFD_NONBLOCK, EventFd},
 };
 
 /// A connection's device. Each queue has a worker thread of its own.
@@ -31,6 +32,8 @@ pub(super) struct Device {
     config: Config,
     queues: Vec<Arc<Queue>>,
     stopping: Arc<AtomicBool>,
+    /// Those of all queues, once the last worker has told.
+    vrings: Arc<OnceLock<Vec<Vring>>>,
     /// Ends the connection.
     shutdown: OnceLock<ShutdownHandle>,
     /// The reading ends of the exit events. The library forgets them without closing them.
@@ -57,12 +60,14 @@ impl Device {
     pub(super) fn new(service: Arc<Service>, config: Config, memory: Memory) -> Self {
         let session = Arc::new(Session::new());
         let stopping = Arc::new(AtomicBool::new(false));
+        let vrings = Arc::new(OnceLock::new());
         let queue = |(number, stats): (usize, &Arc<Requests>)| {
             Arc::new(Queue {
                 service: service.clone(),
                 session: session.clone(),
                 memory: memory.clone(),
                 stopping: stopping.clone(),
+                vrings: vrings.clone(),
                 number,
                 stats: stats.clone(),
                 state: Mutex::new(State::default()),
@@ -72,9 +77,26 @@ impl Device {
             queues: service.requests.iter().enumerate().map(queue).collect(),
             config,
             stopping,
+            vrings,
             shutdown: OnceLock::new(),
             exits: Mutex::default(),
         }
+    }
+
+    /// Has the last worker tell which vrings there are: to the others the library shows their own only.
+    pub(super) fn meet(&self, workers: &[Arc<VringEpollHandler<Arc<Self>>>]) -> io::Result<()> {
+        let Some(last) = workers.last() else { return Ok(()) };
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        event.write(1)?;
+        let number = u64::from(self.meeting());
+        last.register_listener(event.as_raw_fd(), EventSet::IN, number)?;
+        self.vrings.wait();
+        last.unregister_listener(event.as_raw_fd(), EventSet::IN, number)
+    }
+
+    /// The number of the event for that: the first that the library leaves to its users.
+    fn meeting(&self) -> u16 {
+        u16::try_from(self.config.queues()).unwrap_or(u16::MAX).saturating_add(1)
     }
 
     /// Says how to end the connection.
@@ -93,6 +115,7 @@ impl Device {
     }
 
     fn watch_worker(&self) {
+        restrict_worker();
         WORKER.with_borrow_mut(|guard| {
             if guard.is_none() {
                 *guard = self.shutdown.get().cloned().map(WorkerGuard);
@@ -124,9 +147,15 @@ impl VhostUserBackend for Device {
         usize::from(QUEUE_SIZE_MAX)
     }
 
+    /// A queue belongs to the first thread whose mask has it: to the thread of its number. The last one sees all the others, too.
     fn queues_per_thread(&self) -> Vec<u64> {
         let bit = |number| u32::try_from(number).ok().and_then(|number| 1u64.checked_shl(number));
-        (0..self.config.queues()).filter_map(bit).collect()
+        let mut masks: Vec<u64> = (0..self.config.queues()).filter_map(bit).collect();
+        let all = masks.iter().fold(0, |all, mask| all | mask);
+        if let Some(last) = masks.last_mut() {
+            *last = all;
+        }
+        masks
     }
 
     fn features(&self) -> u64 {
@@ -200,8 +229,14 @@ impl VhostUserBackend for Device {
         thread_id: usize,
     ) -> io::Result<()> {
         self.watch_worker();
-        // A worker's only vring is its queue's. Other events than that queue's are the library's.
-        if let (0, Some(queue), [vring]) = (device_event, self.queues.get(thread_id), vrings) {
+        if device_event == self.meeting() {
+            let _ = self.vrings.set(vrings.to_vec());
+            return Ok(());
+        }
+        // A worker's own vring is its last one. Other events than that queue's are the library's.
+        if let (Some(queue), Some((vring, others))) = (self.queues.get(thread_id), vrings.split_last())
+            && usize::from(device_event) == others.len()
+        {
             queue.run(vring);
         }
         Ok(())

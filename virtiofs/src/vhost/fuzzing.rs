@@ -8,7 +8,7 @@ use super::{
 use crate::fuse::Session;
 use std::{
     os::unix::net::UnixListener,
-    sync::{Arc, Mutex, atomic::AtomicBool},
+    sync::{Arc, Mutex, OnceLock, atomic::AtomicBool},
 };
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VringT;
@@ -26,17 +26,18 @@ pub(crate) type Places = [u64; 3];
 impl OneQueue {
     pub(crate) fn new(service: &Arc<Service>, memory: GuestMemoryMmap) -> Self {
         let memory = GuestMemoryAtomic::new(memory);
+        let vring = Vring::new(memory.clone(), super::QUEUE_SIZE_MAX).expect("a size that is allowed");
         let queue = Queue {
             service: service.clone(),
             session: Arc::new(Session::new()),
-            memory: memory.clone(),
+            memory,
             stopping: Arc::new(AtomicBool::new(false)),
+            vrings: Arc::new(OnceLock::from(vec![vring.clone()])),
             // It never polls.
             number: 0,
             stats: Arc::default(),
             state: Mutex::new(State::default()),
         };
-        let vring = Vring::new(memory, super::QUEUE_SIZE_MAX).expect("a size that is allowed");
         Self { queue: Arc::new(queue), vring }
     }
 

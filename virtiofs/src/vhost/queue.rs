@@ -24,7 +24,7 @@ use std::{
     collections::VecDeque,
     hint::spin_loop,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Instant,
@@ -60,6 +60,8 @@ pub(super) struct Queue {
     pub(super) memory: Memory,
     /// The connection is over.
     pub(super) stopping: Arc<AtomicBool>,
+    /// Those of all queues.
+    pub(super) vrings: Arc<OnceLock<Vec<Vring>>>,
     /// For log lines, and for which queues poll.
     pub(super) number: usize,
     /// Only to be added to with the state locked.
@@ -220,6 +222,12 @@ impl Queue {
 
     /// Makes a stopped queue run. `false` if it cannot.
     fn start(&self, place: &Vring) -> Result<bool, Broken> {
+        // Whether any queue was in use before: this one may be used for the first time. Each is locked for itself alone.
+        let in_use = |vring: &Vring| vring.get_ref().get_queue().next_used() != 0;
+        let resumes = || self.vrings.get().is_some_and(|vrings| vrings.iter().any(in_use));
+        if !self.session.is_live() && resumes() {
+            self.session.resume();
+        }
         let mut state = self.lock();
         match state.phase {
             Phase::Running => {
@@ -238,9 +246,6 @@ impl Queue {
         let queue = vring.get_queue_mut();
         let used = queue.next_used();
         queue.set_next_avail(used);
-        if used != 0 {
-            self.session.resume();
-        }
         state.phase = Phase::Running;
         state.size = queue.size();
         state.vring = Some(place.clone());

@@ -1,6 +1,7 @@
 //! Connections, one after the other, on a socket that stays.
 
 use super::{Config, Service, device::Device};
+use crate::fd;
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -56,9 +57,11 @@ pub enum ServeError {
 /// others are closed at once.
 pub fn serve(listener: UnixListener, service: &Arc<Service>, config: &Config) -> Result<(), ServeError> {
     // The library's accept loop would spin on a non-blocking socket.
-    listener.set_nonblocking(false).map_err(ServeError::Socket)?;
+    fd::set_blocking(&listener).map_err(|errno| ServeError::Socket(errno.into()))?;
     let watched = listener.try_clone().map_err(ServeError::Socket)?;
     let mut listener = Listener::from(listener);
+    // Here, since queues' workers may not start threads.
+    service.pool.start();
     loop {
         connection(&mut listener, &watched, service, config)?;
     }
@@ -75,6 +78,7 @@ pub(super) fn connection(
     let mut daemon = VhostUserDaemon::new("vhost-user".into(), device.clone(), memory)
         .map_err(|e| ServeError::Device(e.to_string()))?;
     let workers = daemon.get_epoll_handlers();
+    device.meet(&workers).map_err(|source| ServeError::Setup { what: "worker", source })?;
     let accepted = daemon.start(listener);
     match &accepted {
         Ok(()) => {

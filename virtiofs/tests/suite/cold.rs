@@ -3,7 +3,7 @@
 use crate::{
     driver::{parse, read_in, request},
     fixture::{HELLO, big, path},
-    frontend::{Connection, Guest, PATIENCE, REPLY_AT, REQUEST, REQUEST_AT, wait_for},
+    frontend::{Connection, Guest, PATIENCE, Program, REPLY_AT, REQUEST, REQUEST_AT, wait_for},
     serve::{check, lookup, read, start, tree},
 };
 use lair_virtiofs::fuse::Opcode;
@@ -130,17 +130,16 @@ fn vu11_a_disconnect_while_reads_wait_leaves_nothing_behind() {
         offer_all(&mut guest, &requests);
         connection.kick(REQUEST);
     }
-    wait_for("the memory to be unmapped", || program.guest_mappings() == 0);
+    wait_for("the memory to be unmapped", || program.has_no_guest());
     let mut guest = Guest::new();
     let connection = Connection::new(&program.socket, &guest);
     connection.init(&mut guest);
     check(&connection, &mut guest);
 }
 
-/// Whether the program has mapped the file.
-fn is_mapped(pid: u32, file: &Path) -> bool {
-    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-    maps.lines().any(|line| line.ends_with(file.to_str().unwrap()))
+/// Whether the program has mapped the file, if that can be seen.
+pub(crate) fn is_mapped(program: &Program, file: &Path) -> Option<bool> {
+    Some(program.mappings()?.lines().any(|line| line.ends_with(file.to_str().unwrap())))
 }
 
 #[test]
@@ -152,11 +151,11 @@ fn fu20_a_mapped_file_is_truncated() {
     let connection = Connection::new(&program.socket, &guest);
     connection.init(&mut guest);
     let node = lookup(&connection, &mut guest, &tree("big"));
-    assert!(!is_mapped(program.pid(), &file));
+    assert_ne!(is_mapped(&program, &file), Some(true));
     for i in 0..20 {
         assert!(read(&connection, &mut guest, node, 0, 1 << 20).unwrap() == whole[..1 << 20], "{i}");
     }
-    if !is_mapped(program.pid(), &file) {
+    if is_mapped(&program, &file) == Some(false) {
         println!("SKIPPED: files of this file system are not mapped");
         return;
     }

@@ -17,6 +17,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
+    sync::Once,
     time::{Duration, Instant},
 };
 use vhost::{
@@ -41,6 +42,8 @@ pub(crate) const HIPRIO: usize = 0;
 /// The request queue.
 pub(crate) const REQUEST: usize = 1;
 const QUEUES: usize = 2;
+/// As many as a test may add by itself.
+const QUEUES_MAX: usize = 4;
 
 /// Descriptors in each queue.
 pub(crate) const SIZE: u16 = 64;
@@ -55,6 +58,7 @@ pub(crate) const REPLY_AT: u64 = 4 << 20;
 /// The program under test.
 pub(crate) struct Program {
     child: Child,
+    skips: Once,
     pub(crate) socket: PathBuf,
 }
 
@@ -79,7 +83,7 @@ impl Program {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let program = Self { child, socket };
+        let program = Self { child, skips: Once::new(), socket };
         wait_for("the socket", || program.socket.exists());
         program
     }
@@ -88,15 +92,29 @@ impl Program {
         self.child.id()
     }
 
-    /// How many descriptors it has open.
-    pub(crate) fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    /// What lies in `/proc` about it for root only, or nothing.
+    fn secret<T>(&self, name: &str, read: impl FnOnce(PathBuf) -> std::io::Result<T>) -> Option<T> {
+        match read(format!("/proc/{}/{name}", self.pid()).into()) {
+            Err(error)
+                if error.kind() == ErrorKind::PermissionDenied && !nix::unistd::geteuid().is_root() =>
+            {
+                let say = || println!("SKIPPED: looking at its descriptors and mappings, as only root may");
+                self.skips.call_once(say);
+                None
+            }
+            result => Some(result.unwrap()),
+        }
     }
 
-    /// How many descriptors it has open while nobody is connected.
-    pub(crate) fn descriptors_at_rest(&self) -> usize {
-        wait_for("the memory to be unmapped", || self.guest_mappings() == 0);
-        let (mut last, mut same) = (0, 0);
+    /// How many descriptors it has open, if that can be seen.
+    pub(crate) fn descriptors(&self) -> Option<usize> {
+        self.secret("fd", |path| Ok(std::fs::read_dir(path)?.count()))
+    }
+
+    /// How many descriptors it has open while nobody is connected, if that can be seen.
+    pub(crate) fn descriptors_at_rest(&self) -> Option<usize> {
+        wait_for("the memory to be unmapped", || self.has_no_guest());
+        let (mut last, mut same) = (Some(0), 0);
         // An old connection's go, and those for the next one come.
         while same < 20 {
             std::thread::sleep(Duration::from_millis(10));
@@ -107,16 +125,20 @@ impl Program {
         last
     }
 
-    /// How many mappings of our guest memory it has.
+    /// Its mappings of files, if they can be seen.
+    pub(crate) fn mappings(&self) -> Option<String> {
+        self.secret("maps", std::fs::read_to_string)
+    }
+
+    /// How many mappings of our guest memory it has, as far as can be seen.
     pub(crate) fn guest_mappings(&self) -> usize {
-        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
+        let maps = self.mappings().unwrap_or_default();
         maps.lines().filter(|line| line.contains("memfd:") || line.contains("(deleted)")).count()
     }
 
-    /// Whether it has mapped a file.
-    pub(crate) fn maps(&self, file: &Path) -> bool {
-        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid())).unwrap();
-        maps.lines().any(|line| line.ends_with(file.to_str().unwrap()))
+    /// Whether it has none.
+    pub(crate) fn has_no_guest(&self) -> bool {
+        self.guest_mappings() == 0
     }
 
     /// CPU time that it has used.
@@ -197,6 +219,12 @@ impl Drop for Program {
     }
 }
 
+/// What a line of the log warns of, but for the user that all tests run as.
+pub(crate) fn warning(line: &str) -> Option<&str> {
+    let (_, warning) = line.split_once("WARN ")?;
+    (!warning.contains(" is shared with ")).then_some(warning)
+}
+
 pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !done() {
@@ -208,7 +236,7 @@ pub(crate) fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
 /// A guest's memory and what its driver knows of its queues. It outlives connections.
 pub(crate) struct Guest {
     pub(crate) memory: GuestMemoryMmap,
-    rings: [Ring; QUEUES],
+    rings: [Ring; QUEUES_MAX],
 }
 
 #[derive(Default, Clone, Copy)]
@@ -320,7 +348,7 @@ impl Guest {
 
     /// The driver sets all up anew, as after a reboot.
     pub(crate) fn reset(&mut self) {
-        self.write(0, &vec![0; 0x1_0000 * QUEUES]);
+        self.write(0, &vec![0; 0x1_0000 * QUEUES_MAX]);
         self.rings = Default::default();
     }
 }
@@ -338,7 +366,7 @@ impl Connection {
     /// The first part of the handshake, up to the memory table.
     pub(crate) fn bare(socket: &Path, guest: &Guest) -> Self {
         let stream = connect(socket);
-        let mut vhost = Frontend::from_stream(stream.try_clone().unwrap(), QUEUES as u64);
+        let mut vhost = Frontend::from_stream(stream.try_clone().unwrap(), QUEUES_MAX as u64);
         vhost.set_owner().unwrap();
         let features = vhost.get_features().unwrap();
         let protocol = vhost.get_protocol_features().unwrap();

@@ -12,10 +12,15 @@ use lair_virtiofs::{
     fuse::{DENIED_MAX, Opcode, wire::AttrOut},
     index::Origin,
     store::StorePath,
-    view::View,
+    view::{FILE_MAX, View},
 };
 use nix::errno::Errno;
-use std::{fs, io::Write, os::unix::net::UnixStream, sync::Barrier};
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::net::UnixStream,
+    sync::Barrier,
+};
 
 fn hidden() -> StorePath {
     path(4, "hidden")
@@ -236,6 +241,15 @@ fn grant_revoke_and_denied_on_the_control_socket() {
     let mut client = UnixStream::connect(program.socket.with_file_name("control")).unwrap();
     client.write_all(format!("grant\n{}\n", hidden()).as_bytes()).unwrap();
     drop(client);
+    // Longer than any view file: hung up on, at the limit or when the time is over.
+    let mut client = UnixStream::connect(program.socket.with_file_name("control")).unwrap();
+    let line = format!("{}\n", hidden()).into_bytes();
+    let mut sent = client.write_all(b"grant\n");
+    for _ in 0..FILE_MAX as usize / line.len() + 2 {
+        sent = sent.and_then(|()| client.write_all(&line));
+    }
+    let mut answer = Vec::new();
+    assert!(sent.is_err() || client.read_to_end(&mut answer).is_err() || answer.is_empty());
     assert_eq!(program.stat("lair_virtiofs_view_paths"), before);
     assert_eq!(find(&mut guest, &hidden()), Err(Errno::ENOENT));
     check(&connection, &mut guest);

@@ -9,7 +9,7 @@ use lair_virtiofs::{
     error::chain,
     files::Files,
     fuse::{Opcode, wire::EntryOut},
-    index::{Added, Index, Manifest, NodeId, Summary, UpdateError, update},
+    index::{Added, Index, Summary, UpdateError, update},
     store::StorePath,
     view::View,
 };
@@ -24,18 +24,18 @@ use std::{
 use tempfile::TempDir;
 
 /// A store and an index.
-struct Indexed {
-    fixture: Fixture,
+pub(crate) struct Indexed {
+    pub(crate) fixture: Fixture,
     dir: TempDir,
 }
 
 impl Indexed {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { fixture: Fixture::new(), dir: tempfile::tempdir().unwrap() }
     }
 
     /// One with a few small store paths, so that it can be damaged at every byte.
-    fn small() -> (Self, View) {
+    pub(crate) fn small() -> (Self, View) {
         let it = Self::new();
         let (one, two, three) = (path(21, "a"), path(22, "b"), path(23, "c"));
         fs::create_dir(it.fixture.host(&one)).unwrap();
@@ -45,28 +45,28 @@ impl Indexed {
         (it, View::new([one, two, three]).unwrap())
     }
 
-    fn index(&self) -> &Path {
+    pub(crate) fn index(&self) -> &Path {
         self.dir.path()
     }
 
-    fn update(&self, paths: &[StorePath]) -> Result<Summary, UpdateError> {
+    pub(crate) fn update(&self, paths: &[StorePath]) -> Result<Summary, UpdateError> {
         let files = Files::open_stores(&[self.fixture.store()]).unwrap();
         update(self.index(), files.stores(), paths, NonZero::new(3).unwrap(), |_, _| ())
     }
 
-    fn start(&self, view: &View) -> (Driver, Added) {
+    pub(crate) fn start(&self, view: &View) -> (Driver, Added) {
         Driver::start(&self.fixture.store(), view, Some(self.index()))
     }
 
     /// What is in the directory of the index.
-    fn files(&self) -> BTreeMap<String, Vec<u8>> {
+    pub(crate) fn files(&self) -> BTreeMap<String, Vec<u8>> {
         let name = |entry: &fs::DirEntry| entry.file_name().into_string().unwrap();
         let entries = fs::read_dir(self.index()).unwrap().map(Result::unwrap);
         let entries = entries.filter(|entry| entry.file_type().unwrap().is_file());
         entries.map(|entry| (name(&entry), fs::read(entry.path()).unwrap())).collect()
     }
 
-    fn restore(&self, files: &BTreeMap<String, Vec<u8>>) {
+    pub(crate) fn restore(&self, files: &BTreeMap<String, Vec<u8>>) {
         for entry in fs::read_dir(self.index()).unwrap().map(Result::unwrap) {
             let path = entry.path();
             if path.is_dir() { fs::remove_dir(path).unwrap() } else { fs::remove_file(path).unwrap() }
@@ -74,13 +74,15 @@ impl Indexed {
         files.iter().for_each(|(name, bytes)| fs::write(self.index().join(name), bytes).unwrap());
     }
 
-    fn pack(&self, number: u32) -> PathBuf {
+    pub(crate) fn pack(&self, number: u32) -> PathBuf {
         self.index().join(format!("pack-{number:08}"))
     }
 }
 
 /// All that a guest can find out, but for numbers: by path, attributes and contents.
-pub(crate) fn world(driver: &Driver) -> BTreeMap<Vec<u8>, (u32, u64, u32, Vec<u8>)> {
+pub(crate) type World = BTreeMap<Vec<u8>, (u32, u64, u32, Vec<u8>)>;
+
+pub(crate) fn world(driver: &Driver) -> World {
     let mut world = BTreeMap::new();
     let mut todo = vec![(Vec::new(), ROOT)];
     while let Some((at, node)) = todo.pop() {
@@ -340,280 +342,184 @@ fn a_directory_of_ten_thousand() {
     }
 }
 
-/// That the view is served right whatever has become of the index, and how much of it came from there.
-fn serves(it: &Indexed, view: &View, expected: &BTreeMap<Vec<u8>, (u32, u64, u32, Vec<u8>)>) -> Added {
-    let (driver, added) = it.start(view);
-    assert!(world(&driver) == *expected);
-    assert_eq!(all_nodes(&driver).len(), expected.len() + 1);
-    added
-}
-
 #[test]
-fn each_byte_of_a_pack_damaged() {
-    let (it, view) = Indexed::small();
-    it.update(view.paths()).unwrap();
-    let sound = it.files();
-    let expected = world(&it.start(&view).0);
-    let slots = slots(&it.start(&view).0);
-    let pack = &sound["pack-00000001"];
-    let mut damaged = [0; 4];
-    for at in 0..pack.len() {
-        for bit in [0x01, 0x80] {
-            let mut bytes = pack.clone();
-            bytes[at] ^= bit;
-            fs::write(it.pack(1), bytes).unwrap();
-            let added = serves(&it, &view, &expected);
-            assert_eq!(added.unindexed.damaged, added.unindexed.count());
-            damaged[added.unindexed.damaged] += 1;
-        }
-    }
-    // The header is everyone's; what fills up to the next manifest is nobody's.
-    let filling = pack.len() - 64 - (32 + 2 * 32 + 8) - (32 + 32) - (32 + 32 + 8);
-    assert_eq!(damaged, [2 * filling, 2 * (pack.len() - 64 - filling), 0, 2 * 64]);
-    // The next run repairs it. All ids stay.
-    let summary = it.update(view.paths()).unwrap();
-    assert_eq!((summary.paths, summary.present), (3, 3), "the last byte fills up");
-    let mut bytes = pack.clone();
-    bytes[100] ^= 1;
-    fs::write(it.pack(1), bytes).unwrap();
-    let summary = it.update(view.paths()).unwrap();
-    assert_eq!((summary.paths, summary.present), (3, 2));
-    assert_eq!(serves(&it, &view, &expected).unindexed.count(), 0);
-    assert_eq!(self::slots(&it.start(&view).0), slots);
-    assert_eq!(it.files().len(), 4);
-}
-
-#[test]
-fn a_pack_of_each_length() {
-    let (it, view) = Indexed::small();
-    it.update(view.paths()).unwrap();
-    let sound = it.files();
-    let expected = world(&it.start(&view).0);
-    let slots = slots(&it.start(&view).0);
-    let pack = &sound["pack-00000001"];
-    for length in 0..pack.len() {
-        fs::write(it.pack(1), &pack[..length]).unwrap();
-        let added = serves(&it, &view, &expected);
-        assert_eq!(added.unindexed.damaged, added.unindexed.count());
-        assert!(length > pack.len() - 64 || added.unindexed.damaged > 0, "{length}");
-        if length % 37 == 0 {
-            it.update(view.paths()).unwrap();
-            assert_eq!(serves(&it, &view, &expected).unindexed.count(), 0, "{length}");
-            assert_eq!(self::slots(&it.start(&view).0), slots);
-            it.restore(&sound);
-        }
-    }
-}
-
-#[test]
-fn other_things_in_place_of_a_pack() {
-    let (it, view) = Indexed::small();
-    it.update(view.paths()).unwrap();
-    let sound = it.files();
-    let expected = world(&it.start(&view).0);
-    let pack = it.pack(1);
-    type Put<'a> = &'a dyn Fn(&Path);
-    let with = |at: usize, bytes: &[u8]| {
-        let mut whole = sound["pack-00000001"].clone();
-        whole[at..at + bytes.len()].copy_from_slice(bytes);
-        whole
-    };
-    let cases: [(&str, Put<'_>); 8] = [
-        ("nothing", &|_| ()),
-        ("another magic", &|pack| fs::write(pack, with(0, b"ELF")).unwrap()),
-        ("another version", &|pack| fs::write(pack, with(8, &2u32.to_le_bytes())).unwrap()),
-        ("another number", &|pack| fs::write(pack, with(12, &2u32.to_le_bytes())).unwrap()),
-        ("the registry", &|pack| fs::write(pack, &sound["registry"]).unwrap()),
-        ("a directory", &|pack| fs::create_dir(pack).unwrap()),
-        ("a symbolic link", &|pack| std::os::unix::fs::symlink("registry", pack).unwrap()),
-        ("a FIFO", &|pack| nix::unistd::mkfifo(pack, nix::sys::stat::Mode::S_IRWXU).unwrap()),
-    ];
-    for (what, put) in cases {
-        fs::remove_file(&pack).unwrap();
-        put(&pack);
-        assert_eq!(serves(&it, &view, &expected).unindexed.damaged, 3, "{what}");
-        let summary = it.update(view.paths()).unwrap();
-        assert_eq!((summary.paths, summary.present), (3, 0), "{what}");
-        assert_eq!(serves(&it, &view, &expected).unindexed.count(), 0, "{what}");
-        assert_eq!(it.files()["registry"].len(), 2 * sound["registry"].len() - 16, "{what}");
-        it.restore(&sound);
-    }
-}
-
-#[test]
-fn each_byte_of_a_registry_damaged() {
-    let (it, view) = Indexed::small();
-    it.update(view.paths()).unwrap();
-    let sound = it.files();
-    let expected = world(&it.start(&view).0);
-    let count = view.paths().len();
-    let registry = &sound["registry"];
-    let record = (registry.len() - 16) / count;
-    for at in 0..registry.len() {
-        let mut bytes = registry.clone();
-        bytes[at] ^= 0x10;
-        fs::write(it.index().join("registry"), bytes).unwrap();
-        let added = serves(&it, &view, &expected);
-        let updated = it.update(view.paths());
-        if at < 12 {
-            // It is no registry, or none of this version.
-            assert_eq!(added.unindexed.missing, count, "{at}");
-            assert!(added.unindexed.error.is_some(), "{at}");
-            let error = chain(&updated.unwrap_err());
-            assert!(error.contains("registry"), "{error}");
-            assert_eq!(it.files()["registry"].len(), registry.len());
-        } else if at < 16 {
-            assert_eq!(added.unindexed.count(), 0, "{at}: a reserved byte");
-        } else {
-            assert_eq!((added.unindexed.missing, added.unindexed.count()), (1, 1), "{at}");
-            let last = at >= registry.len() - record;
-            let summary = updated.unwrap();
-            assert_eq!((summary.present, summary.paths), (count - 1, count), "{at}");
-            assert_eq!(summary.damaged, if last { 0 } else { record }, "{at}");
-            // Nobody knows any more which slot it had, so it gets one that was never given.
-            let (driver, added) = it.start(&view);
-            assert_eq!(added.unindexed.count(), 0);
-            let mut slots: Vec<u32> = self::slots(&driver).into_values().collect();
-            slots.sort_unstable();
-            assert_eq!(slots.last(), Some(&4), "{at}");
-            assert_eq!(slots.iter().collect::<HashSet<_>>().len(), count);
-        }
-        it.restore(&sound);
-    }
-}
-
-#[test]
-fn a_registry_of_each_length() {
-    let (it, view) = Indexed::small();
-    it.update(view.paths()).unwrap();
-    let sound = it.files();
-    let expected = world(&it.start(&view).0);
-    let registry = &sound["registry"];
-    let count = view.paths().len();
-    let record = (registry.len() - 16) / count;
-    for length in 0..registry.len() {
-        fs::write(it.index().join("registry"), &registry[..length]).unwrap();
-        let added = serves(&it, &view, &expected);
-        let updated = it.update(view.paths());
-        if length < 16 {
-            assert!(added.unindexed.error.is_some() && updated.is_err(), "{length}");
-        } else {
-            let whole = (length - 16) / record;
-            assert_eq!(added.unindexed.missing, count - whole, "{length}");
-            assert_eq!(updated.unwrap().present, whole, "{length}");
-            // What was cut short is gone.
-            let now = &it.files()["registry"];
-            assert_eq!(now.len(), registry.len(), "{length}");
-            assert_eq!(now[..16 + whole * record], registry[..16 + whole * record], "{length}");
-            assert_eq!(serves(&it, &view, &expected).unindexed.count(), 0, "{length}");
-            // Slots of records that are lost are not given again, thanks to the pack.
-            let slots = slots(&it.start(&view).0);
-            assert!(slots.values().all(|&slot| (slot as usize) <= whole || slot > 3), "{length} {slots:?}");
-        }
-        it.restore(&sound);
-    }
-}
-
-#[test]
-fn other_things_in_place_of_a_registry() {
-    let (it, view) = Indexed::small();
-    it.update(view.paths()).unwrap();
-    let sound = it.files();
-    let expected = world(&it.start(&view).0);
-    let registry = it.index().join("registry");
-    type Put<'a> = &'a dyn Fn(&Path);
-    let cases: [(&str, Put<'_>, &str); 5] = [
-        ("empty", &|at| fs::write(at, "").unwrap(), "DIR/registry is not what its name says, or is damaged"),
-        (
-            "another version",
-            &|at| {
-                let mut bytes = sound["registry"].clone();
-                bytes[8] = 9;
-                fs::write(at, bytes).unwrap();
-            },
-            "DIR/registry has version 9 of the format; version 1 is known",
-        ),
-        ("a directory", &|at| fs::create_dir(at).unwrap(), "DIR/registry is not a regular file"),
-        (
-            "a symbolic link",
-            &|at| std::os::unix::fs::symlink("lock", at).unwrap(),
-            "DIR/registry is not a regular file",
-        ),
-        (
-            "too large",
-            &|at| fs::File::create(at).unwrap().set_len((1 << 30) + 1).unwrap(),
-            "DIR/registry has more than 1073741824 bytes",
-        ),
-    ];
-    for (what, put, told) in cases {
-        fs::remove_file(&registry).unwrap();
-        put(&registry);
-        let added = serves(&it, &view, &expected);
-        assert_eq!(added.unindexed.missing, 3, "{what}");
-        let dir = it.index().to_str().unwrap();
-        assert_eq!(chain(&added.unindexed.error.unwrap()).replace(dir, "DIR"), told, "{what}");
-        assert_eq!(chain(&it.update(view.paths()).unwrap_err()).replace(dir, "DIR"), told, "{what}");
-        it.restore(&sound);
-    }
-    // Gone: the packs remember what was given.
-    fs::remove_file(&registry).unwrap();
-    assert_eq!(serves(&it, &view, &expected).unindexed.missing, 3);
-    assert_eq!(it.update(view.paths()).unwrap().present, 0);
-    let slots: HashSet<u32> = slots(&it.start(&view).0).into_values().collect();
-    assert_eq!(slots, HashSet::from([4, 5, 6]));
-}
-
-/// Manifests that say nonsense with a sound checksum are never made, but must do no harm.
-#[test]
-fn nonsense_with_a_sound_checksum_does_no_harm() {
-    use proptest::prelude::*;
+fn directories_may_be_nested_deeply_but_not_without_end() {
+    use nix::sys::stat::{Mode, mkdirat};
     let it = Indexed::new();
-    it.update(&[path(1, "tree")]).unwrap();
-    let pack = it.files()["pack-00000001"].clone();
-    let length = {
-        let (driver, _) = it.start(&View::new([path(1, "tree")]).unwrap());
-        driver.server.tree().entries()[0].manifest.as_bytes().len()
+    let nest = |number, depth: usize| {
+        let path = path(number, "deep");
+        fs::create_dir(it.fixture.host(&path)).unwrap();
+        let mut at = fs::File::open(it.fixture.host(&path)).unwrap();
+        for _ in 0..depth {
+            mkdirat(&at, "d", Mode::S_IRWXU).unwrap();
+            let flags = nix::fcntl::OFlag::O_DIRECTORY;
+            at = nix::fcntl::openat(&at, "d", flags, Mode::empty()).unwrap().into();
+        }
+        path
     };
-    let manifest = &pack[64..64 + length];
-    let case = prop::collection::vec((16usize..length, any::<u8>()), 1..6);
-    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig::with_cases(400));
-    runner
-        .run(&case, |changes| {
-            let mut bytes = manifest.to_vec();
-            for (at, value) in changes {
-                // Mostly among the inodes of the top directory.
-                let at = if at % 3 == 0 { at } else { 16 + at % 600 };
-                bytes[at] = value;
+    let (deep, deeper) = (nest(40, 2048), nest(41, 2049));
+    let summary = it.update(&[deep.clone(), deeper.clone()]).unwrap();
+    assert_eq!((summary.paths, summary.inodes), (1, 2049));
+    let told = format!("{deeper} has directories that are nested more than 2048 deep");
+    assert_eq!(summary.failed.iter().map(|e| chain(e)).collect::<Vec<_>>(), [told]);
+    let driver = it.start(&View::new([deep]).unwrap()).0;
+    let mut node = 1 << 32;
+    for depth in 0..2048 {
+        node = driver.lookup(node, b"d").unwrap().nodeid;
+        assert_ne!(node, 0, "{depth}");
+    }
+    assert_eq!(driver.lookup(node, b"d").unwrap().nodeid, 0);
+    assert_eq!(driver.server.tree().entries()[0].manifest.path(2048).unwrap().len(), 2048);
+}
+
+/// Does `work` in a mount namespace of its own, which goes with the thread. `false` where that is not allowed.
+fn with_mounts(work: impl FnOnce() + Send) -> bool {
+    use nix::{mount::MsFlags, sched::CloneFlags};
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            if nix::sched::unshare(CloneFlags::CLONE_NEWNS).is_err() {
+                return false;
             }
-            let sum = twox_hash::XxHash3_64::oneshot(&bytes[16..]);
-            bytes[8..16].copy_from_slice(&sum.to_le_bytes());
-            let Ok(manifest) = Manifest::from_bytes(&bytes) else { return Ok(()) };
-            let driver = Driver::of(&it.fixture.store(), &path(1, "tree"), manifest);
-            for number in 0..60 {
-                let node = NodeId::Inode { slot: 1, number }.to_wire();
-                for name in [&b"bin"[..], b"big", b"many", b"..", b"."] {
-                    let _ = driver.lookup(node, name);
-                }
-                for opcode in [Opcode::Readlink, Opcode::Getattr] {
-                    let _ = driver.call(opcode, node, &[0; 16]);
-                }
-                let mut offset = 0;
-                for _ in 0..20 {
-                    let Ok(body) = driver.call(Opcode::Readdirplus, node, &read_in(offset, 4096)) else {
-                        break;
-                    };
-                    if body.is_empty() {
-                        break;
-                    }
-                    offset += 20;
-                }
-                let tree = driver.server.tree();
-                let entry = &tree.entries()[0];
-                if let Some(names) = entry.manifest.path(number) {
-                    assert!(names.iter().all(|n| !n.contains(&b'/') && !matches!(*n, b"" | b"." | b"..")));
-                }
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            work();
+            true
+        });
+        thread.join().unwrap()
+    })
+}
+
+#[test]
+fn st3_stores_on_other_file_systems() {
+    use nix::mount::{MsFlags, mount};
+    use std::os::unix::fs::MetadataExt;
+    let plain = Indexed::new();
+    let view = plain.fixture.view();
+    let expected = world(&Driver::new(&plain.fixture.store(), &view));
+    let copy = |to: &Path| {
+        let mut copy = std::process::Command::new("cp");
+        assert!(copy.arg("-a").arg(plain.fixture.store()).arg(to).status().unwrap().success());
+    };
+    let at = |name: &str| {
+        let path = plain.fixture.root().join(name);
+        fs::create_dir(&path).unwrap();
+        path
+    };
+    let check = |what: &str, store: &Path| {
+        assert!(world(&Driver::new(store, &view)) == expected, "{what}");
+        let index = tempfile::tempdir().unwrap();
+        // Twice: the second time it is all there.
+        for _ in 0..2 {
+            assert!(world(&Driver::indexed(store, &view, index.path())) == expected, "{what}");
+        }
+    };
+    let done = with_mounts(|| {
+        let tmpfs =
+            |on: &Path| mount(Some("none"), on, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        let on = at("tmpfs");
+        tmpfs(&on);
+        copy(&on);
+        check("tmpfs", &on.join("store"));
+
+        let bind = at("bind");
+        mount(Some(&on.join("store")), &bind, None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        check("bind mount", &bind);
+
+        // A store path of which a part is elsewhere.
+        let mixed = at("mixed");
+        copy(&mixed);
+        let share = mixed.join("store").join(path(1, "tree").base_name()).join("share");
+        tmpfs(&share);
+        fs::create_dir(share.join("doc")).unwrap();
+        fs::write(share.join("doc/readme"), "read me").unwrap();
+        let device = |path: &Path| fs::metadata(path).unwrap().dev();
+        assert_ne!(device(&share), device(&mixed));
+        check("two file systems", &mixed.join("store"));
+
+        let merged = at("merged");
+        let (upper, work) = (on.join("upper"), on.join("work"));
+        fs::create_dir(&upper).unwrap();
+        fs::create_dir(&work).unwrap();
+        let lower = plain.fixture.store();
+        let options =
+            format!("lowerdir={},upperdir={},workdir={}", lower.display(), upper.display(), work.display());
+        match mount(Some("none"), &merged, Some("overlay"), MsFlags::empty(), Some(options.as_str())) {
+            Ok(()) => {
+                fs::write(merged.join(path(2, "file").base_name()), "a file").unwrap();
+                check("overlay", &merged);
             }
-            Ok(())
-        })
-        .unwrap();
+            Err(errno) => println!("SKIPPED: no overlayfs here: {errno}"),
+        }
+    });
+    if !done {
+        println!("SKIPPED: mounting needs privileges");
+    }
+}
+
+#[test]
+fn many_runs_make_few_packs() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let it = Indexed::new();
+    let paths: Vec<_> =
+        (0..150).map(|n| StorePath::from_base_name(&format!("{n:032}-one")).unwrap()).collect();
+    for path in &paths {
+        fs::write(it.fixture.host(path), path.base_name()).unwrap();
+    }
+    it.update(&paths[..5]).unwrap();
+    let expected = slots(&it.start(&View::new(paths[..5].to_vec()).unwrap()).0);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // A backend that starts in the middle of it finds all that there was before.
+        let reader = scope.spawn(|| {
+            let view = View::new(paths[..5].to_vec()).unwrap();
+            let mut starts = 0;
+            while !done.load(Ordering::Relaxed) {
+                let (driver, added) = it.start(&view);
+                assert_eq!(added.unindexed.count(), 0, "{}", added.unindexed);
+                assert_eq!(slots(&driver), expected);
+                starts += 1;
+            }
+            starts
+        });
+        // One that runs all the time.
+        let (running, _) = it.start(&View::new(paths[..5].to_vec()).unwrap());
+        let before = world(&running);
+        for path in &paths[5..] {
+            it.update(std::slice::from_ref(path)).unwrap();
+            let packs = it.files().keys().filter(|name| name.starts_with("pack-")).count();
+            assert!(packs <= 33, "{packs}");
+        }
+        done.store(true, Ordering::Relaxed);
+        assert!(reader.join().unwrap() > 10);
+        assert!(world(&running) == before);
+    });
+    let view = View::new(paths.clone()).unwrap();
+    let (driver, added) = it.start(&view);
+    assert_eq!(added.unindexed.count(), 0);
+    let slots = slots(&driver);
+    assert!(expected.iter().all(|(path, slot)| slots[path] == *slot));
+    assert_eq!(slots.values().collect::<HashSet<_>>().len(), 150);
+    assert!(slots.values().all(|&slot| slot <= 150));
+    assert_eq!(it.update(&paths).unwrap().present, 150);
+    // All of it, in few bytes: what was moved is not kept twice.
+    let bytes: usize =
+        it.files().iter().filter(|(name, _)| name.starts_with("pack-")).map(|(_, b)| b.len()).sum();
+    assert!(bytes < 150 * 64 + 33 * 64 + 150 * 64, "{bytes}");
+}
+
+#[test]
+fn packs_of_which_nobody_knows_go() {
+    let it = Indexed::new();
+    it.update(&[path(2, "file")]).unwrap();
+    // As left behind by a run that was killed before it wrote to the registry, and one killed before that.
+    fs::copy(it.pack(1), it.pack(2)).unwrap();
+    fs::write(it.index().join("pack-00000003.tmp"), "half a pack").unwrap();
+    fs::write(it.index().join("unrelated"), "left alone").unwrap();
+    it.update(&[path(2, "file")]).unwrap();
+    assert_eq!(it.files().len(), 5, "nothing to write: only what has no name goes");
+    it.update(&[path(3, "link")]).unwrap();
+    let names: Vec<_> = it.files().into_keys().collect();
+    assert_eq!(names, ["lock", "pack-00000001", "pack-00000003", "registry", "unrelated"]);
+    let view = View::new([path(2, "file"), path(3, "link")]).unwrap();
+    assert_eq!(it.start(&view).1.unindexed.count(), 0);
 }

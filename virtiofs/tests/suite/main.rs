@@ -6,6 +6,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod cold;
+mod damage;
 mod disk;
 mod driver;
 mod fixture;
@@ -18,5 +19,6 @@ mod indexing;
 mod model;
 mod mounts;
 mod program;
+mod sandbox;
 mod serve;
 mod store;

@@ -1,7 +1,7 @@
 //! The server against the file system itself, over trees made at random; and row FU21.
 
 use crate::{
-    driver::{Driver, ROOM, read_in, request, take},
+    driver::{Driver, ROOM, c_name, read_in, request, take},
     fixture::{Fixture, path},
 };
 use lair_virtiofs::{
@@ -106,6 +106,64 @@ proptest! {
         let driver = Driver::new(store.path(), &View::new([path.clone()]).unwrap());
         let node = driver.lookup(1, path.base_name().as_bytes()).unwrap().nodeid;
         prop_assert_eq!(served(&driver, node), model);
+    }
+}
+
+/// Gives some files of a tree second names, at its top.
+fn link(top: &Path, names: &[prop::sample::Index]) {
+    let mut files = Vec::new();
+    let mut todo = vec![top.to_owned()];
+    while let Some(dir) = todo.pop() {
+        for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+            let list = if entry.file_type().unwrap().is_dir() { &mut todo } else { &mut files };
+            list.push(entry.path());
+        }
+    }
+    files.sort();
+    for (number, index) in names.iter().enumerate().filter(|_| !files.is_empty()) {
+        fs::hard_link(index.get(&files), top.join(format!("link-{number}"))).unwrap();
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// What is read from an index is what is read from the file system, to the byte.
+    #[test]
+    fn an_index_gives_the_same_answers(
+        models in prop::collection::vec(model(), 1..4),
+        links in prop::collection::vec(any::<prop::sample::Index>(), 0..4),
+        names in prop::collection::vec(name(), 0..8),
+    ) {
+        let (store, index) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let paths: Vec<_> = (0..models.len()).map(|number| path(number as u8, "model")).collect();
+        for (path, model) in paths.iter().zip(&models) {
+            let at = store.path().join(path.base_name());
+            create(&at, model);
+            if at.is_dir() && !at.is_symlink() {
+                link(&at, &links);
+            }
+        }
+        let view = View::new(paths).unwrap();
+        // A new index gives slots in the order of the view, as there are without one.
+        let private = Driver::new(store.path(), &view);
+        let indexed = Driver::indexed(store.path(), &view, index.path());
+        let mut nodes = vec![0, 1, 2, u64::MAX];
+        for entry in private.server.tree().entries() {
+            nodes.extend((0..entry.manifest.len() + 2).map(|number| u64::from(entry.slot) << 32 | u64::from(number)));
+        }
+        let names = names.iter().map(Vec::as_slice).chain([&b"."[..], b"..", b"link-0", b"link-1"]);
+        let names: Vec<&[u8]> = names.chain(view.paths().iter().map(|path| path.base_name().as_bytes())).collect();
+        for node in nodes {
+            let lookups = names.iter().map(|name| (Opcode::Lookup, c_name(name)));
+            let offsets = [0u64, 1, 2, 3, 5, 100].map(|offset| read_in(offset, 600));
+            let lists = offsets.iter().flat_map(|body| [Opcode::Readdir, Opcode::Readdirplus, Opcode::Read].map(|o| (o, body.clone())));
+            let others = [Opcode::Getattr, Opcode::Readlink, Opcode::Statfs].map(|opcode| (opcode, vec![0; 16]));
+            for (opcode, body) in lookups.chain(lists).chain(others) {
+                let bytes = request(opcode as u32, node, &body);
+                prop_assert_eq!(private.raw(&bytes, ROOM), indexed.raw(&bytes, ROOM), "{:?} {:#x}", opcode, node);
+            }
+        }
     }
 }
 

@@ -3,14 +3,14 @@
 use crate::{
     driver::{c_name, read_in, request, take},
     fixture::{Fixture, HELLO, MANY, big, path},
-    frontend::{Connection, Guest, HIPRIO, Part, Program, REPLY_AT, REQUEST, REQUEST_AT, wait_for},
+    frontend::{Connection, Guest, HIPRIO, Part, Program, REPLY_AT, REQUEST, REQUEST_AT, wait_for, warning},
     hostile::seconds,
 };
 use lair_virtiofs::{
     files::OPEN_MAX,
     fuse::{Opcode, wire::EntryOut},
 };
-use nix::errno::Errno;
+use nix::{errno::Errno, sys::stat::Mode};
 use std::{
     fs,
     os::unix::{fs::symlink, net::UnixListener},
@@ -220,7 +220,9 @@ fn fu18_open_files_are_bounded() {
         let node = lookup(&connection, &mut guest, &tree(&format!("more/{i}")));
         assert_eq!(read(&connection, &mut guest, node, 0, 100).unwrap(), format!("{i}").as_bytes());
     }
-    assert_eq!(program.descriptors() - before, OPEN_MAX.get());
+    if let (Some(before), Some(after)) = (before, program.descriptors()) {
+        assert_eq!(after - before, OPEN_MAX.get());
+    }
     assert_eq!(program.stat("lair_virtiofs_opens_total"), count as u64);
     // Those that had to go are opened again, and our own needs are met: a connection, and memory in many pieces.
     drop(connection);
@@ -240,7 +242,7 @@ fn fu18_open_files_are_bounded() {
     assert_eq!(read(&connection, &mut guest, node, 0, 100).unwrap(), b"0");
     assert_eq!(program.stat("lair_virtiofs_read_failures_total"), 0);
     let (_, lines) = program.terminate();
-    assert!(!lines.iter().any(|line| line.contains("WARN")), "{lines:#?}");
+    assert!(lines.iter().all(|line| warning(line).is_none()), "{lines:#?}");
 }
 
 /// What became something else on the host is not read, and opening it does not block.
@@ -299,7 +301,7 @@ fn fu20_file_truncated_replaced_or_gone() {
     std::os::unix::fs::symlink("/etc/passwd", host.join("share/doc/readme")).unwrap();
     assert_eq!(read(&connection, &mut guest, readme, 0, 4096), Err(Errno::ESTALE));
     fs::remove_file(host.join("share/doc/readme")).unwrap();
-    nix::unistd::mkfifo(&host.join("share/doc/readme"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    nix::unistd::mkfifo(&host.join("share/doc/readme"), Mode::from_bits_truncate(0o444)).unwrap();
     assert_eq!(read(&connection, &mut guest, readme, 0, 4096), Err(Errno::EIO));
     fs::rename(host.join("share"), host.join("elsewhere")).unwrap();
     std::os::unix::fs::symlink("elsewhere", host.join("share")).unwrap();

@@ -107,6 +107,17 @@ fn failed(message: String) -> ApiError {
     ApiError { kind: ErrorKind::Failed, message }
 }
 
+fn lost() -> ApiError {
+    failed("Internal error: a task ended without a result".into())
+}
+
+/// Does what was begun to its end and its record, also where the client does not wait for it.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    tokio::spawn(work).await.unwrap_or_else(|_| Err(lost()))
+}
+
 impl Api {
     /// Records an attempt with what came of it.
     fn audited<T>(
@@ -146,8 +157,11 @@ async fn start(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(vm): Path<String>,
 ) -> Result<(), ApiError> {
-    let outcome = api.supervisor.request(&vm, Request::Start).await.map_err(ApiError::from);
-    api.audited(peer, "start", Some(&vm), None, outcome)
+    whole(async move {
+        let outcome = api.supervisor.request(&vm, Request::Start).await.map_err(ApiError::from);
+        api.audited(peer, "start", Some(&vm), None, outcome)
+    })
+    .await
 }
 
 async fn stop(
@@ -155,8 +169,11 @@ async fn stop(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(vm): Path<String>,
 ) -> Result<(), ApiError> {
-    let outcome = api.supervisor.request(&vm, Request::Stop).await.map_err(ApiError::from);
-    api.audited(peer, "stop", Some(&vm), None, outcome)
+    whole(async move {
+        let outcome = api.supervisor.request(&vm, Request::Stop).await.map_err(ApiError::from);
+        api.audited(peer, "stop", Some(&vm), None, outcome)
+    })
+    .await
 }
 
 async fn apply(
@@ -164,21 +181,32 @@ async fn apply(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Json(request): Json<ApplyRequest>,
 ) -> Result<Json<ApplyReply>, ApiError> {
+    whole(async move {
+        let detail = match &request.file {
+            Some(file) => file.name.clone(),
+            None => api.supervisor.fleet_file().display().to_string(),
+        };
+        let outcome = check_and_apply(&api.supervisor, request).await;
+        api.audited(peer, "apply", None, Some(detail), outcome).map(Json)
+    })
+    .await
+}
+
+async fn check_and_apply(
+    supervisor: &Arc<Supervisor>,
+    request: ApplyRequest,
+) -> Result<ApplyReply, ApiError> {
     let name = request.file.as_ref().map(|file| file.name.clone());
-    let detail = name.clone().unwrap_or_else(|| api.supervisor.fleet_file().display().to_string());
-    let (path, host) = (api.supervisor.fleet_file().to_owned(), *api.supervisor.host());
+    let (path, host) = (supervisor.fleet_file().to_owned(), supervisor.host().facts);
     let checked = tokio::task::spawn_blocking(move || match request.file {
         Some(file) => fleet::check(&file.name, file.text.as_bytes(), &host),
         None => fleet::check_file(&path, &host),
-    })
-    .await
-    .map_err(|_| failed("Internal error: a task ended without a result".into()))?
-    .map_err(|problems| ApiError { kind: ErrorKind::Invalid, message: problems.to_string() });
-    let outcome = match checked {
-        Ok(loaded) => Ok(api.supervisor.apply(loaded, name).await),
-        Err(error) => Err(error),
-    };
-    api.audited(peer, "apply", None, Some(detail), outcome).map(Json)
+    });
+    let loaded = checked
+        .await
+        .map_err(|_| lost())?
+        .map_err(|problems| ApiError { kind: ErrorKind::Invalid, message: problems.to_string() })?;
+    Ok(supervisor.apply(loaded, name).await)
 }
 
 async fn session(

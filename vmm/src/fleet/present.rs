@@ -11,13 +11,12 @@ use super::{
     validate::Verdict,
     view,
 };
-use crate::error::chain;
-use lair_virtiofs::store::{self, ClosureError, DatabaseError, StorePath, StorePathError};
-use std::{
-    collections::{BTreeMap, HashSet},
-    io::ErrorKind,
-    path::PathBuf,
+use crate::{
+    error::chain,
+    host::facts::{self, NoKvm},
 };
+use lair_virtiofs::store::{self, ClosureError, DatabaseError, StorePath, StorePathError};
+use std::{collections::HashSet, io::ErrorKind, path::PathBuf};
 
 /// Why there is no view of a VM.
 enum NoView {
@@ -25,18 +24,23 @@ enum NoView {
     Closure(ClosureError),
 }
 
-/// The paths of views by their roots: VMs of one kind have the same.
-type Views<'a> = BTreeMap<&'a [PathBuf], Result<HashSet<String>, NoView>>;
-
 /// Looks at all that `fleet` names.
 pub(super) fn check(fleet: &Fleet, verdict: &mut Verdict) {
     let root = Path::root();
+    if let Err(reason) = facts::engine(fleet.host.accel) {
+        let finding = Finding::at(&root.key("host").key("accel"), reason.to_string());
+        let finding =
+            finding.hint("allowed without KVM: \"auto\" and \"tcg\", which run guests under emulation");
+        match reason {
+            NoKvm::Denied => verdict.warnings.push(finding),
+            _ => verdict.errors.push(finding),
+        }
+    }
     let sources = &fleet.store.sources;
     let mut usable = true;
     for (index, given) in sources.iter().enumerate() {
         usable &= source(given, &root.key("store").key("sources").index(index), verdict);
     }
-    let mut views = Views::new();
     for (name, vm) in &fleet.vms {
         let path = root.key("vms").key(name);
         for (name, file) in &vm.credentials {
@@ -46,8 +50,22 @@ pub(super) fn check(fleet: &Fleet, verdict: &mut Verdict) {
         if usable {
             found(resolve::file(&vm.kernel, sources).map(drop), &path.key("kernel"), verdict);
             found(resolve::directory(&vm.modules, sources).map(drop), &path.key("modules"), verdict);
-            let view = views.entry(&vm.roots).or_insert_with(|| paths(&vm.roots, sources));
-            in_view(vm, view, &path, verdict);
+        }
+    }
+    if usable {
+        views(fleet, &root.key("vms"), verdict);
+    }
+}
+
+/// Looks at the views of all VMs. Those with the same roots have the same, and only one is in memory at a time.
+fn views(fleet: &Fleet, at: &Path, verdict: &mut Verdict) {
+    let mut vms: Vec<_> = fleet.vms.iter().collect();
+    vms.sort_by_key(|(_, vm)| &vm.roots);
+    for alike in vms.chunk_by(|(_, one), (_, next)| one.roots == next.roots) {
+        let Some((_, first)) = alike.first() else { continue };
+        let view = paths(&first.roots, &fleet.store.sources);
+        for (name, vm) in alike {
+            in_view(vm, &view, &at.key(name), verdict);
         }
     }
 }

@@ -1,7 +1,8 @@
 //! Facts about the host that decide how VMs run.
 
 use crate::fleet::schema::Accel;
-use std::{fs::OpenOptions, path::Path};
+use nix::errno::Errno;
+use std::{fs::OpenOptions, io, path::Path};
 
 /// What executes a guest's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -16,8 +17,17 @@ pub enum Engine {
 /// Why the processor cannot run guests.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoKvm {
+    /// There is no device.
+    #[error(
+        "/dev/kvm is missing: load the module kvm-intel or kvm-amd, which comes with the kernel; where that fails, enable \
+         virtualization in the firmware"
+    )]
+    Missing,
+    /// The device is not for this user.
+    #[error("/dev/kvm does not open for this user: join the group kvm, or be root")]
+    Denied,
     /// The device does not open.
-    #[error("/dev/kvm does not open: {0}; load kvm-intel or kvm-amd, and join the group kvm")]
+    #[error("/dev/kvm does not open: {0}")]
     Device(String),
     /// The device opens, but the processor has no virtualization. Seen on nested hosts, where every guest hangs.
     #[error(
@@ -28,13 +38,18 @@ pub enum NoKvm {
 
 /// Whether guests can run on the processor.
 pub fn kvm() -> Result<(), NoKvm> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .map_err(|error| NoKvm::Device(error.to_string()))?;
+    OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(|error| closed(&error))?;
     let cpuinfo = std::fs::read_to_string(Path::new("/proc/cpuinfo")).unwrap_or_default();
     if has_virtualization(&cpuinfo) { Ok(()) } else { Err(NoKvm::Processor) }
+}
+
+/// Why the device does not open. Without its driver the file may be there all the same, and says ENODEV or ENXIO.
+fn closed(error: &io::Error) -> NoKvm {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOENT | Errno::ENODEV | Errno::ENXIO) => NoKvm::Missing,
+        Some(Errno::EACCES | Errno::EPERM) => NoKvm::Denied,
+        _ => NoKvm::Device(error.to_string()),
+    }
 }
 
 fn has_virtualization(cpuinfo: &str) -> bool {
@@ -56,6 +71,15 @@ pub fn engine(wanted: Accel) -> Result<Engine, NoKvm> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hv8_a_device_that_does_not_open_is_told_with_what_to_do() {
+        let said = |errno: Errno| closed(&errno.into()).to_string();
+        insta::assert_snapshot!(said(Errno::ENOENT), @"/dev/kvm is missing: load the module kvm-intel or kvm-amd, which comes with the kernel; where that fails, enable virtualization in the firmware");
+        assert_eq!(said(Errno::ENODEV), said(Errno::ENOENT));
+        insta::assert_snapshot!(said(Errno::EACCES), @"/dev/kvm does not open for this user: join the group kvm, or be root");
+        insta::assert_snapshot!(said(Errno::EMFILE), @"/dev/kvm does not open: Too many open files (os error 24)");
+    }
 
     #[test]
     fn hv8_virtualization_is_a_flag_of_its_own() {

@@ -102,6 +102,11 @@ impl Dirs {
         self.state.join("generations")
     }
 
+    /// The metadata of store paths, which all store backends share.
+    pub fn index(&self) -> PathBuf {
+        self.state.join("index")
+    }
+
     /// Where `laird` records who asked for what.
     pub fn audit_log(&self) -> PathBuf {
         self.state.join("audit.jsonl")

@@ -105,12 +105,7 @@ pub struct Beginning {
 }
 
 /// Starts the task of one VM.
-pub fn spawn(
-    context: Context,
-    fleet: watch::Receiver<Arc<Fleet>>,
-    boot_id: String,
-    beginning: Beginning,
-) -> Handle {
+pub fn spawn(context: Context, fleet: watch::Receiver<Arc<Fleet>>, beginning: Beginning) -> Handle {
     let (queue, mailbox) = mpsc::unbounded_channel();
     let (events, hypervisor_events) = mpsc::unbounded_channel();
     let Beginning { state, since, instance } = beginning;
@@ -121,7 +116,6 @@ pub fn spawn(
     let actor = Actor {
         context,
         fleet,
-        boot_id,
         state,
         since,
         instance,
@@ -148,7 +142,6 @@ fn has(name: &str, state: &State, instance: &Instance, fleet: &Fleet) -> Option<
 struct Actor {
     context: Context,
     fleet: watch::Receiver<Arc<Fleet>>,
-    boot_id: String,
     state: State,
     since: jiff::Timestamp,
     instance: Instance,
@@ -250,13 +243,15 @@ impl Actor {
         }
     }
 
-    /// What a request leads to. One that starts the VM takes its memory, or is refused before anything is done.
+    /// What a request leads to. One that starts the VM takes its memory; where that or a program is missing it is refused before
+    /// anything is done.
     fn admit(&self, request: Request) -> Result<(State, Vec<Action>), Refusal> {
         let (state, actions) = machine::request(&self.state, request)?;
         if state.is_active()
             && !self.state.is_active()
             && let Some(vm) = self.fleet.borrow().vms.get(&self.context.name)
         {
+            self.context.host.tools.suffice_for(vm)?;
             self.context.budget.admit(&self.context.name, vm.memory)?;
         }
         Ok((state, actions))
@@ -328,7 +323,7 @@ impl Actor {
                 Action::Expect(patience) => {
                     self.relax();
                     let (queue, epoch) = (self.queue.clone(), self.epoch);
-                    let patience = duration(patience, self.context.engine);
+                    let patience = duration(patience, self.context.host.engine);
                     self.deadline = Some(tokio::spawn(async move {
                         sleep(patience).await;
                         let _ = queue.send(Mail::Deadline(epoch));
@@ -398,8 +393,8 @@ impl Actor {
         if !plan.dirs.run.exists() {
             return;
         }
-        let mut record =
-            Record::new(&self.boot_id, &plan.name, &plan.vm, &plan.generation, self.context.engine);
+        let host = &self.context.host;
+        let mut record = Record::new(&host.boot_id, &plan.name, &plan.vm, &plan.generation, host.engine);
         record.state = self.state.clone();
         record.since = self.since;
         record.processes =

@@ -22,11 +22,6 @@ impl Budget {
         Self { host, taken: Mutex::default() }
     }
 
-    /// What the host has.
-    pub fn host(&self) -> &HostFacts {
-        &self.host
-    }
-
     /// Takes memory for a VM that is to start, or says why there is not enough.
     ///
     /// Looking and taking are one step, so of two VMs for which there is room once, one starts.
@@ -63,7 +58,7 @@ mod tests {
     /// 14 GiB for VMs.
     fn budget() -> Budget {
         let budget = Budget::new(HostFacts { cpus: 4, memory: Size(15 * GIB) });
-        assert_eq!(budget.host().budget(), Size(15 * GIB - (960 << 20)));
+        assert_eq!(budget.host.budget(), Size(15 * GIB - (960 << 20)));
         budget
     }
 

@@ -15,7 +15,7 @@
 //! The executor ([`super::actor`]) performs the actions in order and feeds back what came of them. An input that does
 //! not fit the state is one that was overtaken: it changes nothing.
 
-use crate::fleet::limits::OverBudget;
+use crate::{fleet::limits::OverBudget, host::tools::Missing};
 use serde::{Deserialize, Serialize};
 
 /// The steps of a start, in order. Each is idempotent; [`Action::CleanUp`] undoes them all.
@@ -26,6 +26,8 @@ pub enum Step {
     View,
     /// Makes the directories.
     Directories,
+    /// Has the view's metadata indexed.
+    Index,
     /// Makes and formats volumes that are missing.
     Volumes,
     /// Writes the initramfs.
@@ -50,7 +52,8 @@ impl Step {
     pub fn next(self) -> Option<Self> {
         match self {
             Self::View => Some(Self::Directories),
-            Self::Directories => Some(Self::Volumes),
+            Self::Directories => Some(Self::Index),
+            Self::Index => Some(Self::Volumes),
             Self::Volumes => Some(Self::Initramfs),
             Self::Initramfs => Some(Self::StoreBackend),
             Self::StoreBackend => Some(Self::VsockDevice),
@@ -190,6 +193,9 @@ pub enum Refusal {
     /// The host has not enough memory.
     #[error(transparent)]
     OverBudget(#[from] OverBudget),
+    /// The host has not all programs.
+    #[error(transparent)]
+    Missing(#[from] Missing),
 }
 
 /// How long something may take.
@@ -310,7 +316,7 @@ mod tests {
             steps += 1;
         }
         assert_eq!((&state, actions), (&State::Booting, vec![Action::Expect(Patience::Boot)]));
-        assert_eq!(steps, 9);
+        assert_eq!(steps, 10);
         state
     }
 

@@ -48,6 +48,8 @@ pub struct Plan {
     pub generation: Generation,
     /// The physical store directories in which the view's paths are looked up.
     pub stores: Vec<PathBuf>,
+    /// The index of their metadata.
+    pub index: PathBuf,
     /// The physical directory of the kernel's modules.
     pub modules: PathBuf,
     /// The hypervisor's part.
@@ -96,6 +98,7 @@ pub fn plan(
         boot: boot_config(name, vm),
         shim: shim(name, vm, fleet, dirs, &vm_dirs)?,
         stores: fleet.store.sources.iter().map(|source| source.store_dir()).collect(),
+        index: dirs.index(),
         dirs: vm_dirs,
         vm: vm.clone(),
         generation,

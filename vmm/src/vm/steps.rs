@@ -9,9 +9,9 @@ use super::{
 use crate::{
     fleet::schema::Fleet,
     host::{
-        facts::Engine,
+        Host,
         process::{Launch, Process, ProcessError},
-        tools::{self, Missing, Tool},
+        tools::{self, Missing},
     },
     hypervisor::{
         Event,
@@ -33,6 +33,7 @@ use std::{
     fs, io,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
+    process::Stdio,
     sync::Arc,
     time::Duration,
 };
@@ -71,6 +72,14 @@ pub enum StepError {
         /// The image.
         path: PathBuf,
         /// Why.
+        reason: String,
+    },
+    /// The view's metadata cannot be indexed.
+    #[error("Cannot index the view {view}: {reason}")]
+    Index {
+        /// The view file.
+        view: PathBuf,
+        /// What was said about it.
         reason: String,
     },
     /// The initramfs cannot be made.
@@ -113,8 +122,8 @@ pub struct Context {
     pub name: String,
     /// `laird`'s directories.
     pub dirs: Dirs,
-    /// What executes guests.
-    pub engine: Engine,
+    /// The host.
+    pub host: Arc<Host>,
     /// The host's memory.
     pub budget: Arc<Budget>,
 }
@@ -150,31 +159,41 @@ impl Instance {
             return Ok(());
         }
         let plan = self.plan.clone().ok_or(StepError::Lost)?;
+        let find = |tool| context.host.tools.find(tool);
         match step {
             Step::View => Ok(()),
             Step::Directories => Ok(plan.dirs.create()?),
-            Step::Volumes => blocking(move || volumes(&plan)).await,
-            Step::Initramfs => blocking(move || write_initramfs(&plan)).await,
+            Step::Index => index(&plan, &find(tools::VIRTIOFS)?).await,
+            Step::Volumes if plan.vm.volumes.is_empty() => Ok(()),
+            Step::Volumes => {
+                let mkfs = find(tools::MKFS)?;
+                blocking(move || volumes(&plan, &mkfs)).await
+            }
+            Step::Initramfs => {
+                let guest = find(tools::GUEST)?;
+                blocking(move || write_initramfs(&plan, &guest)).await
+            }
             Step::StoreBackend => {
                 let socket = &plan.machine.store_socket;
-                self.spawn(Part::StoreBackend, &plan, tools::VIRTIOFS, virtiofs_arguments(&plan)).await?;
+                self.spawn(Part::StoreBackend, &plan, find(tools::VIRTIOFS)?, virtiofs_arguments(&plan))
+                    .await?;
                 self.await_socket(Part::StoreBackend, &plan, socket).await
             }
             Step::VsockDevice => {
                 let arguments = vsock_arguments(&plan.machine.vsock_socket, &plan.shim.vsock);
-                self.spawn(Part::VsockDevice, &plan, tools::VHOST_DEVICE_VSOCK, arguments).await?;
+                self.spawn(Part::VsockDevice, &plan, find(tools::VHOST_DEVICE_VSOCK)?, arguments).await?;
                 self.await_socket(Part::VsockDevice, &plan, &plan.machine.vsock_socket).await
             }
             Step::Hypervisor => {
                 let arguments = command::arguments(&plan.machine);
-                self.spawn(Part::Hypervisor, &plan, tools::QEMU, arguments).await?;
+                self.spawn(Part::Hypervisor, &plan, find(tools::QEMU)?, arguments).await?;
                 self.connect_qmp(&plan, events).await
             }
             Step::Shim => {
                 let config = plan.dirs.run.join("shim.json");
                 write_json(&config, &plan.shim)?;
                 let arguments = vec!["--config".into(), text(&config)];
-                self.spawn(Part::Shim, &plan, tools::SHIM, arguments).await?;
+                self.spawn(Part::Shim, &plan, find(tools::SHIM)?, arguments).await?;
                 self.await_socket(Part::Shim, &plan, &plan.shim.sockets.control).await
             }
             Step::Resume => self.resume(&plan).await,
@@ -185,13 +204,13 @@ impl Instance {
         &mut self,
         part: Part,
         plan: &Plan,
-        tool: Tool,
+        program: PathBuf,
         arguments: Vec<String>,
     ) -> Result<(), StepError> {
         let log = plan.dirs.log(log_name(part));
         // One start's output explains that start; an earlier one's would only mislead.
         let _ = fs::remove_file(&log);
-        let launch = Launch { program: tools::find(tool)?, arguments, log };
+        let launch = Launch { program, arguments, log };
         tracing::debug!(vm = plan.name, program = %launch.program.display(), arguments = ?launch.arguments, "starting");
         self.processes.insert(part, Arc::new(Process::spawn(&launch)?));
         Ok(())
@@ -306,16 +325,24 @@ async fn blocking<T: Send + 'static>(
 fn view(context: &Context, fleet: &Fleet) -> Result<Plan, StepError> {
     let vm = fleet.vms.get(&context.name).ok_or(StepError::NotInFleet)?;
     let generation = generation::make(vm, &fleet.store.sources, &context.dirs.generations())?;
-    Ok(plan(&context.name, vm, fleet, &context.dirs, context.engine, generation)?)
+    Ok(plan(&context.name, vm, fleet, &context.dirs, context.host.engine, generation)?)
 }
 
-fn volumes(plan: &Plan) -> Result<(), StepError> {
+/// Brings the index up to date. Runs for several VMs wait for each other.
+async fn index(plan: &Plan, program: &Path) -> Result<(), StepError> {
+    let failed = |reason: String| StepError::Index { view: plan.generation.view.clone(), reason };
+    let mut command = tokio::process::Command::new(program);
+    command.arg("index").args(store_arguments(plan)).stdin(Stdio::null()).kill_on_drop(true);
+    let output = command.output().await.map_err(|e| failed(e.to_string()))?;
+    if output.status.success() { Ok(()) } else { Err(failed(last_lines(&output.stderr))) }
+}
+
+fn volumes(plan: &Plan, mkfs: &Path) -> Result<(), StepError> {
     for (volume, disk) in plan.vm.volumes.iter().zip(&plan.machine.disks) {
         if disk.image.exists() {
             continue;
         }
         let failed = |reason: String| StepError::Volume { path: disk.image.clone(), reason };
-        let mkfs = tools::find(tools::MKFS)?;
         // Made beside and renamed: an interrupted format is never taken for a volume.
         let beside = disk.image.with_extension("new");
         let file = fs::File::create(&beside).map_err(|e| failed(e.to_string()))?;
@@ -334,20 +361,27 @@ fn volumes(plan: &Plan) -> Result<(), StepError> {
     Ok(())
 }
 
-fn write_initramfs(plan: &Plan) -> Result<(), StepError> {
+fn write_initramfs(plan: &Plan, guest: &Path) -> Result<(), StepError> {
     let registration = fs::read(&plan.generation.registration)
         .map_err(|e| StepError::Read(plan.generation.registration.clone(), e))?;
-    let mut archive = initramfs::base(&tools::find(tools::GUEST)?, &plan.modules, initramfs::WANTED_MODULES)?;
+    let mut archive = initramfs::base(guest, &plan.modules, initramfs::WANTED_MODULES)?;
     archive.extend(initramfs::overlay(&plan.boot, &registration)?);
     Ok(file::replace(&plan.machine.initramfs, &archive, 0o600)?)
 }
 
-fn virtiofs_arguments(plan: &Plan) -> Vec<String> {
-    let mut arguments = vec!["--socket".into(), text(&plan.machine.store_socket)];
+/// What indexing and serving have in common.
+fn store_arguments(plan: &Plan) -> Vec<String> {
+    let mut arguments = vec!["--index".into(), text(&plan.index)];
     for store in &plan.stores {
         arguments.extend(["--source".into(), text(store)]);
     }
     arguments.extend(["--view".into(), text(&plan.generation.view)]);
+    arguments
+}
+
+fn virtiofs_arguments(plan: &Plan) -> Vec<String> {
+    let mut arguments = vec!["--socket".into(), text(&plan.machine.store_socket)];
+    arguments.extend(store_arguments(plan));
     arguments.extend(["--queues".into(), plan.machine.store_queues.to_string()]);
     arguments.extend(["--control".into(), text(&plan.dirs.socket("store-control.sock"))]);
     arguments
@@ -401,7 +435,10 @@ fn not_up(part: Part, plan: &Plan, reason: String) -> StepError {
 
 /// The last lines of a log, indented below the message that they explain; at most 50 lines and 8 KiB.
 fn tail(log: &Path) -> String {
-    let bytes = fs::read(log).unwrap_or_default();
+    last_lines(&fs::read(log).unwrap_or_default())
+}
+
+fn last_lines(bytes: &[u8]) -> String {
     let bytes = &bytes[bytes.len().saturating_sub(8 << 10)..];
     let text = String::from_utf8_lossy(bytes);
     let lines: Vec<_> = text.lines().collect();

@@ -1,7 +1,7 @@
-//! Whether a VM may have its memory is decided before anything of it is made.
+//! Whether a VM may have its memory, and has its programs, is decided before anything of it is made.
 
 use crate::support::*;
-use lair_vmm::api::types::ErrorKind;
+use lair_vmm::{api::types::ErrorKind, host::tools};
 use std::path::PathBuf;
 
 /// The fleet of [`HOST`], where 1536 MiB are for VMs.
@@ -79,4 +79,27 @@ async fn cf5_a_vm_that_has_ended_makes_room() {
         // What is failed stays so until it is started again.
         client.stop(vm).await.unwrap();
     }
+}
+
+#[tokio::test]
+async fn hv1_a_missing_program_is_told_before_anything_is_made() {
+    let host = Host::new().without(tools::QEMU).without(tools::VHOST_DEVICE_VSOCK).without(tools::MKFS);
+    let volume = "volumes = [{ name = \"v\", size = \"1GiB\", mount = \"/v\" }]\n";
+    let fleet = asked_for(&host.fleet(&[("a", 512), ("b", 512)]))
+        .replace("[vms.b]\n", &format!("[vms.b]\n{volume}"))
+        + &host.fleet(&[("c", 512)]).split_once("[vms").map(|(_, vm)| format!("[vms{vm}")).unwrap();
+    let client = host.serve(&fleet).await;
+    let output = host.vmctl(&["start", "b"]).await;
+    insta::assert_snapshot!(said(&output));
+    let error = refused(client.start("a").await);
+    assert!(error.message.contains("qemu-system-x86_64 is missing") && !error.message.contains("mkfs"));
+    for vm in ["a", "b"] {
+        assert_eq!(client.vm(vm).await.unwrap().state, "stopped");
+        assert_eq!(host.traces(vm), Vec::<PathBuf>::new());
+    }
+    // The one that is started by itself says so too, and the refused ones hold no memory.
+    let c = until(&client, "c", "failed").await;
+    assert!(
+        c.detail.unwrap().starts_with("qemu-system-x86_64 is missing: install QEMU (Debian: qemu-system-x86")
+    );
 }

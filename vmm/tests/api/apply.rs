@@ -1,8 +1,9 @@
 //! What an apply says, and what it leaves alone.
 
 use crate::support::*;
-use lair_vmm::{api::types::ApplyRequest, fleet::units::Size};
+use lair_vmm::{api::types::ApplyRequest, fleet::units::Size, host::tools};
 use std::fs;
+use tokio::io::AsyncWriteExt;
 
 const AGAIN: ApplyRequest = ApplyRequest { file: None };
 
@@ -101,4 +102,67 @@ async fn cf6_a_fleet_of_which_something_is_missing_is_refused_as_a_whole() {
     assert_eq!(client.status().await.unwrap(), status);
     fs::write(host.path("fleet.toml"), &fleet).unwrap();
     assert_eq!(host.vmctl(&["apply"]).await.status.code(), Some(0));
+}
+
+#[tokio::test]
+async fn an_apply_says_that_the_accelerator_stays() {
+    let host = Host::new().with_source();
+    let fleet = host.fleet(&[]);
+    let client = host.serve(&fleet).await;
+    assert_eq!(client.apply(&AGAIN).await.unwrap().warnings, []);
+    fs::write(host.path("fleet.toml"), fleet.clone() + "host.accel = \"tcg\"\n").unwrap();
+    let output = host.vmctl(&["apply"]).await;
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    assert!(
+        text.ends_with(
+            "/fleet.toml: host.accel: is read when laird starts; until then guests run as before\n"
+        )
+    );
+}
+
+#[tokio::test]
+async fn cl8_of_applies_at_once_one_adds_a_vm() {
+    // Its VMs cannot start, but they are asked to, in the midst of each apply.
+    let host = Host::new().with_source().without(tools::QEMU);
+    let client = host.serve(&host.fleet(&[])).await;
+    let names: Vec<String> = (0..20).map(|number| format!("vm{number}")).collect();
+    let vms: Vec<_> = names.iter().map(|name| (name.as_str(), 64)).collect();
+    fs::write(host.path("fleet.toml"), host.fleet(&vms)).unwrap();
+    let mut applies = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let client = client.clone();
+        applies.spawn(async move { client.apply(&AGAIN).await.unwrap().added });
+    }
+    let mut added: Vec<String> = applies.join_all().await.concat();
+    let mut expected = names.clone();
+    added.sort();
+    expected.sort();
+    assert_eq!(added, expected);
+}
+
+#[tokio::test]
+async fn cl7_an_apply_whose_client_is_gone_is_done_to_its_end() {
+    let host = Host::new().with_source().without(tools::QEMU);
+    let client = host.serve(&host.fleet(&[])).await;
+    // So many that the client is gone long before the last.
+    let names: Vec<String> = (0..2000).map(|number| format!("vm{number:04}")).collect();
+    let vms: Vec<_> = names.iter().map(|name| (name.as_str(), 64)).collect();
+    fs::write(host.path("fleet.toml"), host.fleet(&vms)).unwrap();
+    let mut gone = tokio::net::UnixStream::connect(host.dirs().api_socket()).await.unwrap();
+    let body = "{\"file\":null}";
+    let head = "POST /v1/apply HTTP/1.1\r\nhost: laird\r\ncontent-type: application/json\r\n";
+    let request = format!("{head}content-length: {}\r\n\r\n{body}", body.len());
+    gone.write_all(request.as_bytes()).await.unwrap();
+    until(&client, "vm0000", "failed").await;
+    drop(gone);
+    until(&client, "vm1999", "failed").await;
+    let recorded = async {
+        while host.audit().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(LIMIT, recorded).await.unwrap();
+    assert_eq!(client.status().await.unwrap().vms.len(), 2000);
+    assert_eq!(host.audit()[0]["verdict"], "allowed");
 }

@@ -9,8 +9,10 @@ use lair_vmm::{
     },
     fleet::{self, limits::HostFacts, units::Size},
     host::{
+        self,
         facts::Engine,
         process::{Launch, Process},
+        tools::{self, Tools},
     },
     state::dirs::Dirs,
     supervisor::Supervisor,
@@ -20,7 +22,7 @@ use lair_vmm::{
         record::Record,
     },
 };
-use std::{fs, path::PathBuf, process::Output, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Output, time::Duration};
 use tempfile::TempDir;
 use tokio::{net::UnixListener, process::Command, time};
 
@@ -31,7 +33,7 @@ pub(crate) const HOST: HostFacts = HostFacts { cpus: 2, memory: Size(2 << 30) };
 const BOOT: &str = "4b1d0000-0000-4000-8000-000000000000";
 
 /// No wait of these tests is longer: far above what anything takes, also on a busy machine.
-const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// A host and what runs on it.
 pub(crate) struct Host {
@@ -44,8 +46,25 @@ impl Host {
         let host = Self { directory: TempDir::new().unwrap(), asleep: vec![] };
         fs::write(host.path("kernel"), "no kernel").unwrap();
         fs::create_dir(host.path("modules")).unwrap();
+        fs::create_dir(host.path("bin")).unwrap();
+        for tool in tools::ALL {
+            host.install(tool);
+        }
         host.dirs().create().unwrap();
         host
+    }
+
+    /// A program of that name, which does nothing.
+    fn install(&self, tool: tools::Tool) {
+        let file = self.path("bin").join(tool.name);
+        fs::write(&file, "#!/bin/false\n").unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// A host that lacks a program.
+    pub(crate) fn without(self, tool: tools::Tool) -> Self {
+        fs::remove_file(self.path("bin").join(tool.name)).unwrap();
+        self
     }
 
     /// Makes the source that fleets name, without which an apply is refused. No VM may start then.
@@ -104,8 +123,13 @@ impl Host {
     pub(crate) async fn serve(&self, fleet: &str) -> Client {
         let file = self.path("fleet.toml");
         fs::write(&file, fleet).unwrap();
-        let supervisor =
-            Supervisor::start(self.dirs(), Engine::Tcg, HOST, BOOT.into(), file, load(fleet)).await;
+        let host = host::Host {
+            facts: HOST,
+            engine: Engine::Tcg,
+            tools: Tools { directories: vec![self.path("bin")] },
+            boot_id: BOOT.into(),
+        };
+        let supervisor = Supervisor::start(self.dirs(), host, file, load(fleet)).await;
         let socket = self.dirs().api_socket();
         tokio::spawn(server::serve(UnixListener::bind(&socket).unwrap(), supervisor));
         Client::new(&socket)
@@ -156,8 +180,10 @@ fn load(fleet: &str) -> fleet::Loaded {
 pub(crate) async fn until(client: &Client, vm: &str, state: &str) -> VmStatus {
     let reached = async {
         loop {
-            let status = client.vm(vm).await.unwrap();
-            if status.state == state {
+            // It may not be there yet.
+            if let Ok(status) = client.vm(vm).await
+                && status.state == state
+            {
                 return status;
             }
             time::sleep(Duration::from_millis(10)).await;

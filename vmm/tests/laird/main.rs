@@ -3,7 +3,7 @@
 // Clippy lets test functions panic; these are their helpers.
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
-use lair_vmm::fleet::limits::HostFacts;
+use lair_vmm::{fleet::limits::HostFacts, host::facts};
 use std::{
     fs,
     io::{BufRead, BufReader},
@@ -55,4 +55,39 @@ fn warnings_are_logged() {
     let warned =
         lines.iter().filter(|line| line.contains("WARN") && line.contains("fleet.toml:4:2: vms: all VMs"));
     assert_eq!(warned.count(), 1, "{lines:#?}");
+}
+
+#[test]
+fn hv8_without_the_kvm_that_it_is_told_to_use_it_does_not_start() {
+    let Err(reason) = facts::kvm() else {
+        return eprintln!("SKIPPED: laird without KVM, because this host has it");
+    };
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("fleet.toml");
+    fs::write(&file, "schema = 1\nhost.accel = \"kvm\"\nstore.sources = [{ root = \"/none\" }]\n").unwrap();
+    let output = laird(directory.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let expected = format!("laird: {} has host.accel = \"kvm\": {reason}\n", file.display());
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), expected);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing was made");
+}
+
+#[test]
+fn cf1_a_fleet_file_that_is_refused_is_status_2_and_nothing_is_made() {
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("fleet.toml");
+    fs::write(&file, "schema = 1\nstore.source = [{ root = \"/none\" }]\n").unwrap();
+    let output = laird(directory.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let text = String::from_utf8(output.stderr).unwrap();
+    let expected = format!("{}:2:7: store.source: unknown key; did you mean \"sources\"?", file.display());
+    assert!(text.contains(&expected), "{text}");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing was made");
+}
+
+#[test]
+fn help() {
+    let directory = TempDir::new().unwrap();
+    let output = laird(directory.path()).arg("--help").env("COLUMNS", "100").output().unwrap();
+    insta::assert_snapshot!(String::from_utf8(output.stdout).unwrap());
 }

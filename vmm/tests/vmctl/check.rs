@@ -1,7 +1,10 @@
 //! `vmctl check`.
 
 use crate::{store, support::*};
-use lair_vmm::fleet::{limits::HostFacts, units::Size};
+use lair_vmm::{
+    fleet::{limits::HostFacts, units::Size},
+    host::facts,
+};
 use std::{fs, os::unix::fs::symlink, path::PathBuf};
 use tempfile::TempDir;
 
@@ -182,4 +185,16 @@ fn cf6_sources_that_are_none() {
     changes
         .push(("root = \"DIR/store\"", "database = \"DIR/store/nix/var\", store = \"DIR/store/nix/store\""));
     insta::assert_snapshot!(bench.said_of_changes(&changes));
+}
+
+#[test]
+fn hv8_kvm_where_there_is_none() {
+    let Err(reason) = facts::kvm() else {
+        return eprintln!("SKIPPED: a host without KVM, because this one has it");
+    };
+    let bench = Bench::new();
+    let text = bench.fleet(&[("a", LITTLE)]) + "[host]\naccel = \"kvm\"\n";
+    let said = bench.said(TEXT, &text);
+    let hint = "allowed without KVM: \"auto\" and \"tcg\", which run guests under emulation";
+    assert!(said.contains(&format!("fleet.toml:10:9: host.accel: {reason}\n  {hint}\n")), "{said}");
 }

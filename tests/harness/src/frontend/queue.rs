@@ -61,6 +61,8 @@ pub struct Queue {
     published: u16,
     /// The next entry of the used ring.
     used: u16,
+    /// The unique number of the last request.
+    unique: u64,
     kick: Arc<Event>,
     call: Arc<Event>,
 }
@@ -68,7 +70,7 @@ pub struct Queue {
 impl Queue {
     /// An empty queue in fresh memory.
     pub(super) fn new(memory: Arc<Memory>, layout: Layout, kick: Arc<Event>, call: Arc<Event>) -> Self {
-        Self { memory, layout, wait: Wait::Sleeping, next: 0, published: 0, used: 0, kick, call }
+        Self { memory, layout, wait: Wait::Sleeping, next: 0, published: 0, used: 0, unique: 0, kick, call }
     }
 
     /// Chooses how replies are waited for.
@@ -84,8 +86,12 @@ impl Queue {
         self.memory.atomic(at)
     }
 
-    /// Writes a request and its descriptors into a slot.
-    pub fn put(&self, slot: u16, unique: u64, request: &Request) {
+    /// Writes a request and its descriptors into a slot. Returns its unique number, by which its reply is told from what was
+    /// there before.
+    pub fn put(&mut self, slot: u16, request: &Request) -> u64 {
+        // Linux counts in steps of two.
+        self.unique += 2;
+        let unique = self.unique;
         let (memory, layout) = (&*self.memory, self.layout);
         let argument_length = request.arguments.len() as u32;
         let header = InHeader {
@@ -97,8 +103,6 @@ impl Queue {
         };
         memory.put(layout.request(slot), &header);
         memory.write(layout.arguments(slot), &request.arguments);
-        // An answer that was there before must not pass for one.
-        memory.put(layout.reply(slot), &OutHeader { len: 0, error: i32::MIN, unique: 0 });
 
         let table = layout.indirect(slot);
         let mut count = 0;
@@ -130,6 +134,7 @@ impl Queue {
             next: 0,
         };
         memory.put(layout.table() + DESCRIPTOR * usize::from(slot), &indirect);
+        unique
     }
 
     /// Spoils what is where the reply to `request` goes, so that what was there before cannot pass for an answer.
@@ -203,8 +208,8 @@ impl Queue {
     }
 
     /// Sends one request from slot 0 of a queue that is otherwise empty, and waits for the reply's header.
-    pub fn exchange(&mut self, unique: u64, request: &Request) -> Result<OutHeader> {
-        self.put(0, unique, request);
+    pub fn exchange(&mut self, request: &Request) -> Result<OutHeader> {
+        let unique = self.put(0, request);
         self.offer(0);
         self.publish()?;
         let used = loop {

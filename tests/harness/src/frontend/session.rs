@@ -17,7 +17,6 @@ pub const ROOT: u64 = 1;
 pub struct Session {
     /// The queue.
     pub queue: Queue,
-    unique: u64,
     /// Requests that were sent.
     pub messages: u64,
     no_open: bool,
@@ -47,18 +46,15 @@ pub struct Entry {
 impl Session {
     /// Mounts: sends INIT.
     pub fn mount(queue: Queue) -> Result<Self> {
-        let mut session =
-            Self { queue, unique: 0, messages: 0, no_open: false, no_opendir: false, no_flush: false };
+        let mut session = Self { queue, messages: 0, no_open: false, no_opendir: false, no_flush: false };
         session.must(&Request::init()).context("INIT failed")?;
         Ok(session)
     }
 
     /// Sends a request and waits for the reply, whose header is returned.
     pub fn send(&mut self, request: &Request) -> Result<OutHeader> {
-        // Linux counts in steps of two.
-        self.unique += 2;
         self.messages += 1;
-        self.queue.exchange(self.unique, request).with_context(|| format!("{:?} failed", request.opcode))
+        self.queue.exchange(request).with_context(|| format!("{:?} failed", request.opcode))
     }
 
     /// Sends a request that succeeds.

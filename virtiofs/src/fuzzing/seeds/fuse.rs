@@ -55,7 +55,8 @@ impl Nodes {
             let Some(crate::index::Node::Inode { entry, inode, .. }) = tree.node(id) else {
                 panic!("{parent}")
             };
-            entry.node(entry.manifest.lookup(inode, name.as_bytes()).unwrap()).unwrap().id().to_wire()
+            let (number, _) = entry.manifest.lookup(inode, name.as_bytes()).unwrap().unwrap();
+            entry.node(number).unwrap().id().to_wire()
         };
         let top = tree.lookup(path(1, "tree").base_name().as_bytes()).unwrap().id().to_wire();
         let bin = find(top, "bin");

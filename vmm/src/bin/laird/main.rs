@@ -5,7 +5,7 @@ use clap::Parser;
 use lair_vmm::{
     api,
     fleet::{self, Loaded, limits::HostFacts},
-    host::{facts, process},
+    host::{Host, facts, process, tools::Tools},
     state::{dirs::Dirs, lock},
     supervisor::Supervisor,
 };
@@ -19,16 +19,18 @@ use tokio::{
 ///
 /// It may be killed and started again at any moment: VMs, their builds and their links go on without it, and it finds them
 /// again. SIGTERM ends it alone; `vmctl stop` ends VMs.
+///
+/// It logs to stderr; LAIR_LOG says how much: error, warn, info (the default), debug.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 struct Arguments {
-    /// The fleet file, JSON or TOML [default: /etc/lair/fleet.json as root, otherwise lair/fleet.json below $XDG_CONFIG_HOME]
+    /// The fleet file, JSON or TOML [default: /etc/lair/fleet.json as root, otherwise lair/fleet.json below $XDG_CONFIG_HOME or ~/.config]
     #[arg(long, value_name = "FILE")]
     fleet: Option<PathBuf>,
-    /// Where volumes, views and logs are kept [default: /var/lib/lair as root, otherwise lair below $XDG_STATE_HOME]
+    /// Where volumes, views and logs are kept [default: /var/lib/lair as root, otherwise lair below $XDG_STATE_HOME or ~/.local/state]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Where sockets are [default: /run/lair as root, otherwise lair below $XDG_RUNTIME_DIR]
+    /// Where sockets are [default: /run/lair as root, otherwise lair below $XDG_RUNTIME_DIR, or /tmp/lair-UID]
     #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
 }
@@ -54,33 +56,29 @@ fn run(arguments: Arguments) -> Result<()> {
         run: absolute(arguments.run_dir.unwrap_or_else(Dirs::default_run))?,
     };
     let fleet_file = absolute(arguments.fleet.unwrap_or_else(Dirs::default_fleet))?;
-    let host = HostFacts::read().context("Cannot read how much memory the host has")?;
-    let loaded = fleet::load_file(&fleet_file, &host)?;
-    let engine = facts::engine(loaded.fleet.host.accel)?;
+    let facts = HostFacts::read().context("Cannot read how much memory the host has")?;
+    let loaded = fleet::load_file(&fleet_file, &facts)?;
+    let engine = facts::engine(loaded.fleet.host.accel)
+        .with_context(|| format!("{} has host.accel = \"kvm\"", fleet_file.display()))?;
     if engine == facts::Engine::Tcg {
         tracing::warn!("no KVM: guests run under emulation, many times slower");
     }
+    let boot_id = process::boot_id().context("Cannot read the boot id")?;
+    let host = Host { facts, engine, tools: Tools::of_this_process(), boot_id };
     dirs.create()?;
     let _lock = lock::lock(&dirs.run)?;
     // One thread suffices: laird is in no data path, and what blocks runs on threads of its own.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?
-        .block_on(serve(dirs, engine, host, fleet_file, loaded))
+        .block_on(serve(dirs, host, fleet_file, loaded))
 }
 
-async fn serve(
-    dirs: Dirs,
-    engine: facts::Engine,
-    host: HostFacts,
-    fleet_file: PathBuf,
-    loaded: Loaded,
-) -> Result<()> {
+async fn serve(dirs: Dirs, host: Host, fleet_file: PathBuf, loaded: Loaded) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let listener = listen(&dirs)?;
-    let boot_id = process::boot_id().context("Cannot read the boot id")?;
-    let supervisor = Supervisor::start(dirs, engine, host, boot_id, fleet_file, loaded).await;
+    let supervisor = Supervisor::start(dirs, host, fleet_file, loaded).await;
     // Not an error where no systemd waits for it.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!("ready");

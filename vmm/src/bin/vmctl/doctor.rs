@@ -6,14 +6,31 @@ use crate::{
     output::{print_table, state_cell, table},
     status,
 };
-use comfy_table::Cell;
-use lair_vmm::{host::facts, host::tools, state::dirs};
+use comfy_table::{Cell, Table};
+use lair_vmm::{
+    fleet::limits::HostFacts,
+    host::{
+        facts::{self, NoKvm},
+        tools::{self, Tools},
+    },
+    state::dirs,
+};
 use serde::Serialize;
-use std::{path::Path, process::ExitCode};
+use std::{io, process::ExitCode};
+
+/// What is looked at.
+struct Seen {
+    tools: Tools,
+    kvm: Result<(), NoKvm>,
+    facts: io::Result<HostFacts>,
+    root: bool,
+    /// What `cgroup.controllers` of the host's topmost cgroup lists.
+    controllers: String,
+}
 
 #[derive(Debug, Serialize)]
 struct Point {
-    point: String,
+    point: &'static str,
     verdict: Verdict,
     finding: String,
 }
@@ -29,66 +46,69 @@ enum Verdict {
 }
 
 pub(crate) fn run(context: &Context) -> Result<ExitCode, CommandError> {
-    let points = points();
+    let points = points(&Seen {
+        tools: Tools::of_this_process(),
+        kvm: facts::kvm(),
+        facts: HostFacts::read(),
+        root: dirs::is_root(),
+        controllers: std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default(),
+    });
     if context.json {
         status::print_json(&points)?;
     } else {
-        print(&points)?;
+        print_table(&shown(&points))?;
     }
     let works = points.iter().all(|point| point.verdict != Verdict::Missing);
     Ok(if works { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
 
-fn points() -> Vec<Point> {
-    let mut points: Vec<_> = tools::ALL
-        .into_iter()
-        .map(|tool| match tools::find(tool) {
-            Ok(path) => ok(tool.name, path.display().to_string()),
-            Err(missing) => point(tool.name, Verdict::Missing, missing.to_string()),
-        })
-        .collect();
-    points.push(match facts::kvm() {
-        Ok(()) => ok("kvm", "guests run on the processor".into()),
-        Err(reason) => point("kvm", Verdict::Note, format!("{reason}. Guests run under emulation")),
+fn points(seen: &Seen) -> Vec<Point> {
+    let point = |point, verdict, finding| Point { point, verdict, finding };
+    let tool = |tool: tools::Tool| match seen.tools.find(tool) {
+        Ok(path) => point(tool.name, Verdict::Ok, path.display().to_string()),
+        Err(_) => point(tool.name, Verdict::Missing, tool.source.into()),
+    };
+    let mut points: Vec<_> = tools::ALL.into_iter().map(tool).collect();
+    points.push(match &seen.kvm {
+        Ok(()) => point("kvm", Verdict::Ok, "guests run on the processor".into()),
+        Err(reason) => {
+            let less = "Until then guests run under emulation, many times slower";
+            point("kvm", Verdict::Note, format!("{reason}. {less}"))
+        }
     });
-    points.push(if dirs::is_root() {
-        ok("user", "root".into())
+    points.push(match &seen.facts {
+        Ok(facts) => {
+            let (budget, reserve) = (facts.budget(), facts.reserve());
+            point(
+                "memory",
+                Verdict::Ok,
+                format!("{budget} for VMs; the host keeps {reserve} of {}", facts.memory),
+            )
+        }
+        Err(error) => point("memory", Verdict::Missing, format!("cannot be read: {error}")),
+    });
+    points.push(if seen.root {
+        point("user", Verdict::Ok, "root".into())
     } else {
-        point(
-            "user",
-            Verdict::Note,
-            "not root: all processes share this user's uid; no VFIO, no limits".into(),
-        )
+        let finding = "not root: all processes share this user's uid; no VFIO, no limits";
+        point("user", Verdict::Note, finding.into())
     });
-    points.push(cgroups());
+    points.push(point("cgroups", Verdict::Note, cgroups(&seen.controllers)));
     points
 }
 
-fn cgroups() -> Point {
-    let controllers =
-        std::fs::read_to_string(Path::new("/sys/fs/cgroup/cgroup.controllers")).unwrap_or_default();
-    let wanted = ["cpu", "io", "memory", "pids"];
-    let missing: Vec<_> = wanted
-        .into_iter()
-        .filter(|wanted| !controllers.split_ascii_whitespace().any(|c| c == *wanted))
-        .collect();
-    let finding = if missing.is_empty() {
+fn cgroups(controllers: &str) -> String {
+    let there = |wanted: &&str| controllers.split_ascii_whitespace().any(|controller| controller == *wanted);
+    let missing: Vec<_> =
+        ["cpu", "io", "memory", "pids"].into_iter().filter(|wanted| !there(wanted)).collect();
+    if missing.is_empty() {
         "cgroup v2 has all controllers; this release does not use them yet: limits are not enforced".into()
     } else {
         format!("cgroup v2 lacks {}: limits are not enforced", missing.join(", "))
-    };
-    point("cgroups", Verdict::Note, finding)
+    }
 }
 
-fn ok(name: &str, finding: String) -> Point {
-    point(name, Verdict::Ok, finding)
-}
-
-fn point(name: &str, verdict: Verdict, finding: String) -> Point {
-    Point { point: name.into(), verdict, finding }
-}
-
-fn print(points: &[Point]) -> Result<(), CommandError> {
+fn shown(points: &[Point]) -> Table {
     let mut rows = table(&["POINT", "VERDICT", "FINDING"]);
     for point in points {
         let (word, colour) = match point.verdict {
@@ -96,7 +116,43 @@ fn print(points: &[Point]) -> Result<(), CommandError> {
             Verdict::Note => ("note", "booting"),
             Verdict::Missing => ("missing", "failed"),
         };
-        rows.add_row(vec![Cell::new(&point.point), state_cell(colour, word), Cell::new(&point.finding)]);
+        rows.add_row(vec![Cell::new(point.point), state_cell(colour, word), Cell::new(&point.finding)]);
     }
-    Ok(print_table(&rows)?)
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lair_vmm::fleet::units::Size;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn hv1_a_bare_host_and_an_equipped_one() {
+        let facts = || Ok(HostFacts { cpus: 8, memory: Size(32 << 30) });
+        let bare = Seen {
+            tools: Tools { directories: vec![] },
+            kvm: Err(NoKvm::Missing),
+            facts: facts(),
+            root: false,
+            controllers: "cpuset memory\n".into(),
+        };
+        insta::assert_snapshot!(shown(&points(&bare)).trim_fmt());
+        let directory = tempfile::tempdir().unwrap();
+        for tool in tools::ALL {
+            let file = directory.path().join(tool.name);
+            std::fs::write(&file, "").unwrap();
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let equipped = Seen {
+            tools: Tools { directories: vec![directory.path().into()] },
+            kvm: Ok(()),
+            facts: facts(),
+            root: true,
+            controllers: "cpuset cpu io memory hugetlb pids rdma misc\n".into(),
+        };
+        let points = points(&equipped);
+        insta::assert_json_snapshot!(points.last().unwrap());
+        assert!(points.iter().all(|point| point.verdict != Verdict::Missing));
+    }
 }

@@ -13,7 +13,7 @@ const FAILED: u8 = 125;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Set a variable for the command
+    /// Set a variable for the command; may be given several times
     #[arg(short, long = "env", value_name = "NAME=VALUE", value_parser = variable)]
     environment: Vec<(String, String)>,
     /// The VM

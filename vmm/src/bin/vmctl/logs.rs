@@ -6,7 +6,7 @@ use std::{io::Write, process::ExitCode};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Go on with what comes
+    /// Go on with what comes, until interrupted
     #[arg(short, long)]
     follow: bool,
     /// Print what the guest wrote as it is, escape sequences included

@@ -21,6 +21,9 @@ use error::CommandError;
 use lair_vmm::{api::client::Client, state::dirs::Dirs};
 use std::{path::PathBuf, process::ExitCode};
 
+/// The heading of the options that all verbs take.
+const EVERY_VERB: &str = "Options of every verb";
+
 /// Operates the microVMs of a Lair host.
 ///
 /// Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 not permitted, 4 no such thing, 5 timed out.
@@ -28,11 +31,19 @@ use std::{path::PathBuf, process::ExitCode};
 #[derive(Debug, Parser)]
 #[command(name = "vmctl", version, max_term_width = 100)]
 pub(crate) struct Arguments {
-    /// The socket of laird [default: laird.sock in /run/lair as root, otherwise in lair below $XDG_RUNTIME_DIR]
-    #[arg(long, value_name = "PATH", env = "LAIR_SOCKET", hide_env_values = true, global = true)]
+    /// The socket of laird [default: /run/lair/laird.sock as root, otherwise lair/laird.sock below $XDG_RUNTIME_DIR, or
+    /// /tmp/lair-UID/laird.sock where that is not set]
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "LAIR_SOCKET",
+        hide_env_values = true,
+        global = true,
+        help_heading = EVERY_VERB
+    )]
     socket: Option<PathBuf>,
-    /// Print JSON: one document, with stable field names
-    #[arg(long, global = true)]
+    /// Print one JSON document with stable field names (status, apply, check, doctor)
+    #[arg(long, global = true, help_heading = EVERY_VERB)]
     json: bool,
     #[command(subcommand)]
     verb: Verb,
@@ -41,26 +52,56 @@ pub(crate) struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Show the VMs, or one VM with its processes and links
+    ///
+    /// A VM is `stopped`, `starting`, `booting` (the guest runs, its services are not up), `ready`, `stopping`, `cleaning` (what is left
+    /// of it is being removed), `failed` (it is down and should not be; the reason is below the table) or `quarantined` (an operator
+    /// has to look). A `*` behind it: the fleet file has changed, and it follows when it is stopped and started.
+    ///
+    /// In LINKS, `NAME>` is a link by which the VM connects, `>NAME` one by which it is reached.
     Status(status::Arguments),
     /// Start VMs
+    ///
+    /// A start is refused where the host has not enough memory left, where a program is missing, and where the VM is up already. It
+    /// returns once the start is taken; whether the guest becomes ready shows in `vmctl status`, or with --wait.
     Start(start::Arguments),
     /// Stop VMs: ask the guest, then press its power button, then end the hypervisor
+    ///
+    /// The guest's agent has 20 s to power off, the power button 5 s, the hypervisor 10 s to end; then it is killed. It returns once the
+    /// stop is taken, or with --wait when the VM is down.
     Stop(stop::Arguments),
     /// Print a VM's console log
+    ///
+    /// It is kept over starts and stops; what was written before its last rotation comes first. Control characters of the guest
+    /// are shown as `\x1b`.
     Logs(logs::Arguments),
     /// Run a command in a VM
+    ///
+    /// Standard input, output and error are the command's; there is no terminal. The exit status is the command's own, 128 and the
+    /// number of the signal that killed it, or 125 where Lair failed.
     Exec(exec::Arguments),
     /// Connect standard input and output to a vsock port of a VM
     Connect(connect::Arguments),
     /// Make a fleet file the fleet: new VMs start, removed VMs stop, links change at once
+    ///
+    /// A VM that is otherwise changed runs on as it is, and follows when it is stopped and started; `vmctl status` marks it. All is
+    /// checked first, as by `vmctl check`: a file with a problem changes nothing (exit status 2).
     Apply(apply::Arguments),
-    /// Check a fleet file; needs no running laird
+    /// Check a fleet file for this host; needs no running laird
+    ///
+    /// What is wrong is told with FILE:LINE:COLUMN, its path in the file and what is allowed, and the exit status is 2. Warnings are
+    /// told as well and are no failure. Also looked at is whether the host has what the file names: stores, kernels, modules, roots,
+    /// credentials.
     Check(check::Arguments),
     /// Print the JSON Schema of the fleet file
     Schema,
     /// Check this host point by point, and say how to mend what is missing
+    ///
+    /// `note`: Lair works, with less. `missing`: VMs cannot start, and the exit status is 1. Programs are looked for beside vmctl and in
+    /// PATH; laird looks beside itself and in its own PATH.
     Doctor,
     /// Print the completions for a shell
+    ///
+    /// For bash: vmctl completions bash > ~/.local/share/bash-completion/completions/vmctl
     Completions(completions::Arguments),
 }
 
@@ -117,9 +158,26 @@ mod tests {
     use super::*;
     use clap::CommandFactory;
 
+    /// As wide on every terminal.
+    fn command() -> clap::Command {
+        Arguments::command().term_width(100)
+    }
+
     #[test]
     fn help() {
-        insta::assert_snapshot!(Arguments::command().render_long_help());
+        insta::assert_snapshot!(command().render_long_help());
+    }
+
+    #[test]
+    fn help_of_each_verb() {
+        let mut command = command();
+        // Hands the options of every verb to them.
+        command.build();
+        let helps = command.get_subcommands_mut().filter(|verb| verb.get_name() != "help").map(|verb| {
+            let name = verb.get_name().to_owned();
+            format!("=== {name}\n{}", verb.render_long_help())
+        });
+        insta::assert_snapshot!(helps.collect::<Vec<_>>().join("\n"));
     }
 
     #[test]

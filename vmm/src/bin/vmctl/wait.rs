@@ -71,10 +71,10 @@ impl Drop for Line {
 /// Options of verbs that wait.
 #[derive(Debug, clap::Args)]
 pub(crate) struct WaitArguments {
-    /// Return only when it is done
+    /// Return only when it is done, or has failed
     #[arg(long)]
     pub(crate) wait: bool,
-    /// How long to wait, in seconds; implies --wait
+    /// How long to wait, in seconds [default: 600]; then the exit status is 5. Implies --wait
     #[arg(long, value_name = "SECONDS")]
     pub(crate) timeout: Option<u64>,
 }

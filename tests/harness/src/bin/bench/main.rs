@@ -3,6 +3,7 @@
 mod backends;
 mod chart;
 mod gates;
+mod guest;
 mod measure;
 mod operation;
 mod report;
@@ -10,7 +11,6 @@ mod results;
 mod statistics;
 
 use anyhow::{Context, Result};
-use backends::Backend;
 use clap::{Parser, Subcommand};
 use lair_harness::{
     frontend::{echo, queue::Wait},
@@ -48,6 +48,12 @@ struct Virtiofs {
     /// Less of everything: for a glance, not for publishing
     #[arg(long)]
     quick: bool,
+    /// Boot no guest: only what the frontend measures
+    #[arg(long)]
+    no_guest: bool,
+    /// Only what is measured in a guest
+    #[arg(long, conflicts_with = "no_guest")]
+    only_guest: bool,
     /// Also write virtiofs.json, and charts as SVG, into this directory
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -81,20 +87,16 @@ fn virtiofs(arguments: &Virtiofs) -> Result<()> {
     } else {
         Effort { rounds: 5, seconds: 0.25, starts: 15 }
     };
-    let tree = Tree::new(SCALE);
-    let store = arguments.cache.join("store");
-    note(&format!("the store of {} inodes in {}", tree.entries.len(), store.display()));
-    let begin = Instant::now();
-    if tree.write(&store)? {
-        note(&format!("written in {:.1} s", begin.elapsed().as_secs_f64()));
-    }
-    let view = arguments.cache.join("view");
-    fs::write(&view, tree.view())?;
-    let index = arguments.cache.join("index");
-    fs::create_dir_all(&index)?;
-    let backends = backends::all(&store, &view, &index)?;
+    let mut results = Results::new(HostFacts::here(), effort);
     let directory = tempfile::Builder::new().prefix("lair-bench-").tempdir()?;
-    let results = measure(&backends, &tree, &store, directory.path(), effort)?;
+    if !arguments.only_guest {
+        frontend(&mut results, &arguments.cache, directory.path())?;
+    }
+    if !arguments.no_guest {
+        let rounds = if arguments.quick { 1 } else { 3 };
+        results.guest = Some(guest::measure(&arguments.cache, directory.path(), rounds)?);
+    }
+    results.gates = gates::gates(&results);
 
     if let Some(out) = &arguments.out {
         write_out(&results, out)?;
@@ -109,19 +111,30 @@ fn virtiofs(arguments: &Virtiofs) -> Result<()> {
     Ok(())
 }
 
-fn measure(
-    backends: &[Backend],
-    tree: &Tree,
-    store: &Path,
-    directory: &Path,
-    effort: Effort,
-) -> Result<Results> {
-    let frontend_round_trip_ns = echo::own_cost(if effort.rounds < 3 { 20_000 } else { 500_000 })?;
+/// Measures all backends through the frontend.
+fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()> {
+    let effort = results.effort;
+    let tree = Tree::new(SCALE);
+    let store = cache.join("store");
+    note(&format!("the store of {} inodes in {}", tree.entries.len(), store.display()));
+    let begin = Instant::now();
+    if tree.write(&store)? {
+        note(&format!("written in {:.1} s", begin.elapsed().as_secs_f64()));
+    }
+    let (view, index) = (cache.join("view"), cache.join("index"));
+    fs::write(&view, tree.view())?;
+    fs::create_dir_all(&index)?;
+    let backends = backends::all(&store, &view, &index)?;
+
+    (results.store_paths, results.inodes) = (tree.names.len(), tree.entries.len());
+    let count = if effort.rounds < 3 { 20_000 } else { 200_000 };
+    results.frontend_round_trip_ns = echo::own_cost(Wait::Polling, count)?;
+    results.frontend_round_trip_sleeping_ns = echo::own_cost(Wait::Sleeping, count)?;
     let mut rounds: Vec<Vec<Round>> = backends.iter().map(|_| Vec::new()).collect();
     for number in 1..=effort.rounds {
         for (backend, rounds) in backends.iter().zip(&mut rounds) {
             note(&format!("round {number} of {}: {}", effort.rounds, backend.name));
-            let round = measure::round(backend, tree, store, directory, &effort);
+            let round = measure::round(backend, &tree, &store, directory, &effort);
             rounds.push(round.with_context(|| format!("{} cannot be measured", backend.name))?);
         }
     }
@@ -132,21 +145,6 @@ fn measure(
             starts.push(measure::start(backend, directory)?);
         }
     }
-    let mut results = Results {
-        bench: "virtiofs",
-        schema: 1,
-        host: HostFacts::here(),
-        effort,
-        store_paths: tree.names.len(),
-        inodes: tree.entries.len(),
-        frontend_round_trip_ns,
-        backends: vec![],
-        latency: vec![],
-        throughput: vec![],
-        sequential: vec![],
-        whole: vec![],
-        gates: vec![],
-    };
     for ((backend, rounds), starts) in backends.iter().zip(&rounds).zip(starts) {
         note(&format!("{}: memory after a walk, then idle", backend.name));
         let (inodes_walked, memory) = measure::memory(backend, directory)?;
@@ -164,15 +162,17 @@ fn measure(
             paced_cpu_ns: median(rounds.iter().map(|round| round.paced_cpu).collect()),
         });
     }
-    results.gates = gates::gates(&results);
-    Ok(results)
+    Ok(())
 }
 
 fn write_out(results: &Results, out: &Path) -> Result<()> {
     fs::create_dir_all(out).with_context(|| format!("Cannot make {}", out.display()))?;
     fs::write(out.join("virtiofs.json"), serde_json::to_string_pretty(results)? + "\n")?;
-    for (wait, name) in [(Wait::Polling, "polling"), (Wait::Sleeping, "sleeping")] {
-        fs::write(out.join(format!("virtiofs-{name}.svg")), chart::latency(results, wait)?)?;
+    for wait in [Wait::Polling, Wait::Sleeping] {
+        let svg = chart::latency(results, wait)?;
+        if !svg.is_empty() {
+            fs::write(out.join(format!("virtiofs-{}.svg", results::wait_key(wait))), svg)?;
+        }
     }
     Ok(())
 }

@@ -154,31 +154,32 @@ fn latency(session: &mut Session, work: &Work, server: &Server, effort: &Effort)
 fn stream(queue: &mut Queue, work: &Work, depth: u16, until: Instant) -> Result<u64> {
     let begin = Instant::now();
     let (mut sent, mut done, mut flying) = (0, 0_u64, 0_u16);
-    // The unique number of each slot's request.
-    let mut uniques = vec![0; usize::from(depth)];
-    let request = |unique: u64| &work.requests[unique as usize % work.requests.len()];
-    for slot in 0..depth {
-        (sent, flying) = (sent + 1, flying + 1);
-        uniques[usize::from(slot)] = sent;
-        queue.put(slot, sent, request(sent));
-        queue.offer(slot);
+    // Each slot's request, and its unique number.
+    let mut slots = vec![(&work.requests[0], 0); usize::from(depth)];
+    let mut send = |queue: &mut Queue, slot: &mut (_, u64), number| {
+        let request = &work.requests[sent % work.requests.len()];
+        *slot = (request, queue.put(number, request));
+        queue.offer(number);
+        sent += 1;
+    };
+    for (slot, number) in slots.iter_mut().zip(0..) {
+        send(queue, slot, number);
+        flying += 1;
     }
     queue.publish()?;
     while flying > 0 {
         queue.wait()?;
         let go_on = Instant::now() < until;
         while let Some(used) = queue.take() {
-            let slot = queue.slot(&used)?;
-            let unique = *uniques.get(usize::from(slot)).context("An unknown slot was answered")?;
-            let header = queue.header(&used, unique)?;
-            work.check(request(unique), &header, || queue.body(slot))?;
+            let number = queue.slot(&used)?;
+            let slot = slots.get_mut(usize::from(number)).context("An unknown slot was answered")?;
+            let header = queue.header(&used, slot.1)?;
+            work.check(slot.0, &header, || queue.body(number))?;
             flying -= 1;
             done += 1;
             if go_on {
-                (sent, flying) = (sent + 1, flying + 1);
-                uniques[usize::from(slot)] = sent;
-                queue.put(slot, sent, request(sent));
-                queue.offer(slot);
+                send(queue, slot, number);
+                flying += 1;
             }
         }
         queue.publish()?;

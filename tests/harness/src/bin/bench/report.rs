@@ -2,6 +2,7 @@
 
 use crate::{
     backends::{BEST, DEFAULT, OURS},
+    guest::{Before, COMMANDS, Guest, WAYS},
     measure::{DEPTH_OF_MANY, DEPTHS, IN_NUMBERS, PACE, QUEUES},
     operation::Operation,
     results::{LatencyRow, Results, wait_key},
@@ -23,40 +24,56 @@ fn table(heads: &[&str]) -> Table {
 
 /// All tables.
 pub(crate) fn tables(results: &Results) -> String {
-    let mut text = String::new();
-    // Writing to a string cannot fail.
-    let _ = writeln!(
-        text,
-        "{} store paths, {} inodes, on {} processors ({}), Linux {}",
+    let host = &results.host;
+    let mut text = format!("{} processors ({}), Linux {}\n", host.processors, host.processor, host.kernel);
+    if !results.latency.is_empty() {
+        text += &frontend(results);
+    }
+    if let Some(guest) = &results.guest {
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "\nIn a guest ({}, Linux {}), {} store paths, {} inodes:\nseconds (requests; for EROFS, reads of the disk)",
+            guest.engine, guest.kernel, guest.store_paths, guest.inodes
+        );
+        let _ = writeln!(text, "{}", commands(guest));
+        let differ = guest.rows.iter().filter(|row| !row.counts_agree()).count();
+        let _ = match differ {
+            0 => writeln!(text, "lair-virtiofs has counted the same requests as the guest's kernel."),
+            _ => writeln!(
+                text,
+                "lair-virtiofs has counted other requests than the guest's kernel in {differ} rows."
+            ),
+        };
+    }
+    let _ = write!(text, "\nGates\n{}", gates(results));
+    text
+}
+
+fn frontend(results: &Results) -> String {
+    let mut text = format!(
+        "{} store paths, {} inodes; medians of {} rounds\n\
+         A round trip of the frontend alone: {:.2} us polling, {:.2} us sleeping\n",
         results.store_paths,
         results.inodes,
-        results.host.processors,
-        results.host.processor,
-        results.host.kernel
-    );
-    let _ = writeln!(
-        text,
-        "Medians of {} rounds. A round trip of the frontend alone: {:.2} us",
         results.effort.rounds,
-        us(results.frontend_round_trip_ns)
+        us(results.frontend_round_trip_ns),
+        us(results.frontend_round_trip_sleeping_ns)
     );
     for backend in &results.backends {
         text += &folded(&format!("{}: {}", backend.name, backend.command));
     }
+    let mut add = |title: &str, table: Table| {
+        let _ = writeln!(text, "\n{title}\n{table}");
+    };
     for wait in [Wait::Polling, Wait::Sleeping] {
-        let _ = writeln!(text, "\nOne at a time, frontend {}: us, median (99th percentile)", wait_key(wait));
-        let _ = writeln!(text, "{}", latency(results, wait));
+        let title = format!("One at a time, frontend {}: us, median (99th percentile)", wait_key(wait));
+        add(&title, latency(results, wait));
     }
-    let _ = writeln!(text, "\nCPU time of the backend: us for one operation");
-    let _ = writeln!(text, "{}", cpu(results));
-    let _ = writeln!(text, "\nMany in flight: thousand requests each second");
-    let _ = writeln!(text, "{}", throughput(results));
-    let _ = writeln!(text, "\nA file of 64 MiB from its beginning to its end, 1 MiB at a time: GB/s");
-    let _ = writeln!(text, "{}", sequential(results));
-    let _ = writeln!(text, "\nThe backend as a whole");
-    let _ = writeln!(text, "{}", whole(results));
-    let _ = writeln!(text, "\nGates");
-    let _ = write!(text, "{}", gates(results));
+    add("CPU time of the backend: us for one operation", cpu(results));
+    add("Many in flight: thousand requests each second", throughput(results));
+    add("A file of 64 MiB from its beginning to its end, 1 MiB at a time: GB/s", sequential(results));
+    add("The backend as a whole", whole(results));
     text
 }
 
@@ -205,6 +222,26 @@ fn whole(results: &Results) -> Table {
         let mut cells = vec![title.to_owned()];
         cells.extend(BACKENDS.map(|backend| results.of(backend).map_or("-".into(), value)));
         table.add_row(cells);
+    }
+    table
+}
+
+fn commands(guest: &Guest) -> Table {
+    let mut table = table(&["COMMAND", "VIRTIOFSD", "VIRTIOFSD-TUNED", "LAIR-VIRTIOFS", "EROFS"]);
+    for command in &COMMANDS {
+        for (before, word) in [(Before::Cold, "cold"), (Before::Warm, "again")] {
+            let mut cells = vec![format!("{}, {word}", command.key.replace('_', " "))];
+            cells.extend(WAYS.map(|way| {
+                let row = guest
+                    .rows
+                    .iter()
+                    .find(|row| (row.command, row.before, row.way) == (command.key, before, way));
+                row.map_or("-".into(), |row| {
+                    format!("{:.2} ({})", row.microseconds as f64 / 1e6, row.requests)
+                })
+            }));
+            table.add_row(cells);
+        }
     }
     table
 }

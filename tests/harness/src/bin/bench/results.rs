@@ -3,6 +3,7 @@
 use crate::{
     backends::Backend,
     gates::Gate,
+    guest::Guest,
     measure::{DEPTH_OF_MANY, DEPTHS, Effort, IN_NUMBERS, QUEUES, Round},
     operation::Operation,
     statistics::median,
@@ -21,11 +22,15 @@ pub(crate) struct Results {
     pub(crate) inodes: usize,
     /// A round trip to a device that does nothing.
     pub(crate) frontend_round_trip_ns: u64,
+    /// The same with a frontend that sleeps until the interrupt.
+    pub(crate) frontend_round_trip_sleeping_ns: u64,
     pub(crate) backends: Vec<BackendFacts>,
     pub(crate) latency: Vec<LatencyRow>,
     pub(crate) throughput: Vec<ThroughputRow>,
     pub(crate) sequential: Vec<SequentialRow>,
     pub(crate) whole: Vec<WholeRow>,
+    /// Unless it was left out.
+    pub(crate) guest: Option<Guest>,
     pub(crate) gates: Vec<Gate>,
 }
 
@@ -184,6 +189,27 @@ impl HostFacts {
 }
 
 impl Results {
+    /// Nothing yet.
+    pub(crate) fn new(host: HostFacts, effort: Effort) -> Self {
+        Self {
+            bench: "virtiofs",
+            schema: 1,
+            host,
+            effort,
+            store_paths: 0,
+            inodes: 0,
+            frontend_round_trip_ns: 0,
+            frontend_round_trip_sleeping_ns: 0,
+            backends: vec![],
+            latency: vec![],
+            throughput: vec![],
+            sequential: vec![],
+            whole: vec![],
+            guest: None,
+            gates: vec![],
+        }
+    }
+
     /// A latency row.
     pub(crate) fn row(&self, operation: Operation, wait: Wait, backend: &str) -> Option<&LatencyRow> {
         self.latency
@@ -231,21 +257,14 @@ pub(crate) fn sample() -> Results {
         idle_cpu_ns: 0,
         paced_cpu_ns: 10_000,
     };
-    let mut results = Results {
-        bench: "virtiofs",
-        schema: 1,
-        host: HostFacts { processor: "a processor".into(), processors: 2, kernel: "6.12".into() },
-        effort: Effort { rounds: 5, seconds: 0.25, starts: 15 },
-        store_paths: 10,
-        inodes: 1000,
-        frontend_round_trip_ns: 120,
-        backends: backends.map(|name| BackendFacts { name, command: format!("{name} --option") }).into(),
-        latency: vec![],
-        throughput: vec![],
-        sequential: vec![],
-        whole: backends.map(whole).into(),
-        gates: vec![],
-    };
+    let effort = Effort { rounds: 5, seconds: 0.25, starts: 15 };
+    let host = HostFacts { processor: "a processor".into(), processors: 2, kernel: "6.12".into() };
+    let mut results = Results::new(host, effort);
+    (results.store_paths, results.inodes) = (10, 1000);
+    (results.frontend_round_trip_ns, results.frontend_round_trip_sleeping_ns) = (120, 1_200);
+    results.backends = backends.map(|name| BackendFacts { name, command: format!("{name} --option") }).into();
+    results.whole = backends.map(whole).into();
+    results.guest = Some(crate::guest::example());
     for backend in backends {
         results.sequential.extend(both().map(|wait| sequential(backend, wait)));
         for operation in Operation::ALL {
