@@ -2,7 +2,8 @@
 
 use super::{
     Config, QUEUE_SIZE_MAX, Service,
-    queue::{Memory, Queue, State, Vring},
+    queue::{Memory, Queue, State},
+    vring::Vring,
 };
 use crate::{fuse::Session, sandbox::restrict_worker, stats::Requests};
 use std::{

@@ -2,8 +2,9 @@
 
 use super::{
     Config, ServeError, Service,
-    queue::{Queue, State, Vring},
+    queue::{Queue, State},
     serve,
+    vring::Vring,
 };
 use crate::fuse::Session;
 use std::{

@@ -16,6 +16,7 @@ mod queue;
 mod ring;
 mod serve;
 mod spin;
+mod vring;
 
 pub use config::{Config, ConfigError};
 pub use serve::{ServeError, serve};

@@ -12,9 +12,10 @@ use super::{
     chain::{Chain, ChainError},
     ring::{Ring, RingError},
     spin::{Pace, WINDOW},
+    vring::Vring,
 };
 use crate::{
-    buffers, fd,
+    buffers,
     files::Read,
     fuse::{FileRead, Opcode, Outcome, Request, Session},
     stats::Requests,
@@ -31,12 +32,11 @@ use std::{
 };
 use thiserror::Error;
 use tracing::warn;
-use vhost_user_backend::{VringMutex, VringState, VringT};
+use vhost_user_backend::{VringState, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
-pub(super) type Vring = VringMutex<Memory>;
 
 /// The most of a request that is copied. What is served is far shorter; a long WRITE is refused by its header.
 const REQUEST_MAX: usize = 8 << 10;
@@ -241,8 +241,6 @@ impl Queue {
         if !runs(&vring) {
             return Ok(false);
         }
-        // The descriptor is the hypervisor's; a blocking one could hold the worker, and with it the connection.
-        vring.get_kick().iter().for_each(fd::set_nonblocking);
         let queue = vring.get_queue_mut();
         let used = queue.next_used();
         queue.set_next_avail(used);
@@ -251,7 +249,7 @@ impl Queue {
         state.vring = Some(place.clone());
         state.forget();
         // What was published before may never have been told.
-        interrupt(&vring);
+        let _ = vring.signal_used_queue();
         Ok(true)
     }
 
@@ -383,7 +381,8 @@ impl Queue {
         queue.set_next_used(to);
         queue.set_next_avail(to);
         if ring.wants_interrupt(from, to)? {
-            interrupt(vring);
+            // A full eventfd has told the guest already.
+            let _ = vring.signal_used_queue();
         }
         Ok(())
     }
@@ -530,13 +529,6 @@ impl State {
             head => Err(Broken::Head { head, size }),
         }
     }
-}
-
-/// The hypervisor may replace the descriptor at any time, so each time it is made one that cannot hold the worker.
-fn interrupt(state: &VringState<Memory>) {
-    state.get_call().iter().for_each(fd::set_nonblocking);
-    // A full eventfd has told the guest already.
-    let _ = state.signal_used_queue();
 }
 
 fn runs(state: &VringState<Memory>) -> bool {

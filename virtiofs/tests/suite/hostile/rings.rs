@@ -13,24 +13,29 @@ fn vu5_ring_sizes() {
     serves(&program);
 }
 
-/// The library takes a size that is no power of two for none, and keeps the one before.
+/// The library takes a size that is no power of two for none, and keeps the one before. So the ring gets no place.
 #[test]
-fn vu5_a_size_that_is_no_power_of_two_changes_nothing() {
+fn vu5_sizes_that_are_no_powers_of_two() {
     let (_fixture, program) = start();
-    let mut guest = Guest::new();
+    let guest = Guest::new();
+    for size in [3, 63, 65, 100, 1000, 1023] {
+        let connection = Connection::bare(&program.socket, &guest);
+        connection.vhost.set_vring_num(REQUEST, size).unwrap();
+        assert!(
+            connection.vhost.set_vring_addr(REQUEST, &Connection::addresses(&guest, REQUEST)).is_err(),
+            "{size}"
+        );
+    }
+    // One that follows is taken.
+    let mut guest = guest;
     let mut connection = Connection::bare(&program.socket, &guest);
     for queue in [HIPRIO, REQUEST] {
+        connection.vhost.set_vring_num(queue, 100).unwrap();
         connection.set_up(&guest, queue, 0);
-        for size in [3, 63, 65, 100, 1000, 1023] {
-            connection.vhost.set_vring_num(queue, size).unwrap();
-        }
         connection.vhost.set_vring_enable(queue, true).unwrap();
     }
     connection.init(&mut guest);
-    // More than once round the ring.
-    for _ in 0..SIZE {
-        check(&connection, &mut guest);
-    }
+    check(&connection, &mut guest);
 }
 
 /// Of another size, the queue is somebody else's memory.
@@ -369,4 +374,28 @@ fn vu15_reset_owner_under_load_loses_nothing() {
     check(&connection, &mut guest);
     drop(connection);
     serves(&program);
+}
+
+/// A worker that has just been woken by the old descriptor finds a new one, on which there is no kick.
+#[test]
+fn vu15_kicks_beside_restarts() {
+    let (_fixture, mut program, mut guest, mut connection) = connected();
+    getattr(&guest, REQUEST);
+    let connections = program.stat("lair_virtiofs_connections_total");
+    for round in 0..2000 {
+        guest.offer(REQUEST, 0);
+        let kick = connection.kick_of(REQUEST);
+        std::thread::scope(|scope| {
+            scope.spawn(|| (0..20).for_each(|_| kick.write(1).unwrap()));
+            let base = connection.vhost.get_vring_base(REQUEST).unwrap();
+            connection.set_up(&guest, REQUEST, base as u16);
+        });
+        wait_for(&format!("the reply of round {round}"), || {
+            guest.used_index(REQUEST) == guest.offered(REQUEST)
+        });
+        assert_eq!(guest.take_used(REQUEST).len(), 1, "round {round}");
+    }
+    assert!(program.is_running());
+    check(&connection, &mut guest);
+    assert_eq!(program.stat("lair_virtiofs_connections_total"), connections);
 }
