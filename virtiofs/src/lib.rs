@@ -11,6 +11,9 @@ pub mod error;
 pub mod fd;
 pub mod files;
 pub mod fuse;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod index;
 pub mod sandbox;
 pub mod stats;

@@ -12,6 +12,8 @@
 mod build;
 mod bytes;
 mod directory;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzzing;
 mod inode;
 mod load;
 mod manifest;

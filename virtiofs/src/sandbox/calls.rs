@@ -91,6 +91,12 @@ const TIMEOUTS: &[&[Argument]] = &[
     &[Is(1, libc::SOL_SOCKET as u32), Is(2, libc::SO_SNDTIMEO as u32)],
 ];
 
+/// For getsockopt: whether a descriptor is a unix socket, which the vhost-user library asks of one for messages of ours.
+const KIND_OF_SOCKET: &[&[Argument]] = &[
+    &[Is(1, libc::SOL_SOCKET as u32), Is(2, libc::SO_DOMAIN as u32)],
+    &[Is(1, libc::SOL_SOCKET as u32), Is(2, libc::SO_TYPE as u32)],
+];
+
 /// What other threads need besides: those that accept connections, talk to the hypervisor, start workers, answer on the control
 /// socket.
 pub(super) const OTHERS: &[Call] = &[
@@ -101,6 +107,7 @@ pub(super) const OTHERS: &[Call] = &[
     (libc::SYS_sendmsg, ANY),
     (libc::SYS_sendto, ANY),
     (libc::SYS_setsockopt, TIMEOUTS),
+    (libc::SYS_getsockopt, KIND_OF_SOCKET),
     #[cfg(target_arch = "x86_64")]
     (libc::SYS_poll, ANY),
     (libc::SYS_ppoll, ANY),

@@ -2,7 +2,8 @@
 
 use super::{
     Config, QUEUE_SIZE_MAX, Service,
-    queue::{Memory, Queue, State, Vring},
+    queue::{Memory, Queue, State},
+    vring::Vring,
 };
 use crate::{fuse::Session, sandbox::restrict_worker, stats::Requests};
 use std::{
@@ -39,6 +40,9 @@ pub(super) struct Device {
     /// The reading ends of the exit events. The library forgets them without closing them.
     exits: Mutex<Vec<RawFd>>,
 }
+
+/// The most memory regions. The library tells the frontend that number, but takes any; each is a mapping and a descriptor.
+const REGIONS_MAX: usize = 509;
 
 thread_local! {
     static WORKER: RefCell<Option<WorkerGuard>> = const { RefCell::new(None) };
@@ -185,15 +189,22 @@ impl VhostUserBackend for Device {
         Err(io::ErrorKind::PermissionDenied.into())
     }
 
-    /// The device shares the library's memory, so all there is to do is to check it: nobody else looks whether the files are
-    /// as long as the regions. Beyond a file's end, an access would be the end of this process.
+    /// The device shares the library's memory, so all there is to do is to check it: nobody else looks how many regions there
+    /// are, and whether the files are as long as the regions. Beyond a file's end, an access would be the end of this process.
     fn update_memory(&self, memory: Memory) -> io::Result<()> {
-        if memory.memory().iter().all(has_whole_file) {
-            return Ok(());
-        }
+        let error = {
+            let new = memory.memory();
+            if new.num_regions() > REGIONS_MAX {
+                format!("There are more than {REGIONS_MAX} memory regions")
+            } else if !new.iter().all(has_whole_file) {
+                "A file is shorter than the memory region in it".into()
+            } else {
+                return Ok(());
+            }
+        };
         let exclusive = memory.lock().unwrap_or_else(PoisonError::into_inner);
         exclusive.replace(GuestMemoryMmap::new());
-        Err(io::Error::new(io::ErrorKind::InvalidInput, "A file is shorter than the memory region in it"))
+        Err(io::Error::new(io::ErrorKind::InvalidInput, error))
     }
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {

@@ -9,10 +9,14 @@ mod chain;
 mod cold;
 mod config;
 mod device;
+#[cfg(feature = "fuzzing")]
+#[allow(clippy::expect_used)] // As in the fuzzers.
+pub(crate) mod fuzzing;
 mod queue;
 mod ring;
 mod serve;
 mod spin;
+mod vring;
 
 pub use config::{Config, ConfigError};
 pub use serve::{ServeError, serve};

@@ -12,9 +12,10 @@ use super::{
     chain::{Chain, ChainError},
     ring::{Ring, RingError},
     spin::{Pace, WINDOW},
+    vring::Vring,
 };
 use crate::{
-    buffers, fd,
+    buffers,
     files::Read,
     fuse::{FileRead, Opcode, Outcome, Request, Session},
     stats::Requests,
@@ -31,12 +32,11 @@ use std::{
 };
 use thiserror::Error;
 use tracing::warn;
-use vhost_user_backend::{VringMutex, VringState, VringT};
+use vhost_user_backend::{VringState, VringT};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 pub(super) type Memory = GuestMemoryAtomic<GuestMemoryMmap>;
-pub(super) type Vring = VringMutex<Memory>;
 
 /// The most of a request that is copied. What is served is far shorter; a long WRITE is refused by its header.
 const REQUEST_MAX: usize = 8 << 10;
@@ -75,6 +75,8 @@ pub(super) struct Queue {
 #[derive(Default)]
 pub(super) struct State {
     phase: Phase,
+    /// Its size in descriptors, which is fixed while it runs.
+    size: u16,
     /// Counts starts and stops, so that a read that began before one is not published after it.
     epoch: u64,
     /// Requests taken and not yet published, the oldest first. Empty unless that one waits for a disk.
@@ -151,6 +153,8 @@ enum Broken {
     AvailableIndex { available: u16, next: u16, size: u16 },
     #[error("A chain begins at descriptor {head}, in a queue of {size}")]
     Head { head: u16, size: u16 },
+    #[error("The size of the queue changed from {from} to {to} while it ran")]
+    Size { from: u16, to: u16 },
     #[error(transparent)]
     Ring(#[from] RingError),
 }
@@ -237,13 +241,11 @@ impl Queue {
         if !runs(&vring) {
             return Ok(false);
         }
-        // The descriptors are the hypervisor's; a blocking one could hold the worker, and with it the connection.
-        vring.get_kick().iter().for_each(fd::set_nonblocking);
-        vring.get_call().iter().for_each(fd::set_nonblocking);
         let queue = vring.get_queue_mut();
         let used = queue.next_used();
         queue.set_next_avail(used);
         state.phase = Phase::Running;
+        state.size = queue.size();
         state.vring = Some(place.clone());
         state.forget();
         // What was published before may never have been told.
@@ -262,6 +264,7 @@ impl Queue {
         if !runs(&vring) {
             return Ok(Burst::Stopped);
         }
+        state.check_size(vring.get_queue())?;
         if !ring.is_of(&self.memory.memory(), vring.get_queue()) {
             return Ok(Burst::Moved);
         }
@@ -339,6 +342,7 @@ impl Queue {
             state.forget();
             return Ok(());
         }
+        state.check_size(vring.get_queue())?;
         let ring = Ring::new(&memory, vring.get_queue())?;
         let begin = vring.get_queue().next_used();
         let place = usize::from(index.wrapping_sub(begin));
@@ -494,6 +498,12 @@ impl State {
     fn forget(&mut self) {
         self.epoch = self.epoch.wrapping_add(1);
         self.pending.clear();
+    }
+
+    /// Whether the queue has the size that it started with.
+    fn check_size(&self, queue: &virtio_queue::Queue) -> Result<(), Broken> {
+        let (from, to) = (self.size, queue.size());
+        if from == to { Ok(()) } else { Err(Broken::Size { from, to }) }
     }
 
     /// The number of the next request to take, where `used` is the next to publish.

@@ -21,12 +21,20 @@ const USED: usize = 8;
 /// Bytes of the event index that ends both rings.
 const EVENT: usize = 2;
 
-/// A ring lies where it cannot be used: outside the guest's memory, across two regions of it, or misaligned.
+/// A ring lies where it cannot be used.
 #[derive(Debug, Error)]
-#[error("The {part} of the ring cannot be used")]
-pub(super) struct RingError {
-    part: &'static str,
-    source: vm_memory::GuestMemoryError,
+pub(super) enum RingError {
+    /// Outside the guest's memory, across two regions of it, or misaligned.
+    #[error("The {part} of the ring cannot be used")]
+    Place {
+        /// The table or one of the rings.
+        part: &'static str,
+        /// Why.
+        source: vm_memory::GuestMemoryError,
+    },
+    /// On itself.
+    #[error("The descriptor table, the available ring and the used ring overlap")]
+    Overlap,
 }
 
 /// A virtqueue in the guest's memory.
@@ -42,7 +50,7 @@ pub(super) struct Ring<'m> {
 }
 
 fn failed<E: Into<vm_memory::GuestMemoryError>>(part: &'static str) -> impl FnOnce(E) -> RingError {
-    move |source| RingError { part, source: source.into() }
+    move |source| RingError::Place { part, source: source.into() }
 }
 
 impl<'m> Ring<'m> {
@@ -54,11 +62,25 @@ impl<'m> Ring<'m> {
             mem.get_slice(GuestAddress(at), length).map_err(failed(part))
         };
         let around = HEAD.saturating_add(EVENT);
+        let descriptors = part("descriptor table", queue.desc_table(), Table::ENTRY, 0)?;
+        let available = part("available ring", queue.avail_ring(), AVAILABLE, around)?;
+        let used = part("used ring", queue.used_ring(), USED, around)?;
+        // Who does not use the event indexes may have left no room for them.
+        let event = if queue.state().event_idx_enabled { 0 } else { EVENT };
+        let lengths =
+            [descriptors.len(), available.len().saturating_sub(event), used.len().saturating_sub(event)];
+        let mut parts = places(queue).into_iter().zip(lengths);
+        while let Some((at, length)) = parts.next() {
+            let end = at.saturating_add(length as u64);
+            if parts.clone().any(|(other, length)| at < other.saturating_add(length as u64) && other < end) {
+                return Err(RingError::Overlap);
+            }
+        }
         Ok(Self {
             mem,
-            descriptors: part("descriptor table", queue.desc_table(), Table::ENTRY, 0)?,
-            available: part("available ring", queue.avail_ring(), AVAILABLE, around)?,
-            used: part("used ring", queue.used_ring(), USED, around)?,
+            descriptors,
+            available,
+            used,
             size: queue.size(),
             event_idx: queue.state().event_idx_enabled,
             places: places(queue),
@@ -250,6 +272,11 @@ mod tests {
             (TABLE, (1 << 20) - 4, USED_RING),
             (TABLE, AVAILABLE_RING, (1 << 20) - 60),
             (!0xf, AVAILABLE_RING, USED_RING),
+            (TABLE, TABLE, TABLE),
+            (TABLE, TABLE + 126, USED_RING),
+            (USED_RING, AVAILABLE_RING, USED_RING + 64),
+            (TABLE, AVAILABLE_RING, AVAILABLE_RING + 20),
+            (AVAILABLE_RING - 112, AVAILABLE_RING, USED_RING),
         ] {
             let mut queue = queue(true);
             queue.try_set_desc_table_address(GuestAddress(table)).unwrap();
@@ -257,5 +284,10 @@ mod tests {
             queue.try_set_used_ring_address(GuestAddress(used)).unwrap();
             assert!(Ring::new(&mem, &queue).is_err(), "{table:#x} {available:#x} {used:#x}");
         }
+        // As close together as they can be.
+        let mut queue = queue(true);
+        queue.try_set_avail_ring_address(GuestAddress(TABLE + 128)).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(TABLE + 128 + 24)).unwrap();
+        assert!(Ring::new(&mem, &queue).is_ok());
     }
 }

@@ -67,7 +67,7 @@ pub fn serve(listener: UnixListener, service: &Arc<Service>, config: &Config) ->
     }
 }
 
-fn connection(
+pub(super) fn connection(
     listener: &mut Listener,
     watched: &UnixListener,
     service: &Arc<Service>,

@@ -138,7 +138,7 @@ fn vu11_a_disconnect_while_reads_wait_leaves_nothing_behind() {
 }
 
 /// Whether the program has mapped the file, if that can be seen.
-fn is_mapped(program: &Program, file: &Path) -> Option<bool> {
+pub(crate) fn is_mapped(program: &Program, file: &Path) -> Option<bool> {
     Some(program.mappings()?.lines().any(|line| line.ends_with(file.to_str().unwrap())))
 }
 

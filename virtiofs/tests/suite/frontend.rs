@@ -16,7 +16,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::Once,
     time::{Duration, Instant},
 };
@@ -130,10 +130,15 @@ impl Program {
         self.secret("maps", std::fs::read_to_string)
     }
 
-    /// Whether it has no mappings of our guest memory, as far as can be seen.
-    pub(crate) fn has_no_guest(&self) -> bool {
+    /// How many mappings of our guest memory it has, as far as can be seen.
+    pub(crate) fn guest_mappings(&self) -> usize {
         let maps = self.mappings().unwrap_or_default();
-        !maps.lines().any(|line| line.contains("memfd:") || line.contains("(deleted)"))
+        maps.lines().filter(|line| line.contains("memfd:") || line.contains("(deleted)")).count()
+    }
+
+    /// Whether it has none.
+    pub(crate) fn has_no_guest(&self) -> bool {
+        self.guest_mappings() == 0
     }
 
     /// CPU time that it has used.
@@ -142,6 +147,23 @@ impl Program {
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
         let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
         Duration::from_millis(ticks * 10)
+    }
+
+    /// A figure of `/proc/PID/status`.
+    fn status(&self, name: &str) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        line.and_then(|line| line.split_whitespace().next()).unwrap().parse().unwrap()
+    }
+
+    /// How many threads it has.
+    pub(crate) fn threads(&self) -> u64 {
+        self.status("Threads")
+    }
+
+    /// Bytes of private memory that it uses.
+    pub(crate) fn private_memory(&self) -> u64 {
+        self.status("RssAnon") * 1024
     }
 
     pub(crate) fn stats(&self) -> String {
@@ -175,12 +197,18 @@ impl Program {
     }
 
     /// Ends it with SIGTERM. Its exit status and the lines that it logged.
-    pub(crate) fn terminate(mut self) -> (Option<i32>, Vec<String>) {
+    pub(crate) fn terminate(self) -> (Option<i32>, Vec<String>) {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid()).unwrap());
         nix::sys::signal::kill(pid, nix::sys::signal::SIGTERM).unwrap();
+        let (status, lines) = self.ended();
+        (status.code(), lines)
+    }
+
+    /// Waits for its end. How it ended, and the lines that it logged.
+    pub(crate) fn ended(mut self) -> (ExitStatus, Vec<String>) {
         let stderr = BufReader::new(self.child.stderr.take().unwrap());
         let lines = stderr.lines().map(Result::unwrap).collect();
-        (self.child.wait().unwrap().code(), lines)
+        (self.child.wait().unwrap(), lines)
     }
 }
 
@@ -394,6 +422,11 @@ impl Connection {
 
     pub(crate) fn kick(&self, queue: usize) {
         self.kicks[&queue].write(1).unwrap();
+    }
+
+    /// The same eventfd, to be kicked from elsewhere.
+    pub(crate) fn kick_of(&self, queue: usize) -> EventFd {
+        self.kicks[&queue].try_clone().unwrap()
     }
 
     /// Waits for an interrupt.

@@ -6,7 +6,7 @@ use crate::{
 };
 use lair_virtiofs::{
     fuse::{
-        Opcode, Session, Treatment,
+        Opcode, Outcome, Request, Session, Treatment,
         wire::{Dirent, EntryOut, InHeader, InitIn, InitOut, OpenOut, StatfsOut, flag},
     },
     index::NodeId,
@@ -220,6 +220,31 @@ fn fu1_header_short_or_lying() {
         assert_eq!(driver.send(&bytes), Err(Errno::EINVAL), "{lie}");
     }
     assert_eq!(driver.stats.malformed.get(), 40 + 7);
+    // Longer than what is copied of it: its header is honest, and what it asks for is refused nevertheless.
+    for opcode in Opcode::ALL {
+        let bytes = request(*opcode as u32, ROOT, &vec![b'n'; 2 << 20]);
+        let whole = Request { bytes: &bytes[..8192], total: bytes.len() as u64 };
+        let mut reply = Vec::new();
+        let outcome = driver.server.handle(&driver.session, &driver.stats, whole, ROOM, &mut reply);
+        match opcode.treatment() {
+            Treatment::Silent => assert_eq!(outcome, Outcome::Silent, "{opcode:?}"),
+            treatment => {
+                let expected = match (treatment, opcode) {
+                    (Treatment::ReadOnly, _) => Errno::EROFS,
+                    (Treatment::NotATerminal, _) => Errno::ENOTTY,
+                    (Treatment::Unsupported, _) => Errno::ENOSYS,
+                    (_, Opcode::Lookup) => Errno::ENAMETOOLONG,
+                    _ => Errno::EINVAL,
+                };
+                assert_eq!(outcome, Outcome::Reply, "{opcode:?}");
+                assert_eq!(parse(&bytes, &reply), Err(expected), "{opcode:?}");
+            }
+        }
+        // One that lies about it is told so.
+        let whole = Request { total: bytes.len() as u64 - 1, ..whole };
+        driver.server.handle(&driver.session, &driver.stats, whole, ROOM, &mut reply);
+        assert!(reply.is_empty() || parse(&bytes, &reply) == Err(Errno::EINVAL), "{opcode:?}");
+    }
 }
 
 #[test]
@@ -305,6 +330,10 @@ fn fu5_outside_the_view() {
     };
     assert_eq!(ask(&hidden), ask(&absent));
     assert_eq!(driver.lookup(ROOT, hidden.base_name().as_bytes()), Err(Errno::ENOENT));
+    // Neither is looked for on the host, where one would take longer than the other: all is the same without the store.
+    std::fs::rename(fixture.store(), fixture.root().join("gone")).unwrap();
+    assert_eq!(ask(&hidden), ask(&absent));
+    assert!(driver.lookup(ROOT, tree("").as_bytes()).is_ok());
     assert!(!names(&list(&driver, ROOT, 4096, false)).iter().any(|n| n.contains("hidden")));
 }
 

@@ -7,6 +7,7 @@
 
 mod cold;
 mod damage;
+mod disk;
 mod driver;
 mod fixture;
 mod frontend;
@@ -16,6 +17,7 @@ mod hostile;
 mod index;
 mod indexing;
 mod model;
+mod mounts;
 mod program;
 mod sandbox;
 mod serve;

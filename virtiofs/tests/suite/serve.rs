@@ -3,16 +3,22 @@
 use crate::{
     driver::{c_name, read_in, request, take},
     fixture::{Fixture, HELLO, MANY, big, path},
-    frontend::{Connection, Guest, HIPRIO, Part, Program, REPLY_AT, REQUEST, REQUEST_AT, wait_for},
+    frontend::{Connection, Guest, HIPRIO, Part, Program, REPLY_AT, REQUEST, REQUEST_AT, wait_for, warning},
+    hostile::seconds,
 };
 use lair_virtiofs::{
     files::OPEN_MAX,
     fuse::{Opcode, wire::EntryOut},
 };
 use nix::{errno::Errno, sys::stat::Mode};
-use std::{fs, time::Duration};
+use std::{
+    fs,
+    os::unix::{fs::symlink, net::UnixListener},
+    path::Path,
+    time::Duration,
+};
 use vhost::{
-    VhostBackend,
+    VhostBackend, VhostUserMemoryRegionInfo,
     vhost_user::{VhostUserFrontend, message::VhostUserConfigFlags},
 };
 
@@ -218,6 +224,62 @@ fn fu18_open_files_are_bounded() {
         assert_eq!(after - before, OPEN_MAX.get());
     }
     assert_eq!(program.stat("lair_virtiofs_opens_total"), count as u64);
+    // Those that had to go are opened again, and our own needs are met: a connection, and memory in many pieces.
+    drop(connection);
+    let mut guest = Guest::new();
+    let mut connection = Connection::new(&program.socket, &guest);
+    connection.init(&mut guest);
+    for number in 1..400 {
+        let region = VhostUserMemoryRegionInfo {
+            guest_phys_addr: (1 << 40) + (number << 20),
+            memory_size: 4096,
+            userspace_addr: (1 << 40) + (number << 20),
+            ..guest.region()
+        };
+        connection.vhost.add_mem_region(&region).unwrap();
+    }
+    let node = lookup(&connection, &mut guest, &tree("more/0"));
+    assert_eq!(read(&connection, &mut guest, node, 0, 100).unwrap(), b"0");
+    assert_eq!(program.stat("lair_virtiofs_read_failures_total"), 0);
+    let (_, lines) = program.terminate();
+    assert!(lines.iter().all(|line| warning(line).is_none()), "{lines:#?}");
+}
+
+/// What became something else on the host is not read, and opening it does not block.
+#[test]
+fn fu7_what_is_no_regular_file_by_now() {
+    let (fixture, program) = start();
+    let mut guest = Guest::new();
+    let connection = Connection::new(&program.socket, &guest);
+    connection.init(&mut guest);
+    let many = fixture.host(&path(1, "tree")).join("many");
+    let device = |at: &Path| {
+        use nix::sys::stat::{Mode, SFlag, makedev, mknod};
+        // /dev/zero, of which there is no end.
+        mknod(at, SFlag::S_IFCHR, Mode::S_IRUSR, makedev(1, 5)).is_ok()
+    };
+    type Make<'a> = &'a dyn Fn(&Path) -> bool;
+    let kinds: [(&str, Make<'_>); 5] = [
+        ("FIFO", &|at| nix::unistd::mkfifo(at, nix::sys::stat::Mode::S_IRWXU).is_ok()),
+        ("socket", &|at| UnixListener::bind(at).is_ok()),
+        ("directory", &|at| fs::create_dir(at).is_ok()),
+        ("symbolic link", &|at| symlink("file-299", at).is_ok()),
+        ("device", &device),
+    ];
+    let mut failures = 0;
+    for (number, (what, make)) in kinds.into_iter().enumerate() {
+        let name = format!("file-{number:03}");
+        let node = lookup(&connection, &mut guest, &tree(&format!("many/{name}")));
+        fs::remove_file(many.join(&name)).unwrap();
+        if !make(&many.join(&name)) {
+            println!("SKIPPED: a {what}, which only root can make");
+            continue;
+        }
+        failures += 1;
+        assert!(read(&connection, &mut guest, node, 0, 4096).is_err(), "{what}");
+        check(&connection, &mut guest);
+    }
+    assert_eq!(program.stat("lair_virtiofs_read_failures_total"), failures);
 }
 
 #[test]
@@ -255,14 +317,33 @@ fn fu20_file_truncated_replaced_or_gone() {
 
 #[test]
 fn st1_a_store_path_is_collected() {
-    let (fixture, program) = start();
+    let (fixture, mut program) = start();
     let mut guest = Guest::new();
     let connection = Connection::new(&program.socket, &guest);
     connection.init(&mut guest);
     let file = lookup(&connection, &mut guest, path(2, "file").base_name());
+    let [open, closed] =
+        ["bin/hello", "share/doc/readme"].map(|name| lookup(&connection, &mut guest, &tree(name)));
+    assert_eq!(read(&connection, &mut guest, open, 0, 4096).unwrap(), HELLO);
     fs::remove_file(fixture.host(&path(2, "file"))).unwrap();
-    assert_eq!(read(&connection, &mut guest, file, 0, 4096), Err(Errno::ESTALE));
+    for _ in 0..100 {
+        assert_eq!(read(&connection, &mut guest, file, 0, 4096), Err(Errno::ESTALE));
+        check(&connection, &mut guest);
+    }
+    // A whole tree. What is open stays readable, and names are known.
+    fs::remove_dir_all(fixture.host(&path(1, "tree"))).unwrap();
+    assert_eq!(read(&connection, &mut guest, closed, 0, 4096), Err(Errno::ESTALE));
     check(&connection, &mut guest);
+    // The same path anew, which is not taken for the old one while that is open.
+    fs::create_dir_all(fixture.host(&path(1, "tree")).join("bin")).unwrap();
+    fs::write(fixture.host(&path(1, "tree")).join("bin/hello"), "another").unwrap();
+    assert_eq!(read(&connection, &mut guest, open, 0, 4096).unwrap(), HELLO);
+    assert_eq!(program.stat("lair_virtiofs_read_failures_total"), 101);
+    assert!(program.is_running());
+    let (status, lines) = program.terminate();
+    assert_eq!(status, Some(0));
+    let about = lines.iter().filter(|line| line.contains("Cannot read a file")).count() as u64;
+    assert!(about <= 1 + seconds(&lines), "{lines:#?}");
 }
 
 #[test]

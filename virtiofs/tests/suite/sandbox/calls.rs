@@ -247,6 +247,7 @@ fn calls_that_end_the_process_wherever_they_come_from() {
         (libc::SYS_fcntl, [0, c_long::from(libc::F_SETLEASE), 0, 0, 0, 0]),
         (libc::SYS_fcntl, [0, c_long::from(libc::F_DUPFD), 0, 0, 0, 0]),
         (libc::SYS_setsockopt, [0, c_long::from(libc::SOL_SOCKET), c_long::from(libc::SO_SNDBUF), 0, 0, 0]),
+        (libc::SYS_getsockopt, [0, c_long::from(libc::SOL_SOCKET), c_long::from(libc::SO_PEERCRED), 0, 0, 0]),
         (
             libc::SYS_setsockopt,
             [0, c_long::from(libc::IPPROTO_TCP), c_long::from(libc::SO_RCVTIMEO), 0, 0, 0],
@@ -299,6 +300,8 @@ fn calls_with_other_fates() {
         (libc::SYS_epoll_ctl, [-1, arg(libc::EPOLL_CTL_DEL), -1, 0, 0, 0], badf, Killed),
         (libc::SYS_fcntl, [-1, arg(libc::F_DUPFD_CLOEXEC), 0, 0, 0, 0], badf, Killed),
         (libc::SYS_setsockopt, [-1, arg(libc::SOL_SOCKET), arg(libc::SO_RCVTIMEO), 0, 0, 0], badf, Killed),
+        (libc::SYS_getsockopt, [-1, arg(libc::SOL_SOCKET), arg(libc::SO_DOMAIN), 0, 0, 0], badf, Killed),
+        (libc::SYS_getsockopt, [-1, arg(libc::SOL_SOCKET), arg(libc::SO_TYPE), 0, 0, 0], badf, Killed),
         (libc::SYS_getdents64, [-1, 0, 0, 0, 0, 0], badf, Killed),
         (libc::SYS_lseek, [-1, 0, 0, 0, 0, 0], badf, Killed),
         #[cfg(target_arch = "x86_64")]
