@@ -205,7 +205,8 @@ impl Snapshot {
     /// Checks what a run made of `before`.
     pub(super) fn check(&self, before: &Self, ring: &Ring, next: u16, expected: &Expected) {
         let [_, _, used] = ring.parts();
-        if !expected.breaks {
+        // Where nothing was taken, it is as the guest has it.
+        if !expected.breaks && !expected.taken.is_empty() {
             let end = next.wrapping_add(expected.taken.len() as u16);
             assert_eq!(self.word(used.start + 2), end, "the used index");
         }

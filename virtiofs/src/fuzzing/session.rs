@@ -89,12 +89,15 @@ pub fn session(input: &[u8]) {
     // Threads and their descriptors that come with the first connection, and stay.
     static FIRST: OnceLock<()> = OnceLock::new();
     FIRST.get_or_init(|| one(world, listener, &[]));
-    let before = descriptors();
+    let before = held();
     one(world, listener, input);
     let begin = Instant::now();
-    while descriptors() != before || mappings() != 0 {
-        let (now, maps) = (descriptors(), mappings());
-        assert!(begin.elapsed() < END, "{now} descriptors where {before} were, and {maps} mappings");
+    while held() != before || mappings() != 0 {
+        let (now, maps) = (held(), mappings());
+        assert!(
+            begin.elapsed() < END,
+            "{now:?} threads and descriptors where {before:?} were; {maps} mappings"
+        );
         thread::sleep(Duration::from_micros(200));
     }
 }
@@ -131,8 +134,10 @@ fn listener() -> &'static UnixListener {
     })
 }
 
-fn descriptors() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
+/// How many threads and descriptors there are.
+fn held() -> (usize, usize) {
+    let count = |directory: &str| std::fs::read_dir(directory).unwrap().count();
+    (count("/proc/self/task"), count("/proc/self/fd"))
 }
 
 fn mappings() -> usize {

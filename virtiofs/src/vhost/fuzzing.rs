@@ -97,6 +97,8 @@ pub(crate) fn serve_one(
     service: &Arc<Service>,
     config: &Config,
 ) -> Result<(), ServeError> {
+    // As `serve` does it.
+    service.pool.start();
     let clone = || listener.try_clone().map_err(ServeError::Socket);
     serve::connection(&mut Listener::from(clone()?), &clone()?, service, config)
 }

@@ -333,16 +333,22 @@ impl Guest {
     /// What was used since last asked: heads and lengths.
     pub(crate) fn take_used(&mut self, queue: usize) -> Vec<(u32, u32)> {
         let mut taken = Vec::new();
-        while self.used_index(queue) != self.rings[queue].used {
+        loop {
+            while self.used_index(queue) != self.rings[queue].used {
+                std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+                let slot = u64::from(self.rings[queue].used % SIZE);
+                self.rings[queue].used = self.rings[queue].used.wrapping_add(1);
+                let at = Self::used_ring(queue) + 4 + 8 * slot;
+                taken.push((self.get(at), self.get(at + 4)));
+            }
+            // With EVENT_IDX: tell me about the next one. Which may have come just before this was said.
+            let used = self.rings[queue].used;
+            self.put(used, Self::available_ring(queue) + 4 + 2 * u64::from(SIZE));
             std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-            let slot = u64::from(self.rings[queue].used % SIZE);
-            self.rings[queue].used = self.rings[queue].used.wrapping_add(1);
-            let at = Self::used_ring(queue) + 4 + 8 * slot;
-            taken.push((self.get(at), self.get(at + 4)));
+            if self.used_index(queue) == used {
+                break;
+            }
         }
-        // With EVENT_IDX: tell me about the next one.
-        let used = self.rings[queue].used;
-        self.put(used, Self::available_ring(queue) + 4 + 2 * u64::from(SIZE));
         taken
     }
 
