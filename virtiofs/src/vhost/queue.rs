@@ -222,12 +222,9 @@ impl Queue {
 
     /// Makes a stopped queue run. `false` if it cannot.
     fn start(&self, place: &Vring) -> Result<bool, Broken> {
-        // Whether any queue was in use before: this one may be used for the first time. Each is locked for itself alone.
-        let in_use = |vring: &Vring| vring.get_ref().get_queue().next_used() != 0;
-        let resumes = || self.vrings.get().is_some_and(|vrings| vrings.iter().any(in_use));
-        // Only when it starts: later, what was refused for want of an INIT has been used as well.
-        let starts = self.lock().phase == Phase::Stopped;
-        if starts && !self.session.is_live() && resumes() {
+        // Whether any queue was in use before this connection: this one may be used for the first time.
+        let resumes = || self.vrings.get().is_some_and(|vrings| vrings.iter().any(Vring::was_in_use));
+        if !self.session.is_live() && resumes() {
             self.session.resume();
         }
         let mut state = self.lock();

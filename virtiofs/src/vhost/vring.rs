@@ -25,6 +25,15 @@ pub(super) struct Vring {
     inner: Inner,
     /// The last size was none that a queue can have. The library keeps the one before, of which the hypervisor knows nothing.
     bad_size: Arc<AtomicBool>,
+    /// The guest had used it when it was set up.
+    in_use: Arc<AtomicBool>,
+}
+
+impl Vring {
+    /// Whether the guest had used it when it was set up, as before this connection.
+    pub(super) fn was_in_use(&self) -> bool {
+        self.in_use.load(Ordering::Relaxed)
+    }
 }
 
 impl<'a> VringStateGuard<'a, Memory> for Vring {
@@ -41,7 +50,11 @@ fn nonblocking(file: Option<File>) -> Option<File> {
 
 impl VringT<Memory> for Vring {
     fn new(memory: Memory, max_queue_size: u16) -> Result<Self, Error> {
-        Inner::new(memory, max_queue_size).map(|inner| Self { inner, bad_size: Arc::default() })
+        Inner::new(memory, max_queue_size).map(|inner| Self {
+            inner,
+            bad_size: Arc::default(),
+            in_use: Arc::default(),
+        })
     }
 
     fn read_kick(&self) -> io::Result<bool> {
@@ -69,6 +82,12 @@ impl VringT<Memory> for Vring {
             return Err(Error::InvalidSize);
         }
         self.inner.set_queue_info(table, available, used)
+    }
+
+    /// The library's request handler calls this when it is told the addresses, with what the guest's memory says.
+    fn set_queue_next_used(&self, index: u16) {
+        self.in_use.store(index != 0, Ordering::Relaxed);
+        self.inner.set_queue_next_used(index);
     }
 
     // All else is the library's.
@@ -111,10 +130,6 @@ impl VringT<Memory> for Vring {
 
     fn set_queue_next_avail(&self, base: u16) {
         self.inner.set_queue_next_avail(base);
-    }
-
-    fn set_queue_next_used(&self, index: u16) {
-        self.inner.set_queue_next_used(index);
     }
 
     fn queue_used_idx(&self) -> Result<u16, Error> {
