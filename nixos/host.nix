@@ -88,6 +88,9 @@ in
         RestartSec = 1;
         # A stop or a crash ends laird alone, never a guest.
         KillMode = "process";
+        # VMs get cgroups below this one, beside that of laird itself.
+        Delegate = "cpu io memory pids";
+        DelegateSubgroup = "supervisor";
         OOMScoreAdjust = -900;
         RuntimeDirectory = "lair";
         RuntimeDirectoryPreserve = true;

@@ -3,7 +3,7 @@
 use crate::{
     fleet::{
         Problem,
-        schema::{Fleet, Role},
+        schema::{Fleet, Limits, Role},
         units::Size,
     },
     host::facts::Engine,
@@ -29,6 +29,8 @@ pub struct HostStatus {
     pub engine: Engine,
     /// Whether `laird` is root. Otherwise all processes share its uid.
     pub root: bool,
+    /// What holds VMs to what they may take of the host.
+    pub limits: Limits,
     /// The VMs, by name.
     pub vms: Vec<VmStatus>,
 }

@@ -1,11 +1,13 @@
 //! What the host is and has: its processes, its programs, its facts.
 
 pub mod facts;
+pub mod ids;
 pub mod logging;
 pub mod process;
 pub mod tools;
 
-use crate::fleet::limits::HostFacts;
+use crate::{cgroup::Hierarchy, fleet::limits::HostFacts};
+use std::sync::Arc;
 
 /// The host as `laird` found it when it started.
 #[derive(Debug, Clone)]
@@ -18,4 +20,8 @@ pub struct Host {
     pub tools: tools::Tools,
     /// The kernel's id of this boot.
     pub boot_id: String,
+    /// Where VMs get their cgroups; none where the fleet file does without limits.
+    pub cgroups: Option<Hierarchy>,
+    /// Users and groups of VMs' processes; none where all share the user of `laird`, since that is not root.
+    pub ids: Option<Arc<ids::Ids>>,
 }

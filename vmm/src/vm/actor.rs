@@ -10,8 +10,8 @@ use super::{
 use crate::{
     error::chain,
     fleet::{
+        limits::Need,
         schema::{Fleet, Vm},
-        units::Size,
     },
     host::facts::Engine,
     hypervisor::Event,
@@ -132,11 +132,11 @@ pub fn spawn(context: Context, fleet: watch::Receiver<Arc<Fleet>>, beginning: Be
 }
 
 /// The memory that a VM has from the beginning. Of one that is quarantined something may still run, as big as the fleet file says.
-fn has(name: &str, state: &State, instance: &Instance, fleet: &Fleet) -> Option<Size> {
+fn has(name: &str, state: &State, instance: &Instance, fleet: &Fleet) -> Option<Need> {
     if *state == State::Stopped {
         return None;
     }
-    instance.plan.as_ref().map(|plan| plan.vm.memory).or_else(|| Some(fleet.vms.get(name)?.memory))
+    instance.plan.as_ref().map(|plan| Need::of(&plan.vm)).or_else(|| Some(Need::of(fleet.vms.get(name)?)))
 }
 
 struct Actor {
@@ -252,7 +252,7 @@ impl Actor {
             && let Some(vm) = self.fleet.borrow().vms.get(&self.context.name)
         {
             self.context.host.tools.suffice_for(vm)?;
-            self.context.budget.admit(&self.context.name, vm.memory)?;
+            self.context.budget.admit(&self.context.name, Need::of(vm))?;
         }
         Ok((state, actions))
     }

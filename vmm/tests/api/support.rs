@@ -26,8 +26,8 @@ use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Output, time
 use tempfile::TempDir;
 use tokio::{net::UnixListener, process::Command, time};
 
-/// 2 GiB, of which VMs may have 1.5.
-pub(crate) const HOST: HostFacts = HostFacts { cpus: 2, memory: Size(2 << 30) };
+/// Of its memory VMs may have 1678 MiB: just enough for guests of 1024 and 512 MiB with their processes.
+pub(crate) const HOST: HostFacts = HostFacts { cpus: 2, memory: Size(2190 << 20) };
 
 /// The id of the boot in which all tests take place.
 const BOOT: &str = "4b1d0000-0000-4000-8000-000000000000";
@@ -128,6 +128,8 @@ impl Host {
             engine: Engine::Tcg,
             tools: Tools { directories: vec![self.path("bin")] },
             boot_id: BOOT.into(),
+            cgroups: None,
+            ids: None,
         };
         let supervisor = Supervisor::start(self.dirs(), host, file, load(fleet)).await;
         let socket = self.dirs().api_socket();

@@ -89,7 +89,9 @@ fn notes(host: &HostStatus) -> Vec<String> {
     if !host.root {
         notes.push("Not root: all processes share one uid".into());
     }
-    notes.push("Limits are not enforced: VMs are in no cgroup of their own".into());
+    if host.limits == lair_vmm::fleet::schema::Limits::None {
+        notes.push("No limits: VMs can take all that the host has (host.limits; see vmctl doctor)".into());
+    }
     notes
 }
 
