@@ -1,7 +1,10 @@
 //! What the host is and has: its processes, its programs, its facts.
 
+mod child;
+pub mod confine;
 pub mod facts;
 pub mod ids;
+pub mod listen;
 pub mod logging;
 pub mod process;
 pub mod tools;

@@ -10,6 +10,7 @@ use crate::{
     fleet::schema::Fleet,
     host::{
         Host,
+        confine::Confinement,
         process::{Launch, Process, ProcessError},
         tools::{self, Missing},
     },
@@ -210,7 +211,8 @@ impl Instance {
         let log = plan.dirs.log(log_name(part));
         // One start's output explains that start; an earlier one's would only mislead.
         let _ = fs::remove_file(&log);
-        let launch = Launch { program, arguments, log };
+        let launch =
+            Launch { program, arguments, environment: vec![], log, confinement: Confinement::default() };
         tracing::debug!(vm = plan.name, program = %launch.program.display(), arguments = ?launch.arguments, "starting");
         self.processes.insert(part, Arc::new(Process::spawn(&launch)?));
         Ok(())

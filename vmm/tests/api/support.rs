@@ -10,6 +10,7 @@ use lair_vmm::{
     fleet::{self, limits::HostFacts, units::Size},
     host::{
         self,
+        confine::Confinement,
         facts::Engine,
         process::{Launch, Process},
         tools::{self, Tools},
@@ -108,7 +109,9 @@ impl Host {
             let launch = Launch {
                 program: "/bin/sleep".into(),
                 arguments: vec!["600".into()],
+                environment: vec![],
                 log: self.path("sleep.log"),
+                confinement: Confinement::default(),
             };
             let process = Process::spawn(&launch).unwrap();
             record.processes.insert(part, process.id());
