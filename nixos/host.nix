@@ -95,7 +95,8 @@ in
         RuntimeDirectory = "lair";
         RuntimeDirectoryPreserve = true;
         StateDirectory = "lair";
-        StateDirectoryMode = "0750";
+        # Users of VMs go through to their volumes; what is in it is not for others to read.
+        StateDirectoryMode = "0751";
         LimitNOFILE = 65536;
         LockPersonality = true;
         NoNewPrivileges = true;

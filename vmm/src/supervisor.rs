@@ -4,7 +4,7 @@ use crate::{
     api::types::{ApplyReply, HostStatus, VmStatus},
     fleet::{
         Loaded, Place, Problem, Problems,
-        schema::{Fleet, Limits},
+        schema::{Fleet, Limits, Users},
     },
     host::Host,
     shim::client,
@@ -90,7 +90,7 @@ impl Supervisor {
             fleet.vms.keys().cloned().chain(adopt::recorded(&supervisor.dirs)).collect();
         let mut idle = Vec::new();
         for name in names {
-            let beginning = adopt::adopt(&name, &fleet, &supervisor.dirs, &supervisor.host.boot_id).await;
+            let beginning = adopt::adopt(&name, &fleet, &supervisor.dirs, &supervisor.host).await;
             let stopped = beginning.state == State::Stopped;
             let handle = supervisor.spawn(&name, beginning);
             match fleet.vms.get(&name) {
@@ -260,6 +260,7 @@ impl Supervisor {
             applied: self.differs.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             engine: self.host.engine,
             root: crate::state::dirs::is_root(),
+            users: if self.host.ids.is_some() { Users::Own } else { Users::Shared },
             limits: if self.host.cgroups.is_some() { Limits::Cgroup } else { Limits::None },
             vms,
         }

@@ -46,8 +46,9 @@ pub struct Host {
     pub accel: Accel,
     /// What holds VMs to what they may take of the host.
     pub limits: Limits,
-    /// The numbers that processes of VMs get as users and groups, each its own. Only for root; without it, root takes 65536 from
-    /// 2100000000 on.
+    /// Whom the processes of VMs run as, where `laird` is root. Otherwise all share its user.
+    pub users: Users,
+    /// The numbers from which VMs get their users and groups. Without it, 65536 from 2100000000 on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ids: Option<IdRange>,
 }
@@ -61,6 +62,17 @@ pub enum Limits {
     Cgroup,
     /// Nothing: a VM can take all that the host has. Said by `vmctl status` and `vmctl doctor`.
     None,
+}
+
+/// Whom the processes of VMs run as.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Users {
+    /// Users of their own, and a group for each VM. They have to reach kernels and the directories of `laird`.
+    #[default]
+    Own,
+    /// The user of `laird`. Said by `vmctl status`.
+    Shared,
 }
 
 /// A range of numbers for users and groups that nobody else on the host uses.

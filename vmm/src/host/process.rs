@@ -71,6 +71,7 @@ fn hint(error: &io::Error) -> &'static str {
         Some(Errno::EAGAIN) => {
             " (there may be no more processes: TasksMax= of laird's unit, ulimit -u, kernel.pid_max)"
         }
+        Some(Errno::EACCES) => " (whom it runs as must be able to reach it and what it is made of)",
         Some(Errno::ENOMEM) => " (the host has no memory left)",
         _ => "",
     }

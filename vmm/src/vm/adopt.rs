@@ -9,7 +9,12 @@ use super::{
     record::Record,
     steps::Instance,
 };
-use crate::{error::chain, fleet::schema::Fleet, host::process::Process, state::dirs::Dirs};
+use crate::{
+    error::chain,
+    fleet::schema::Fleet,
+    host::{Host, process::Process},
+    state::dirs::Dirs,
+};
 use std::{collections::BTreeMap, sync::Arc};
 
 /// The parts without which a guest does not run.
@@ -25,7 +30,7 @@ pub fn recorded(dirs: &Dirs) -> Vec<String> {
 }
 
 /// What to begin with for the VM `name`.
-pub async fn adopt(name: &str, fleet: &Fleet, dirs: &Dirs, boot_id: &str) -> Beginning {
+pub async fn adopt(name: &str, fleet: &Fleet, dirs: &Dirs, host: &Host) -> Beginning {
     let begin = |state, since, instance| Beginning { state, since, instance };
     let now = jiff::Timestamp::now();
     let nothing = || begin(State::Stopped, now, Instance::default());
@@ -42,7 +47,7 @@ pub async fn adopt(name: &str, fleet: &Fleet, dirs: &Dirs, boot_id: &str) -> Beg
         Ok(Some(record)) => record,
         Err(error) => return quarantine(error.to_string()),
     };
-    if record.boot_id != boot_id {
+    if record.boot_id != host.boot_id {
         // The host has been started anew: nothing can be left of it but files.
         let _ = std::fs::remove_dir_all(&vm_dirs.run);
         return nothing();
@@ -57,7 +62,8 @@ pub async fn adopt(name: &str, fleet: &Fleet, dirs: &Dirs, boot_id: &str) -> Beg
         Err(error) => return quarantine(format!("it cannot be adopted: {}", chain(&error))),
     };
     let whole = PARTS.iter().all(|part| processes.contains_key(part));
-    let mut instance = Instance::adopted(plan, processes);
+    let mut instance =
+        Instance::adopted(plan, processes, host.cgroups.as_ref().map(|cgroups| cgroups.vm(name)));
     match record.state {
         // What the guest has become meanwhile, its shim will say.
         state @ (State::Booting | State::Ready) if whole => {

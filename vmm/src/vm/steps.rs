@@ -5,12 +5,18 @@ use super::{
     generation::{self, GenerationError},
     machine::{Part, Stage, Step},
     plan::{Plan, PlanError, plan},
+    users::Users,
 };
 use crate::{
+    cgroup::{self, CgroupError, VmCgroup, values::Values},
+    error::chain,
     fleet::schema::Fleet,
     host::{
         Host,
         confine::Confinement,
+        facts::Engine,
+        ids::IdsError,
+        listen::{ListenError, listen},
         process::{Launch, Process, ProcessError},
         tools::{self, Missing},
     },
@@ -32,7 +38,10 @@ use nix::sys::signal::Signal;
 use std::{
     collections::BTreeMap,
     fs, io,
-    os::unix::fs::FileTypeExt,
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::fs::FileTypeExt,
+    },
     path::{Path, PathBuf},
     process::Stdio,
     sync::Arc,
@@ -64,6 +73,15 @@ pub enum StepError {
     /// A directory cannot be used.
     #[error(transparent)]
     Dirs(#[from] DirsError),
+    /// There are no users for it.
+    #[error(transparent)]
+    Ids(#[from] IdsError),
+    /// It cannot be limited.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// A socket for it cannot be made.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// A program is missing.
     #[error(transparent)]
     Missing(#[from] Missing),
@@ -136,13 +154,15 @@ pub struct Instance {
     pub plan: Option<Arc<Plan>>,
     /// What runs of it.
     pub processes: BTreeMap<Part, Arc<Process>>,
+    /// What it is limited by.
+    pub cgroup: Option<VmCgroup>,
     qmp: Option<Qmp>,
 }
 
 impl Instance {
     /// An instance that runs already.
-    pub fn adopted(plan: Plan, processes: BTreeMap<Part, Arc<Process>>) -> Self {
-        Self { plan: Some(Arc::new(plan)), processes, qmp: None }
+    pub fn adopted(plan: Plan, processes: BTreeMap<Part, Arc<Process>>, cgroup: Option<VmCgroup>) -> Self {
+        Self { plan: Some(Arc::new(plan)), processes, cgroup, qmp: None }
     }
 
     /// Performs a step. The hypervisor's events go to `events`.
@@ -161,40 +181,65 @@ impl Instance {
         }
         let plan = self.plan.clone().ok_or(StepError::Lost)?;
         let find = |tool| context.host.tools.find(tool);
+        let users = Users::of(context.host.ids.as_deref(), &context.name)?;
+        let confined = |part| users.confinement(part, &plan, context.host.cgroups.as_ref());
         match step {
             Step::View => Ok(()),
-            Step::Directories => Ok(plan.dirs.create()?),
+            Step::Directories => {
+                plan.dirs.create()?;
+                users.own_directories(&context.dirs, &plan)?;
+                self.cgroup = context.host.cgroups.as_ref().map(|cgroups| cgroups.vm(&plan.name));
+                if let Some(cgroup) = &self.cgroup {
+                    limit(cgroup, &plan)?;
+                }
+                Ok(())
+            }
             Step::Index => index(&plan, &find(tools::VIRTIOFS)?).await,
             Step::Volumes if plan.vm.volumes.is_empty() => Ok(()),
             Step::Volumes => {
                 let mkfs = find(tools::MKFS)?;
-                blocking(move || volumes(&plan, &mkfs)).await
+                let made = move || {
+                    volumes(&plan, &mkfs)?;
+                    Ok(users.own_volumes(&plan)?)
+                };
+                blocking(made).await
             }
             Step::Initramfs => {
                 let guest = find(tools::GUEST)?;
-                blocking(move || write_initramfs(&plan, &guest)).await
+                let written = move || {
+                    write_initramfs(&plan, &guest)?;
+                    Ok(users.own_initramfs(&plan)?)
+                };
+                blocking(written).await
             }
             Step::StoreBackend => {
-                let socket = &plan.machine.store_socket;
-                self.spawn(Part::StoreBackend, &plan, find(tools::VIRTIOFS)?, virtiofs_arguments(&plan))
-                    .await?;
-                self.await_socket(Part::StoreBackend, &plan, socket).await
+                let listener = listen(&plan.machine.store_socket, 0o660, users.shared())?;
+                let arguments = virtiofs_arguments(&plan, listener.as_raw_fd(), users.store());
+                let mut confinement = confined(Part::StoreBackend)?;
+                confinement.keep.push(listener.into());
+                self.spawn(Part::StoreBackend, &plan, find(tools::VIRTIOFS)?, arguments, confinement).await?;
+                // It makes this one as soon as it has something to serve.
+                self.await_socket(Part::StoreBackend, &plan, &plan.dirs.socket(STORE_CONTROL)).await
             }
             Step::VsockDevice => {
                 let arguments = vsock_arguments(&plan.machine.vsock_socket, &plan.shim.vsock);
-                self.spawn(Part::VsockDevice, &plan, find(tools::VHOST_DEVICE_VSOCK)?, arguments).await?;
+                let confinement = confined(Part::VsockDevice)?;
+                let program = find(tools::VHOST_DEVICE_VSOCK)?;
+                self.spawn(Part::VsockDevice, &plan, program, arguments, confinement).await?;
                 self.await_socket(Part::VsockDevice, &plan, &plan.machine.vsock_socket).await
             }
             Step::Hypervisor => {
                 let arguments = command::arguments(&plan.machine);
-                self.spawn(Part::Hypervisor, &plan, find(tools::QEMU)?, arguments).await?;
+                let confinement = confined(Part::Hypervisor)?;
+                self.spawn(Part::Hypervisor, &plan, find(tools::QEMU)?, arguments, confinement).await?;
                 self.connect_qmp(&plan, events).await
             }
             Step::Shim => {
                 let config = plan.dirs.run.join("shim.json");
                 write_json(&config, &plan.shim)?;
                 let arguments = vec!["--config".into(), text(&config)];
-                self.spawn(Part::Shim, &plan, find(tools::SHIM)?, arguments).await?;
+                let confinement = confined(Part::Shim)?;
+                self.spawn(Part::Shim, &plan, find(tools::SHIM)?, arguments, confinement).await?;
                 self.await_socket(Part::Shim, &plan, &plan.shim.sockets.control).await
             }
             Step::Resume => self.resume(&plan).await,
@@ -207,12 +252,12 @@ impl Instance {
         plan: &Plan,
         program: PathBuf,
         arguments: Vec<String>,
+        confinement: Confinement,
     ) -> Result<(), StepError> {
         let log = plan.dirs.log(log_name(part));
         // One start's output explains that start; an earlier one's would only mislead.
         let _ = fs::remove_file(&log);
-        let launch =
-            Launch { program, arguments, environment: vec![], log, confinement: Confinement::default() };
+        let launch = Launch { program, arguments, environment: vec![], log, confinement };
         tracing::debug!(vm = plan.name, program = %launch.program.display(), arguments = ?launch.arguments, "starting");
         self.processes.insert(part, Arc::new(Process::spawn(&launch)?));
         Ok(())
@@ -309,6 +354,12 @@ impl Instance {
                 let _ = timeout(PROMPT, process.ended()).await;
             }
         }
+        // What a process started and left, and the cgroup itself.
+        if let Some(cgroup) = self.cgroup.take()
+            && let Err(error) = cgroup.remove().await
+        {
+            tracing::error!(vm = cgroup.name(), error = chain(&error), "degraded");
+        }
         if let Some(plan) = self.plan.take()
             && let Err(error) = fs::remove_dir_all(&plan.dirs.run)
             && error.kind() != io::ErrorKind::NotFound
@@ -322,6 +373,22 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
 ) -> Result<T, StepError> {
     tokio::task::spawn_blocking(work).await.unwrap_or(Err(StepError::Lost))
+}
+
+/// Makes the VM's cgroup with its limits.
+fn limit(cgroup: &VmCgroup, plan: &Plan) -> Result<(), StepError> {
+    let values = Values::of(&plan.vm, plan.machine.engine == Engine::Tcg);
+    let device = match &values.io {
+        None => None,
+        Some(_) => {
+            cgroup::backing(&plan.dirs.state).map_err(|e| StepError::Read(plan.dirs.state.clone(), e))?
+        }
+    };
+    if values.io.is_some() && device.is_none() {
+        let directory = plan.dirs.state.display();
+        tracing::warn!(vm = plan.name, %directory, "its reads and writes are not limited: the file system has no disk of its own");
+    }
+    Ok(cgroup.create(&values, device)?)
 }
 
 fn view(context: &Context, fleet: &Fleet) -> Result<Plan, StepError> {
@@ -381,11 +448,18 @@ fn store_arguments(plan: &Plan) -> Vec<String> {
     arguments
 }
 
-fn virtiofs_arguments(plan: &Plan) -> Vec<String> {
-    let mut arguments = vec!["--socket".into(), text(&plan.machine.store_socket)];
+/// The store backend's control socket.
+const STORE_CONTROL: &str = "store-control.sock";
+
+/// `listener` is its vhost-user socket, `becomes` the user and group that it shall have.
+fn virtiofs_arguments(plan: &Plan, listener: RawFd, becomes: Option<(u32, u32)>) -> Vec<String> {
+    let mut arguments = vec!["--fd".into(), listener.to_string()];
+    if let Some((uid, gid)) = becomes {
+        arguments.extend(["--uid".into(), uid.to_string(), "--gid".into(), gid.to_string()]);
+    }
     arguments.extend(store_arguments(plan));
     arguments.extend(["--queues".into(), plan.machine.store_queues.to_string()]);
-    arguments.extend(["--control".into(), text(&plan.dirs.socket("store-control.sock"))]);
+    arguments.extend(["--control".into(), text(&plan.dirs.socket(STORE_CONTROL))]);
     arguments
 }
 

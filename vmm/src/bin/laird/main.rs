@@ -8,7 +8,7 @@ use lair_vmm::{
     fleet::{
         self, Loaded,
         limits::HostFacts,
-        schema::{Fleet, Limits},
+        schema::{Fleet, Limits, Users},
     },
     host::{
         Host, facts,
@@ -106,6 +106,10 @@ fn ids(fleet: &Fleet, dirs: &Dirs) -> Result<Option<Arc<Ids>>> {
         if fleet.host.ids.is_some() {
             tracing::warn!("host.ids is of no use where laird is not root: all processes share its user");
         }
+        return Ok(None);
+    }
+    if fleet.host.users == Users::Shared {
+        tracing::warn!("host.users is \"shared\": processes of VMs run as root");
         return Ok(None);
     }
     let range = fleet.host.ids.unwrap_or(ids::DEFAULT);

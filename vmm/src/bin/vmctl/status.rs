@@ -6,7 +6,10 @@ use crate::{
     output::{bytes, duration, harmless, print_table, state_cell, table},
 };
 use comfy_table::Cell;
-use lair_vmm::api::types::{HostStatus, VmStatus};
+use lair_vmm::{
+    api::types::{HostStatus, VmStatus},
+    fleet::schema::{Limits, Users},
+};
 use std::process::ExitCode;
 
 #[derive(Debug, clap::Args)]
@@ -88,8 +91,10 @@ fn notes(host: &HostStatus) -> Vec<String> {
     }
     if !host.root {
         notes.push("Not root: all processes share one uid".into());
+    } else if host.users == Users::Shared {
+        notes.push("Processes of VMs run as root (host.users)".into());
     }
-    if host.limits == lair_vmm::fleet::schema::Limits::None {
+    if host.limits == Limits::None {
         notes.push("No limits: VMs can take all that the host has (host.limits; see vmctl doctor)".into());
     }
     notes

@@ -110,7 +110,7 @@ fn cf5_more_memory_than_the_host_has_is_a_warning_before_the_start() {
     let warned = said("fleet.toml", changed("memory = \"16GiB\"", "memory = \"51GiB\"").as_bytes());
     insta::assert_snapshot!(warned, @r"
     fine, but
-    fleet.toml:14:2: vms: all VMs together need 63158MiB with their processes, more than the 60GiB for VMs (the host has 64GiB and keeps 4GiB); not all can run at once
+    fleet.toml:15:2: vms: all VMs together need 63158MiB with their processes, more than the 60GiB for VMs (the host has 64GiB and keeps 4GiB); not all can run at once
     ");
 }
 
@@ -131,6 +131,7 @@ fn limits_of_vms_and_of_the_host() {
         ("network = \"none\"", "network = \"none\"\nlimits = { io = { read = \"10MiB\" } }"),
         ("limits = \"cgroup\"", "limits = \"cgroups\""),
         ("limits = \"cgroup\"", "limits = \"none\""),
+        ("users = \"own\"", "users = \"root\""),
         ("first = 2100000000", "first = 999"),
         ("first = 2100000000", "first = 65000"),
         ("first = 2100000000", "first = 4294967290"),
