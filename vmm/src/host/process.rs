@@ -2,7 +2,11 @@
 //! process id and start time. A process id alone names nothing: the kernel gives it out again.
 
 use super::{child, confine::Confinement};
-use nix::{errno::Errno, sys::signal::Signal};
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::signal::Signal,
+};
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -37,10 +41,43 @@ pub struct Launch {
     pub arguments: Vec<String>,
     /// Added to its environment.
     pub environment: Vec<(&'static str, String)>,
-    /// The file to which its standard output and error are appended.
-    pub log: PathBuf,
+    /// Where its standard output and error go.
+    pub output: Sink,
     /// What it is left with.
     pub confinement: Confinement,
+}
+
+/// Where what a program says goes.
+#[derive(Debug)]
+pub enum Sink {
+    /// It is appended to this file.
+    File(PathBuf),
+    /// Into this pipe.
+    Pipe(OwnedFd),
+}
+
+impl Sink {
+    /// Two handles of it.
+    fn open(&self) -> Result<(OwnedFd, OwnedFd), ProcessError> {
+        let (first, path) = match self {
+            Self::File(path) => {
+                let log = OpenOptions::new().append(true).create(true).mode(0o640).open(path);
+                (log.map(OwnedFd::from), path.clone())
+            }
+            Self::Pipe(pipe) => (pipe.try_clone(), "pipe".into()),
+        };
+        let both = first.and_then(|first| Ok((first.try_clone()?, first)));
+        both.map_err(|e| ProcessError::Log(path, e))
+    }
+}
+
+/// A pipe for what a program says until somebody reads it, with as much room as is allowed without rights: reading end and writing end.
+pub fn pipe() -> std::io::Result<(OwnedFd, OwnedFd)> {
+    const ROOM: i32 = 1 << 20;
+    let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    // With less room it works as well.
+    let _ = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(ROOM));
+    Ok((reader, writer))
 }
 
 /// Why a process could not be started or found again.
@@ -90,13 +127,7 @@ impl Process {
     /// Starts a program in a process group of its own with no standard input, confined before it runs.
     pub fn spawn(launch: &Launch) -> Result<Self, ProcessError> {
         use std::os::unix::process::CommandExt;
-        let log = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o640)
-            .open(&launch.log)
-            .map_err(|e| ProcessError::Log(launch.log.clone(), e))?;
-        let again = log.try_clone().map_err(|e| ProcessError::Log(launch.log.clone(), e))?;
+        let (output, error) = launch.output.open()?;
         let mut command = Command::new(&launch.program);
         let passed = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
         command
@@ -105,8 +136,8 @@ impl Process {
             .envs(passed)
             .envs(launch.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
-            .stdout(again)
-            .stderr(log)
+            .stdout(output)
+            .stderr(error)
             .current_dir("/")
             .process_group(0);
         child::confine(&mut command, &launch.confinement);
@@ -202,15 +233,22 @@ mod tests {
             program: "/bin/sh".into(),
             arguments: vec!["-c".into(), script.into()],
             environment: vec![],
-            log: directory.join("log"),
+            output: Sink::File(directory.join("log")),
             confinement: Confinement::default(),
+        }
+    }
+
+    fn log(launch: &Launch) -> &Path {
+        match &launch.output {
+            Sink::File(path) => path,
+            Sink::Pipe(_) => panic!("a pipe"),
         }
     }
 
     async fn said(launch: &Launch) -> String {
         let process = Process::spawn(launch).unwrap();
         let how = process.ended().await;
-        let text = std::fs::read_to_string(&launch.log).unwrap();
+        let text = std::fs::read_to_string(log(launch)).unwrap();
         assert_eq!(how, "exited with status 0", "{text}");
         text
     }
@@ -294,7 +332,7 @@ mod tests {
         };
         let process = Process::spawn(&launch).unwrap();
         // The socket is the child's alone now, and still there.
-        let log = launch.log.clone();
+        let log = log(&launch).to_owned();
         drop(launch);
         while std::fs::read_to_string(&log).unwrap().is_empty() {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
@@ -319,7 +357,7 @@ mod tests {
             matches!(&error, ProcessError::Spawn(_, cause) if cause.raw_os_error() == Some(Errno::ENOSPC as i32)),
             "{error}"
         );
-        assert_eq!(std::fs::read_to_string(&launch.log).unwrap(), "");
+        assert_eq!(std::fs::read_to_string(log(&launch)).unwrap(), "");
         // What is taken is one word, the kernel's for "this process".
         let taken = directory.path().join("cgroup.procs");
         let launch = Launch {

@@ -17,7 +17,7 @@ use crate::{
         facts::Engine,
         ids::IdsError,
         listen::{ListenError, listen},
-        process::{Launch, Process, ProcessError},
+        process::{self, Launch, Process, ProcessError, Sink},
         tools::{self, Missing},
     },
     hypervisor::{
@@ -37,10 +37,11 @@ use lair_guest::{initramfs, wire::message::Ask};
 use nix::sys::signal::Signal;
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, Read, Seek, SeekFrom},
     os::{
-        fd::{AsRawFd, RawFd},
-        unix::fs::FileTypeExt,
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::fs::{FileTypeExt, OpenOptionsExt},
     },
     path::{Path, PathBuf},
     process::Stdio,
@@ -154,6 +155,8 @@ pub struct Instance {
     pub plan: Option<Arc<Plan>>,
     /// What runs of it.
     pub processes: BTreeMap<Part, Arc<Process>>,
+    /// What processes have said that no shim reads yet.
+    unread: BTreeMap<Part, OwnedFd>,
     /// What it is limited by.
     pub cgroup: Option<VmCgroup>,
     qmp: Option<Qmp>,
@@ -162,7 +165,7 @@ pub struct Instance {
 impl Instance {
     /// An instance that runs already.
     pub fn adopted(plan: Plan, processes: BTreeMap<Part, Arc<Process>>, cgroup: Option<VmCgroup>) -> Self {
-        Self { plan: Some(Arc::new(plan)), processes, cgroup, qmp: None }
+        Self { plan: Some(Arc::new(plan)), processes, cgroup, ..Self::default() }
     }
 
     /// Performs a step. The hypervisor's events go to `events`.
@@ -237,8 +240,13 @@ impl Instance {
             Step::Shim => {
                 let config = plan.dirs.run.join("shim.json");
                 write_json(&config, &plan.shim)?;
-                let arguments = vec!["--config".into(), text(&config)];
-                let confinement = confined(Part::Shim)?;
+                let mut arguments = vec!["--config".into(), text(&config)];
+                let mut confinement = confined(Part::Shim)?;
+                for (part, pipe) in std::mem::take(&mut self.unread) {
+                    let log = plan.dirs.log(log_name(part));
+                    arguments.extend(["--log".into(), format!("{}={}", pipe.as_raw_fd(), text(&log))]);
+                    confinement.keep.push(pipe);
+                }
                 self.spawn(Part::Shim, &plan, find(tools::SHIM)?, arguments, confinement).await?;
                 self.await_socket(Part::Shim, &plan, &plan.shim.sockets.control).await
             }
@@ -257,14 +265,23 @@ impl Instance {
         let log = plan.dirs.log(log_name(part));
         // One start's output explains that start; an earlier one's would only mislead.
         let _ = fs::remove_file(&log);
-        let launch = Launch { program, arguments, environment: vec![], log, confinement };
+        let output = match part {
+            // It says little, and nobody else could read it.
+            Part::Shim => Sink::File(log),
+            Part::Hypervisor | Part::StoreBackend | Part::VsockDevice => {
+                let (reader, writer) = process::pipe().map_err(|e| ProcessError::Log(log, e))?;
+                self.unread.insert(part, reader);
+                Sink::Pipe(writer)
+            }
+        };
+        let launch = Launch { program, arguments, environment: vec![], output, confinement };
         tracing::debug!(vm = plan.name, program = %launch.program.display(), arguments = ?launch.arguments, "starting");
         self.processes.insert(part, Arc::new(Process::spawn(&launch)?));
         Ok(())
     }
 
     /// Waits until a process listens; its end or its silence is a failure that carries the end of its log.
-    async fn await_socket(&self, part: Part, plan: &Plan, socket: &Path) -> Result<(), StepError> {
+    async fn await_socket(&mut self, part: Part, plan: &Plan, socket: &Path) -> Result<(), StepError> {
         let listening = async {
             // The vhost-user devices serve one connection, so they are not probed by connecting.
             while !fs::symlink_metadata(socket).is_ok_and(|m| m.file_type().is_socket()) {
@@ -272,12 +289,28 @@ impl Instance {
             }
         };
         self.unless_it_ends(part, plan, PROMPT, listening).await?.ok_or_else(|| {
-            not_up(part, plan, format!("{} did not appear within {PROMPT:?}", socket.display()))
+            self.not_up(part, plan, format!("{} did not appear within {PROMPT:?}", socket.display()))
         })
     }
 
+    /// A process did not do what it is for; what it said is told.
+    fn not_up(&mut self, part: Part, plan: &Plan, reason: String) -> StepError {
+        self.keep_unread(plan);
+        StepError::NotUp { part, reason, log: last_lines(&tail(&plan.dirs.log(log_name(part)))) }
+    }
+
+    /// Puts on disk what processes have said, where there is no shim to do that.
+    fn keep_unread(&mut self, plan: &Plan) {
+        for (part, pipe) in std::mem::take(&mut self.unread) {
+            let said = waiting(pipe);
+            if let Err(error) = file::replace(&plan.dirs.log(log_name(part)), &said, 0o640) {
+                tracing::warn!(vm = plan.name, error = chain(&error), "cannot keep what {part} said");
+            }
+        }
+    }
+
     async fn unless_it_ends<T>(
-        &self,
+        &mut self,
         part: Part,
         plan: &Plan,
         patience: Duration,
@@ -285,7 +318,7 @@ impl Instance {
     ) -> Result<Option<T>, StepError> {
         let process = self.processes.get(&part).cloned().ok_or(StepError::Lost)?;
         tokio::select! {
-            how = process.ended() => Err(not_up(part, plan, format!("it {how}"))),
+            how = process.ended() => Err(self.not_up(part, plan, format!("it {how}"))),
             outcome = timeout(patience, wait) => Ok(outcome.ok()),
         }
     }
@@ -299,8 +332,9 @@ impl Instance {
         let connect = Qmp::connect(&plan.machine.control_socket, PROMPT, events.clone());
         let qmp = self.unless_it_ends(Part::Hypervisor, plan, PROMPT * 2, connect).await?;
         let qmp =
-            qmp.ok_or_else(|| not_up(Part::Hypervisor, plan, "no answer on its control socket".into()))?;
-        self.qmp = Some(qmp?);
+            qmp.ok_or_else(|| self.not_up(Part::Hypervisor, plan, "no answer on its control socket".into()))?;
+        // It may have ended, and its connection be seen to end first: what it said is worth more than that.
+        self.qmp = Some(qmp.map_err(|error| self.not_up(Part::Hypervisor, plan, chain(&error)))?);
         Ok(())
     }
 
@@ -315,7 +349,7 @@ impl Instance {
             }
         };
         self.unless_it_ends(Part::Shim, plan, PROMPT, connected).await?.ok_or_else(|| {
-            not_up(Part::Shim, plan, format!("it did not connect to the console within {PROMPT:?}"))
+            self.not_up(Part::Shim, plan, format!("it did not connect to the console within {PROMPT:?}"))
         })?;
         self.qmp.as_mut().ok_or(StepError::Lost)?.execute("cont").await?;
         Ok(())
@@ -346,6 +380,9 @@ impl Instance {
     /// Ends every process, the hypervisor first, and removes the runtime files.
     pub async fn clean_up(&mut self) {
         self.qmp = None;
+        if let Some(plan) = self.plan.clone() {
+            self.keep_unread(&plan);
+        }
         for part in [Part::Hypervisor, Part::VsockDevice, Part::StoreBackend, Part::Shim] {
             let Some(process) = self.processes.remove(&part) else { continue };
             process.signal(Signal::SIGTERM);
@@ -505,17 +542,38 @@ fn log_name(part: Part) -> &'static str {
     }
 }
 
-fn not_up(part: Part, plan: &Plan, reason: String) -> StepError {
-    StepError::NotUp { part, reason, log: tail(&plan.dirs.log(log_name(part))) }
+/// As much of a log's end as is looked at, in bytes.
+const TAIL: u64 = 8 << 10;
+
+/// The end of a log.
+fn tail(log: &Path) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // Nobody but laird and the shim writes there; it is not to be led elsewhere all the same.
+    let flags = nix::fcntl::OFlag::O_NOFOLLOW | nix::fcntl::OFlag::O_NONBLOCK;
+    if let Ok(mut file) = fs::OpenOptions::new().read(true).custom_flags(flags.bits()).open(log) {
+        let length = file.metadata().map_or(0, |metadata| metadata.len());
+        let _ = file.seek(SeekFrom::Start(length.saturating_sub(TAIL)));
+        let _ = file.take(TAIL).read_to_end(&mut bytes);
+    }
+    bytes
 }
 
-/// The last lines of a log, indented below the message that they explain; at most 50 lines and 8 KiB.
-fn tail(log: &Path) -> String {
-    last_lines(&fs::read(log).unwrap_or_default())
+/// All that waits in a pipe, at most what one holds.
+fn waiting(pipe: OwnedFd) -> Vec<u8> {
+    const MOST: u64 = 1 << 20;
+    let mut bytes = Vec::new();
+    let nonblocking = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+    if nix::fcntl::fcntl(&pipe, nonblocking).is_ok() {
+        // It ends with an error, as the writer lives, or with its end.
+        let _ = fs::File::from(pipe).take(MOST).read_to_end(&mut bytes);
+    }
+    bytes
 }
 
+/// The last lines of a text, indented below the message that they explain; at most 50 lines and 8 KiB.
 fn last_lines(bytes: &[u8]) -> String {
-    let bytes = &bytes[bytes.len().saturating_sub(8 << 10)..];
+    let most = usize::try_from(TAIL).unwrap_or(usize::MAX);
+    let bytes = &bytes[bytes.len().saturating_sub(most)..];
     let text = String::from_utf8_lossy(bytes);
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(50)..].iter().map(|line| format!("\n  {line}")).collect()

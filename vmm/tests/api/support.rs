@@ -12,7 +12,7 @@ use lair_vmm::{
         self,
         confine::Confinement,
         facts::Engine,
-        process::{Launch, Process},
+        process::{Launch, Process, Sink},
         tools::{self, Tools},
     },
     state::dirs::Dirs,
@@ -110,7 +110,7 @@ impl Host {
                 program: "/bin/sleep".into(),
                 arguments: vec!["600".into()],
                 environment: vec![],
-                log: self.path("sleep.log"),
+                output: Sink::File(self.path("sleep.log")),
                 confinement: Confinement::default(),
             };
             let process = Process::spawn(&launch).unwrap();
