@@ -50,6 +50,7 @@ pub fn vm(testbed: &Testbed, roots: &[&str]) -> Result<Vm> {
         services: vec![],
         limits: Default::default(),
         autostart: true,
+        restart: Default::default(),
     })
 }
 

@@ -98,7 +98,7 @@ impl Fake {
         let thread = thread::spawn(move || {
             while !seen.load(Relaxed) {
                 if fs::read_to_string(group.join("cgroup.kill")).is_ok_and(|text| text == "1") {
-                    let _ = fs::write(group.join("cgroup.events"), "populated 0\nfrozen 0\n");
+                    empty(&group);
                     return;
                 }
                 thread::sleep(Duration::from_millis(1));
@@ -106,6 +106,13 @@ impl Fake {
         });
         Obedience { end, thread: Some(thread) }
     }
+}
+
+/// Says that nothing is in `group` any more, in one go as the kernel does.
+pub(super) fn empty(group: &Path) {
+    let beside = group.join("cgroup.events.new");
+    fs::write(&beside, "populated 0\nfrozen 0\n").unwrap();
+    fs::rename(beside, group.join("cgroup.events")).unwrap();
 }
 
 pub(crate) struct Obedience {

@@ -155,7 +155,10 @@ fn below(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cgroup::{fake::Fake, values::Values};
+    use crate::cgroup::{
+        fake::{Fake, empty},
+        values::Values,
+    };
 
     const SHORT: Patience = Patience { empty: Duration::from_millis(200), busy: Duration::from_millis(100) };
 
@@ -231,7 +234,7 @@ mod tests {
         fake.write("lair/vms/a/cgroup.events", "populated 1\nfrozen 0\n");
         fake.write("lair/vms/a/store/cgroup.procs", &format!("{}\n", children[0].id()));
         fake.write("lair/vms/a/vsock/cgroup.procs", &format!("{}\n", children[1].id()));
-        let events = group.dir().join("cgroup.events");
+        let dir = group.dir().to_owned();
         let freeze = group.dir().join("cgroup.freeze");
         let kernel = std::thread::spawn(move || {
             for child in &mut children {
@@ -239,7 +242,7 @@ mod tests {
                 assert_eq!(child.wait().unwrap().signal(), Some(Signal::SIGKILL as i32));
             }
             let frozen = fs::read_to_string(&freeze).unwrap();
-            fs::write(&events, "populated 0\nfrozen 1\n").unwrap();
+            empty(&dir);
             frozen
         });
         group.kill().await.unwrap();

@@ -9,7 +9,7 @@
 
 mod devices;
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 mod file;
 mod group;
 mod hierarchy;

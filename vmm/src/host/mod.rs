@@ -9,8 +9,9 @@ pub mod logging;
 pub mod process;
 pub mod tools;
 
-use crate::{cgroup::Hierarchy, fleet::limits::HostFacts};
+use crate::{cgroup::Hierarchy, fleet::limits::HostFacts, vm::limits::Happened};
 use std::sync::Arc;
+use tokio::sync::broadcast;
 
 /// The host as `laird` found it when it started.
 #[derive(Debug, Clone)]
@@ -27,4 +28,11 @@ pub struct Host {
     pub cgroups: Option<Hierarchy>,
     /// Users and groups of VMs' processes; none where all share the user of `laird`, since that is not root.
     pub ids: Option<Arc<ids::Ids>>,
+    /// What happens to VMs' cgroups.
+    pub happened: broadcast::Sender<Happened>,
+}
+
+/// A way for [`Host::happened`]: whoever listens too slowly misses the oldest.
+pub fn happenings() -> broadcast::Sender<Happened> {
+    broadcast::channel(64).0
 }

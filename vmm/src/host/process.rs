@@ -172,6 +172,14 @@ impl Process {
         }
     }
 
+    /// Whether it has ended with status 0. An adopted process never tells.
+    pub fn succeeded(&self) -> bool {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        child
+            .as_mut()
+            .is_some_and(|child| child.try_wait().ok().flatten().is_some_and(|status| status.success()))
+    }
+
     /// Waits until the process has ended; says how, in words.
     pub async fn ended(&self) -> String {
         if self.pidfd.readable().await.is_err() {
@@ -205,7 +213,7 @@ fn open_pidfd(pid: i32) -> Result<AsyncFd<OwnedFd>, ProcessError> {
     AsyncFd::new(fd).map_err(watch)
 }
 
-fn start_time(pid: i32) -> Result<u64, ProcessError> {
+pub(crate) fn start_time(pid: i32) -> Result<u64, ProcessError> {
     let stat =
         std::fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|e| ProcessError::Stat(pid, e))?;
     parse_start_time(&stat).ok_or_else(|| ProcessError::Stat(pid, io::ErrorKind::InvalidData.into()))

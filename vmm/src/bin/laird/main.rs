@@ -11,7 +11,7 @@ use lair_vmm::{
         schema::{Fleet, Limits, Users},
     },
     host::{
-        Host, facts,
+        Host, facts, happenings,
         ids::{self, Ids},
         process,
         tools::Tools,
@@ -20,9 +20,14 @@ use lair_vmm::{
         dirs::{self, Dirs},
         lock,
     },
-    supervisor::Supervisor,
+    supervisor::{Supervisor, shutdown},
 };
-use std::{os::unix::fs::PermissionsExt, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -31,7 +36,7 @@ use tokio::{
 /// Runs the microVMs of this host, as its fleet file says.
 ///
 /// It may be killed and started again at any moment: VMs, their builds and their links go on without it, and it finds them
-/// again. SIGTERM ends it alone; `vmctl stop` ends VMs.
+/// again. SIGTERM ends it alone, unless systemd says that the host shuts down: then the VMs are ended first. `vmctl stop` ends VMs.
 ///
 /// It logs to stderr; LAIR_LOG says how much: error, warn, info (the default), debug.
 #[derive(Debug, Parser)]
@@ -80,7 +85,15 @@ fn run(arguments: Arguments) -> Result<()> {
     dirs.create()?;
     let _lock = lock::lock(&dirs.run)?;
     let (cgroups, ids) = (cgroups(&loaded.fleet)?, ids(&loaded.fleet, &dirs)?);
-    let host = Host { facts, engine, tools: Tools::of_this_process(), boot_id, cgroups, ids };
+    let host = Host {
+        facts,
+        engine,
+        tools: Tools::of_this_process(),
+        boot_id,
+        cgroups,
+        ids,
+        happened: happenings(),
+    };
     // One thread suffices: laird is in no data path, and what blocks runs on threads of its own.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -126,10 +139,15 @@ async fn serve(dirs: Dirs, host: Host, fleet_file: PathBuf, loaded: Loaded) -> R
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!("ready");
     tokio::select! {
-        served = api::server::serve(listener, supervisor) => served.context("The API ended"),
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        served = api::server::serve(listener, Arc::clone(&supervisor)) => return served.context("The API ended"),
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => return Ok(()),
     }
+    if shutdown::host_stops(Path::new("systemctl")).await {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        supervisor.shut_down(shutdown::LIMIT).await;
+    }
+    Ok(())
 }
 
 /// Binds the API socket. The lock is held, so a socket that is there is of a `laird` that is gone.
