@@ -2,7 +2,10 @@
 
 use crate::{
     api::types::{ApplyReply, HostStatus, VmStatus},
-    fleet::{Loaded, Place, Problem, Problems, schema::Fleet},
+    fleet::{
+        Loaded, Place, Problem, Problems,
+        schema::{Fleet, Limits, Users},
+    },
     host::Host,
     shim::client,
     state::dirs::Dirs,
@@ -257,7 +260,7 @@ impl Supervisor {
         let _applying = self.applying.lock().await;
         let Loaded { fleet, mut warnings } = loaded;
         if fleet.host != self.fleet().host {
-            warnings.problems.push(self.accel_stays(other_file.as_deref()));
+            warnings.problems.push(self.host_stays(other_file.as_deref()));
         }
         log(&warnings);
         let fleet = Arc::new(fleet);
@@ -298,11 +301,11 @@ impl Supervisor {
         reply
     }
 
-    /// The one thing that an apply does not change.
-    fn accel_stays(&self, other_file: Option<&str>) -> Problem {
+    /// What an apply does not change.
+    fn host_stays(&self, other_file: Option<&str>) -> Problem {
         let file = other_file.map_or_else(|| self.fleet_file.display().to_string(), Into::into);
-        let place = Place { file, line: None, column: None, path: Some("host.accel".into()) };
-        let message = "is read when laird starts; until then guests run as before".into();
+        let place = Place { file, line: None, column: None, path: Some("host".into()) };
+        let message = "is read when laird starts; until then all is as before".into();
         Problem { place, message, hint: None, other: None }
     }
 
@@ -334,6 +337,8 @@ impl Supervisor {
             applied: self.differs.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             engine: self.host.engine,
             root: crate::state::dirs::is_root(),
+            users: if self.host.ids.is_some() { Users::Own } else { Users::Shared },
+            limits: if self.host.cgroups.is_some() { Limits::Cgroup } else { Limits::None },
             vms,
         }
     }

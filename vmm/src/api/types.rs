@@ -3,7 +3,7 @@
 use crate::{
     fleet::{
         Problem,
-        schema::{Fleet, Role},
+        schema::{Fleet, Limits, Role, Users},
         units::Size,
     },
     host::facts::Engine,
@@ -29,8 +29,12 @@ pub struct HostStatus {
     pub applied: Option<String>,
     /// What executes guests.
     pub engine: Engine,
-    /// Whether `laird` is root. Otherwise all processes share its uid.
+    /// Whether `laird` is root.
     pub root: bool,
+    /// Whom the processes of VMs run as.
+    pub users: Users,
+    /// What holds VMs to what they may take of the host.
+    pub limits: Limits,
     /// The VMs, by name.
     pub vms: Vec<VmStatus>,
 }
