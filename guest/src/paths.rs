@@ -19,6 +19,9 @@ pub(crate) const AGENT: &str = "/run/lair/agent.sock";
 /// under a system's own init would not be told a second time.
 pub(crate) const READY: &str = "/run/lair/ready";
 
+/// What happened when in this boot; 0600.
+pub(crate) const TRACE: &str = "/run/lair/trace";
+
 /// Credentials, one file each; a file system of its own, 0700.
 pub(crate) const CREDENTIALS: &str = "/run/credentials/lair";
 

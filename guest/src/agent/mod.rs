@@ -27,8 +27,10 @@ mod target;
 mod vsock_filter;
 
 use crate::{
+    clock,
     handshake::{self, PATIENCE},
     paths, report,
+    trace::Trace,
 };
 use environment::Environment;
 use lair_guest::{
@@ -93,12 +95,15 @@ struct Agent {
     links: Mutex<links::Links>,
     /// The number of the newest control session.
     newest: watch::Sender<u64>,
-    clock_set: AtomicBool,
+    /// Whether there has been a control channel.
+    greeted: AtomicBool,
+    trace: Trace,
+    disks: Vec<statistics::Disk>,
     commands: Semaphore,
 }
 
 impl Agent {
-    fn new(config: &BootConfig, boot_id: String, log: Log) -> Self {
+    fn new(config: &BootConfig, boot_id: String, log: Log, trace: Trace) -> Self {
         Self {
             boot_id,
             environment: environment::of(config.profile.as_deref()),
@@ -109,7 +114,9 @@ impl Agent {
             // More than a host that reads at all lets pile up; one that does not misses the oldest.
             ended: broadcast::Sender::new(64),
             newest: watch::Sender::new(0),
-            clock_set: AtomicBool::new(false),
+            greeted: AtomicBool::new(false),
+            trace,
+            disks: statistics::disks(config),
             commands: Semaphore::new(MAX_COMMANDS),
         }
     }
@@ -118,7 +125,7 @@ impl Agent {
     fn set_ready(&self) -> u64 {
         let known = *self.ready.borrow();
         known.unwrap_or_else(|| {
-            let uptime_ms = statistics::uptime_ms().unwrap_or_default();
+            let uptime_ms = clock::uptime_ms();
             self.ready.send_replace(Some(uptime_ms));
             uptime_ms
         })
@@ -130,6 +137,8 @@ pub(crate) fn run() -> Result<(), AgentError> {
     let start = |what| move |source| AgentError::Start { what, source };
     // PID 1 blocks signals for itself, and a service that inherited that would not hear SIGTERM.
     let _ = SigSet::all().thread_unblock();
+    let trace = Trace::new(paths::TRACE);
+    trace.mark("agent");
     let json = std::fs::read(paths::CONFIG).map_err(AgentError::Read)?;
     let config: BootConfig = serde_json::from_slice(&json).map_err(AgentError::Config)?;
     let boot_id = handshake::boot_id().map_err(start("read the boot id"))?;
@@ -140,7 +149,7 @@ pub(crate) fn run() -> Result<(), AgentError> {
     let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(start("start the runtime"))?.block_on(async {
-        let agent = Arc::new(Agent::new(&config, boot_id, log));
+        let agent = Arc::new(Agent::new(&config, boot_id, log, trace));
         if config.init.is_some() {
             ready::listen(&agent).map_err(start("make the agent's socket"))?;
         } else {
@@ -192,7 +201,8 @@ mod tests {
 
     pub(super) fn agent(own_init: bool) -> Agent {
         let json = if own_init { r#"{"hostname":"vm","init":"/init"}"# } else { r#"{"hostname":"vm"}"# };
-        Agent::new(&serde_json::from_str(json).unwrap(), "boot".into(), Log::start().unwrap())
+        let config = serde_json::from_str(json).unwrap();
+        Agent::new(&config, "boot".into(), Log::start().unwrap(), Trace::new("/dev/null"))
     }
 
     /// Everything that the agent answers to these bytes, until it ends the connection.

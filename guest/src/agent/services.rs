@@ -55,6 +55,7 @@ pub(super) fn start(agent: &Arc<Agent>, services: Vec<Service>, deny_vsock: bool
                     return;
                 }
             }
+            agent.trace.mark(&format!("service-{name}"));
         }
         agent.set_ready();
     });

@@ -7,6 +7,7 @@
 
 use super::mounts::{self, DATA, MountError};
 use crate::{
+    clock,
     handshake::{self, PATIENCE},
     paths::{CREDENTIALS, SYSTEMD_CREDENTIALS},
 };
@@ -60,16 +61,14 @@ const WAIT: Duration = Duration::from_secs(60);
 
 /// Waits for the credentials `names` and puts them where programs, and the system's own init, look for them.
 pub(super) fn take(names: &[String], own_init: bool) -> Result<(), CredentialError> {
-    if names.is_empty() {
-        return Ok(());
-    }
     if let Some(bad) = names.iter().find(|name| !is_file_name(name)) {
         return Err(CredentialError::BadName(bad.clone()));
     }
     let boot_id = handshake::boot_id().map_err(CredentialError::BootId)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let hello = runtime.map_err(CredentialError::Listen)?.block_on(wait_for(names, &boot_id))?;
-    handshake::set_clock(hello.unix_ms);
+    // The system starts with the right time where it can; a clock that stays wrong is not worth a boot.
+    let _ = clock::follow(hello.unix_ms);
     let secrets = decode(names, &hello)?;
 
     // Not the file system that a guest with swap could write out.
@@ -165,12 +164,23 @@ fn write_all(folder: &Path, secrets: &BTreeMap<&str, Vec<u8>>) -> Result<(), Cre
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lair_guest::wire::{VERSION, message::Exec};
+    use lair_guest::wire::{
+        VERSION,
+        message::{Exec, Features},
+    };
     use tokio::io::AsyncWriteExt;
 
     fn hello(version: u32, credentials: &[(&str, &str)]) -> Hello {
         let credentials = credentials.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-        Hello { version, ticket: String::new(), links_out: vec![], links_in: vec![], credentials, unix_ms: 0 }
+        Hello {
+            version,
+            ticket: String::new(),
+            links_out: vec![],
+            links_in: vec![],
+            credentials,
+            unix_ms: 0,
+            features: Features::default(),
+        }
     }
 
     async fn conversation(open: &HostOpen) -> (Option<Hello>, Vec<u8>) {
@@ -189,7 +199,10 @@ mod tests {
         let secrets = decode(&names, &got.unwrap()).unwrap();
         assert_eq!(secrets["key"], b"secret");
         let reply = String::from_utf8(reply).unwrap();
-        assert_eq!(reply, r#"{"hello":"welcome","version":1,"boot_id":"boot","phase":"init"}"#);
+        assert_eq!(
+            reply,
+            r#"{"hello":"welcome","version":1,"boot_id":"boot","phase":"init","features":{"set_clock":true}}"#
+        );
     }
 
     #[tokio::test]

@@ -29,6 +29,23 @@ pub struct Hello {
     pub credentials: BTreeMap<String, String>,
     /// The host's clock, milliseconds since 1970.
     pub unix_ms: u64,
+    /// What this host understands beyond the first release.
+    #[serde(default)]
+    pub features: Features,
+}
+
+/// What a peer understands beyond the first release of this version of the protocol. It says so in its greeting, and is asked
+/// and told nothing else: a message that it does not know would end the channel. What is missing is not understood.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Features {
+    /// Of an agent: [`Ask::SetClock`].
+    pub set_clock: bool,
+}
+
+impl Features {
+    /// What this release understands.
+    pub const OURS: Self = Self { set_clock: true };
 }
 
 /// A link that starts in this VM: `/run/lair/links/NAME`, and a loopback port if it has one.
@@ -64,6 +81,9 @@ pub enum HelloReply {
         boot_id: String,
         /// Who answers.
         phase: Phase,
+        /// What it understands beyond the first release.
+        #[serde(default)]
+        features: Features,
     },
     /// The channel is closed, for this reason.
     Refused {
@@ -103,6 +123,11 @@ pub enum Ask {
     PowerOff,
     /// End services, sync, reboot.
     Reboot,
+    /// Set the clock to the host's, unless it is right already. Only where [`Features::set_clock`] is said.
+    SetClock {
+        /// The host's clock, milliseconds since 1970.
+        unix_ms: u64,
+    },
 }
 
 /// What the agent says on an open control channel.
@@ -113,6 +138,9 @@ pub enum Event {
     Ready {
         /// Milliseconds from the guest kernel's start to this state.
         uptime_ms: u64,
+        /// What happened on the way, in the order of time. Empty from an agent that keeps no trace.
+        #[serde(default)]
+        trace: Vec<Moment>,
     },
     /// A service ended, with how, and whether it is started again.
     ServiceEnded {
@@ -128,6 +156,18 @@ pub enum Event {
         /// What came of it.
         answer: Answer,
     },
+    /// What a later release has to say.
+    #[serde(other)]
+    Unknown,
+}
+
+/// When something happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moment {
+    /// What it was.
+    pub name: String,
+    /// Milliseconds since the kernel's start, of the machine that saw it (CLOCK_BOOTTIME).
+    pub at_ms: u64,
 }
 
 /// Answers of the control channel.
@@ -142,19 +182,57 @@ pub enum Answer {
     Failed(String),
 }
 
-/// The guest's figures; sizes in bytes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// The guest's figures; sizes in bytes. Those that are new since the first release are zero or absent from an agent of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics {
     /// All memory that the guest's kernel manages.
     pub memory_total: u64,
     /// Memory that new programs could have without swapping.
     pub memory_available: u64,
+    /// Swap space.
+    #[serde(default)]
+    pub swap_total: u64,
+    /// Swap space that is free.
+    #[serde(default)]
+    pub swap_free: u64,
+    /// The root, what the overlay writes to, and the volumes.
+    #[serde(default)]
+    pub disks: Vec<DiskUse>,
     /// Load averages over 1, 5 and 15 minutes, in thousandths.
     pub load_thousandths: [u64; 3],
+    /// Processes and threads.
+    #[serde(default)]
+    pub tasks: u64,
+    /// Pressure, where the guest's kernel measures it.
+    #[serde(default)]
+    pub pressure: Option<Pressure>,
     /// Milliseconds since the guest's kernel started.
     pub uptime_ms: u64,
     /// The guest's clock, milliseconds since 1970.
     pub unix_ms: u64,
+}
+
+/// How full a file system of the guest is, in bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskUse {
+    /// Where it is mounted.
+    pub mount: String,
+    /// Its size.
+    pub total: u64,
+    /// What programs may still write.
+    pub available: u64,
+}
+
+/// The share of the last ten seconds in which some task waited for a resource, in hundredths of a percent
+/// (`avg10` of the kernel's pressure stall information).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pressure {
+    /// For a processor.
+    pub cpu: u32,
+    /// For memory.
+    pub memory: u32,
+    /// For disks.
+    pub io: u32,
 }
 
 /// A command to run in the guest.

@@ -9,6 +9,7 @@
 //! | `outgoing`, `target`, `incoming`, `links`, `carry` | links: opened by the guest, reached, ended in the guest; counters; the relay |
 //! | `session`, `frames` | operators' sessions |
 //! | `agent`, `ticket`, `vsock` | the control channel to the guest's agent |
+//! | `guest`, `clock` | what the guest says of itself; whether its clock is right |
 //! | `console`, `ring` | the console log |
 //! | `audit`, `note`, `rate`, `worker` | the audit log and standard error, at a bounded rate, off the relay's thread |
 //! | `socket`, `fd`, `message`, `files` | sockets by path, descriptors, first messages, small files |
@@ -17,12 +18,14 @@ mod agent;
 mod audit;
 mod carry;
 pub mod client;
+mod clock;
 pub mod config;
 mod console;
 mod control;
 mod fd;
 mod files;
 mod frames;
+mod guest;
 mod incoming;
 mod limits;
 mod links;

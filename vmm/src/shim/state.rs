@@ -3,6 +3,7 @@
 use super::{
     audit::Audit,
     config::{ConfigError, ShimConfig},
+    guest::Known,
     incoming::HostListeners,
     limits,
     links::Links,
@@ -28,6 +29,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch}
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Observed {
     pub(super) agent: AgentState,
+    /// [`ShimStatus::silent_since_unix_ms`].
+    pub(super) silent_since: Option<u64>,
     pub(super) console: bool,
     /// Raised with each configuration.
     pub(super) generation: u64,
@@ -51,6 +54,7 @@ pub(super) struct Shim {
     credentials: Mutex<BTreeMap<String, PathBuf>>,
     tickets: Mutex<BootTickets>,
     grants: Mutex<Grants>,
+    guest: Mutex<Known>,
     pub(super) observed: watch::Sender<Observed>,
     pub(super) console_bytes: AtomicU64,
     /// The way to the agent, while there is a control channel.
@@ -81,8 +85,10 @@ impl Shim {
             credentials: Mutex::default(),
             tickets: Mutex::default(),
             grants: Mutex::default(),
+            guest: Mutex::new(Known::new()),
             observed: watch::Sender::new(Observed {
                 agent: AgentState::Absent,
+                silent_since: None,
                 console: false,
                 generation: 0,
             }),
@@ -143,14 +149,26 @@ impl Shim {
         locked(&self.grants)
     }
 
+    /// What is known of the guest.
+    pub(super) fn guest(&self) -> MutexGuard<'_, Known> {
+        locked(&self.guest)
+    }
+
     pub(super) fn status(&self) -> ShimStatus {
         let seen = self.observed.borrow().clone();
+        let (figures, times) = {
+            let guest = self.guest();
+            (guest.figures.clone(), guest.times.clone())
+        };
         ShimStatus {
             vm: self.vm.clone(),
             agent: seen.agent,
             console: seen.console,
             console_bytes: self.console_bytes.load(Relaxed),
             links: self.links.counters(&self.vm),
+            silent_since_unix_ms: seen.silent_since,
+            figures,
+            times,
         }
     }
 

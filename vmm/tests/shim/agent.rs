@@ -3,7 +3,7 @@
 use crate::support::*;
 use lair_guest::wire::{
     VERSION, frame,
-    message::{Answer, Ask, Event, HelloReply, Phase, Request},
+    message::{Answer, Ask, Event, Features, HelloReply, Moment, Phase, Request, Statistics},
 };
 use lair_vmm::shim::{
     client::{self, ClientError},
@@ -14,6 +14,11 @@ use tokio::{io::AsyncWriteExt, time::sleep};
 
 fn connected(boot_id: &str) -> AgentState {
     AgentState::Connected { boot_id: boot_id.into() }
+}
+
+fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    u64::try_from(since.as_millis()).unwrap()
 }
 
 fn ready(boot_id: &str, uptime_ms: u64) -> AgentState {
@@ -57,12 +62,18 @@ async fn a_boot_from_init_to_ready() {
 
     guest.welcome("boot-1", Phase::Agent).await;
     assert_eq!(within(watch.next()).await.unwrap().unwrap().agent, connected("boot-1"));
-    guest.say(&Event::Ready { uptime_ms: 2500 }).await;
+    let moment = |name: &str, at_ms| Moment { name: name.into(), at_ms };
+    let trace = vec![moment("kernel", 0), moment("\u{1b}[2J", 7)];
+    guest.say(&Event::Ready { uptime_ms: 2500, trace }).await;
     assert_eq!(within(watch.next()).await.unwrap().unwrap().agent, ready("boot-1", 2500));
     // A guest that repeats itself wakes nobody.
     for uptime_ms in 0..100 {
-        guest.say(&Event::Ready { uptime_ms }).await;
+        guest.say(&Event::Ready { uptime_ms, trace: vec![] }).await;
     }
+    let times = shim.status().await.times;
+    let names = |moments: &[Moment]| -> Vec<String> { moments.iter().map(|m| m.name.clone()).collect() };
+    assert_eq!(names(&times.host), ["shim", "init", "agent", "ready"]);
+    assert_eq!(times.guest, [moment("kernel", 0), moment("\\u{1b}[2J", 7), moment("ready", 2500)]);
     let first = guest.ticket();
     assert_ne!(hello.ticket, first, "Each channel has its own ticket");
 
@@ -119,8 +130,16 @@ async fn an_agent_without_a_sign_of_life_is_dialled_again() {
     let host = Host::new();
     let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
     let _silent = guest.control.take();
+    let mut watch = within(client::watch(shim.control())).await.unwrap();
+    assert_eq!(within(watch.next()).await.unwrap().unwrap().silent_since_unix_ms, None);
+    // Watchers hear of it: whoever can replace the device has to know.
+    let silent = within(watch.next()).await.unwrap().unwrap();
+    assert_eq!(silent.agent, AgentState::Absent);
+    let since = silent.silent_since_unix_ms.expect("Silent since when?");
+    assert!(since > 0 && since < unix_ms(), "{since}");
     guest.welcome("boot-1", Phase::Agent).await;
-    assert_eq!(shim.status().await.agent, connected("boot-1"));
+    shim.until_agent(|agent| *agent == connected("boot-1")).await;
+    assert_eq!(shim.status().await.silent_since_unix_ms, None);
     assert!(shim.stderr().contains("no sign of life for 15 s"), "{}", shim.stderr());
 }
 
@@ -146,7 +165,12 @@ async fn vs7_an_agent_of_another_version_is_not_taken() {
     guest.start_agent();
     let shim = host.start(config).await;
     let (_, mut stream) = guest.agent_connection().await;
-    let old = HelloReply::Welcome { version: 99, boot_id: "boot-1".into(), phase: Phase::Agent };
+    let old = HelloReply::Welcome {
+        version: 99,
+        boot_id: "boot-1".into(),
+        phase: Phase::Agent,
+        features: Features::default(),
+    };
     frame::write_message(&mut stream, &old).await.unwrap();
     assert_closed(&mut stream).await;
     let (_, mut stream) = guest.agent_connection().await;
@@ -154,7 +178,12 @@ async fn vs7_an_agent_of_another_version_is_not_taken() {
     frame::write_message(&mut stream, &refused).await.unwrap();
     assert_closed(&mut stream).await;
     let (_, mut stream) = guest.agent_connection().await;
-    let odd = HelloReply::Welcome { version: VERSION, boot_id: "\u{1b}[2J".into(), phase: Phase::Agent };
+    let odd = HelloReply::Welcome {
+        version: VERSION,
+        boot_id: "\u{1b}[2J".into(),
+        phase: Phase::Agent,
+        features: Features::default(),
+    };
     frame::write_message(&mut stream, &odd).await.unwrap();
     assert_closed(&mut stream).await;
     assert_eq!(shim.status().await.agent, AgentState::Absent);
@@ -230,4 +259,152 @@ async fn a_reload_replaces_the_channel_and_keeps_the_state() {
     // The reload is told, and no other state than before.
     assert_eq!(within(watch.next()).await.unwrap().unwrap().agent, ready("boot-1", 1234));
     assert_eq!(shim.status().await.agent, ready("boot-1", 1234));
+}
+
+/// Answers everything that is asked on the channel, with these figures; what was asked.
+async fn answer_with(guest: &mut Guest, figures: Statistics, asks: usize) -> Vec<Ask> {
+    let mut asked = Vec::new();
+    while asked.len() < asks {
+        let channel = guest.control.as_mut().unwrap();
+        let Request { id, ask } = within(frame::read_message(channel)).await.unwrap();
+        let answer = match ask {
+            Ask::Statistics => Answer::Statistics(figures.clone()),
+            _ => Answer::Done,
+        };
+        guest.say(&Event::Reply { id, answer }).await;
+        asked.push(ask);
+    }
+    asked
+}
+
+#[tokio::test]
+async fn figures_come_with_the_signs_of_life_and_a_wrong_clock_is_set() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
+    let behind = Statistics {
+        memory_total: 7,
+        uptime_ms: 2000,
+        unix_ms: unix_ms() - 3_600_000,
+        ..Statistics::default()
+    };
+    let asked = answer_with(&mut guest, behind, 2).await;
+    assert_eq!(asked[0], Ask::Statistics);
+    let Ask::SetClock { unix_ms: told } = asked[1] else { panic!("{asked:?}") };
+    assert!(told.abs_diff(unix_ms()) < 60_000);
+    let status = shim.status().await;
+    let figures = status.figures.unwrap();
+    assert_eq!(figures.statistics.memory_total, 7);
+    assert!(figures.clock_skew_ms.abs_diff(3_600_000) < 60_000, "{}", figures.clock_skew_ms);
+    let start = status.times.guest_start_ms.unwrap();
+    let names: Vec<_> = status.times.merged().into_iter().map(|point| point.name).collect();
+    assert!(start > 0 && names.contains(&"ready".to_owned()), "{names:?}");
+    until(async || shim.stderr().contains("clock was off by").then_some(())).await;
+}
+
+/// It knows no request but the first release's, and one that it does not know would end the channel.
+#[tokio::test]
+async fn vs7_an_old_agent_is_asked_nothing_that_it_does_not_know() {
+    let host = Host::new();
+    let config = host.config("hydra");
+    let mut guest = Guest::new(&config);
+    guest.start_agent();
+    let shim = host.start(config).await;
+    let (_, mut stream) = guest.agent_connection().await;
+    let old = br#"{"hello":"welcome","version":1,"boot_id":"boot-1","phase":"agent"}"#;
+    frame::write(&mut stream, frame::Kind::Message, old).await.unwrap();
+    guest.control = Some(stream);
+    frame::write(
+        guest.control.as_mut().unwrap(),
+        frame::Kind::Message,
+        br#"{"event":"ready","uptime_ms":9}"#,
+    )
+    .await
+    .unwrap();
+    // Its clock is wrong as well, and it is left alone.
+    let old = br#"{"event":"reply","id":1,"answer":{"statistics":{"memory_total":7,"memory_available":3,"load_thousandths":[1,2,3],"uptime_ms":9,"unix_ms":9}}}"#;
+    let channel = guest.control.as_mut().unwrap();
+    let Request { id: 1, ask: Ask::Statistics } = within(frame::read_message(channel)).await.unwrap() else {
+        panic!("Not the figures")
+    };
+    frame::write(channel, frame::Kind::Message, old).await.unwrap();
+    let asked = answer_with(&mut guest, Statistics::default(), 1).await;
+    assert_eq!(asked, [Ask::Statistics]);
+    let status = shim.status().await;
+    assert_eq!(status.agent, ready("boot-1", 9));
+    assert_eq!(status.figures.unwrap().statistics.tasks, 0);
+}
+
+#[tokio::test]
+async fn vs7_what_a_newer_agent_says_is_let_pass() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
+    let newer = br#"{"event":"weather","sun":true}"#;
+    frame::write(guest.control.as_mut().unwrap(), frame::Kind::Message, newer).await.unwrap();
+    let asked = answer_with(&mut guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 2).await;
+    assert_eq!(asked, [Ask::Statistics, Ask::Statistics]);
+    assert_eq!(shim.status().await.agent, ready("boot-1", 1234));
+}
+
+#[tokio::test]
+async fn vs7_an_agent_that_comes_twice_has_one_channel() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
+    // It was started again: its old connection goes, the next one is of the same boot, and readiness is said anew.
+    for _ in 0..3 {
+        guest.control = None;
+        guest.welcome("boot-1", Phase::Agent).await;
+        shim.until_agent(|agent| *agent == connected("boot-1")).await;
+        guest.say(&Event::Ready { uptime_ms: 1234, trace: vec![] }).await;
+        shim.until_agent(|agent| *agent == ready("boot-1", 1234)).await;
+    }
+    let answered =
+        answer_with(&mut guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 1).await;
+    assert_eq!(answered, [Ask::Statistics]);
+    let marks: Vec<_> = shim.status().await.times.host.into_iter().map(|moment| moment.name).collect();
+    assert_eq!(marks, ["shim", "agent", "ready"], "One boot, however often its agent came");
+}
+
+/// The shim has no say in how long a boot may take (that deadline is the supervisor's); it only never invents a state.
+#[tokio::test]
+async fn vs7_an_agent_that_never_comes_is_absent() {
+    let host = Host::new();
+    let config = host.config("hydra");
+    let _guest = Guest::new(&config);
+    let shim = host.start(config).await;
+    sleep(Duration::from_secs(2)).await;
+    let status = shim.status().await;
+    assert_eq!((status.agent, status.silent_since_unix_ms), (AgentState::Absent, None));
+    assert!(status.figures.is_none() && status.times.guest.is_empty());
+    assert_eq!(shim.stderr(), "");
+}
+
+#[tokio::test]
+async fn vs10_readiness_forged_early_or_never_said_is_that_vms_own() {
+    let host = Host::new();
+    let (honest, mut honest_guest) = host.start_ready(host.config("hydra")).await;
+    let config = host.config("liar");
+    let mut liar = Guest::new(&config);
+    let shim = host.start(config).await;
+    liar.start_agent();
+    // In the initramfs, where nothing can be ready.
+    liar.welcome("boot-1", Phase::Init).await;
+    liar.say(&Event::Ready { uptime_ms: 1, trace: vec![] }).await;
+    assert_eq!(shim.status().await.agent, AgentState::Absent);
+    liar.control = None;
+    // At once, with a trace from the end of time.
+    liar.welcome("boot-1", Phase::Agent).await;
+    let forged = Moment { name: "x".repeat(10_000), at_ms: u64::MAX };
+    liar.say(&Event::Ready { uptime_ms: u64::MAX, trace: vec![forged; 5] }).await;
+    shim.until_agent(|agent| *agent == ready("boot-1", u64::MAX)).await;
+    let asked = answer_with(
+        &mut liar,
+        Statistics { uptime_ms: u64::MAX, unix_ms: u64::MAX, ..Statistics::default() },
+        1,
+    );
+    asked.await;
+    assert!(!shim.status().await.times.merged().is_empty());
+    let asked =
+        answer_with(&mut honest_guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 1).await;
+    assert_eq!(asked, [Ask::Statistics]);
+    assert_eq!(honest.status().await.agent, ready("boot-1", 1234));
 }

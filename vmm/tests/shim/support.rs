@@ -3,7 +3,7 @@
 
 use lair_guest::wire::{
     AGENT_PORT, VERSION, frame,
-    message::{Event, Hello, HelloReply, HostOpen, LinkOpen, LinkReply, OutgoingLink, Phase},
+    message::{Event, Features, Hello, HelloReply, HostOpen, LinkOpen, LinkReply, OutgoingLink, Phase},
 };
 use lair_vmm::shim::{
     client,
@@ -242,7 +242,12 @@ impl Guest {
     pub(crate) async fn welcome(&mut self, boot_id: &str, phase: Phase) {
         let (open, mut stream) = self.agent_connection().await;
         let HostOpen::Control(hello) = open else { panic!("Not a control channel") };
-        let welcome = HelloReply::Welcome { version: VERSION, boot_id: boot_id.into(), phase };
+        let welcome = HelloReply::Welcome {
+            version: VERSION,
+            boot_id: boot_id.into(),
+            phase,
+            features: Features::OURS,
+        };
         within(frame::write_message(&mut stream, &welcome)).await.unwrap();
         self.control = Some(stream);
         self.hello = Some(hello);
@@ -256,7 +261,7 @@ impl Guest {
     pub(crate) async fn boot(&mut self, boot_id: &str) {
         self.start_agent();
         self.welcome(boot_id, Phase::Agent).await;
-        self.say(&Event::Ready { uptime_ms: 1234 }).await;
+        self.say(&Event::Ready { uptime_ms: 1234, trace: vec![] }).await;
     }
 
     pub(crate) fn ticket(&self) -> String {
