@@ -3,6 +3,7 @@
 mod agent;
 mod clock;
 mod connect;
+mod credentials;
 mod handshake;
 mod init;
 mod paths;

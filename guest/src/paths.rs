@@ -28,6 +28,9 @@ pub(crate) const CREDENTIALS: &str = "/run/credentials/lair";
 /// From here a systemd that starts takes credentials as its own, and deletes them here.
 pub(crate) const SYSTEMD_CREDENTIALS: &str = "/run/credentials/@initrd";
 
+/// Here a systemd that runs looks for credentials that it was not started with (systemd.exec(5), `LoadCredential=`).
+pub(crate) const CREDSTORE: &str = "/run/credstore";
+
 /// The read-only view, where an overlay covers it.
 pub(crate) const STORE_LOWER: &str = "/run/lair/store";
 

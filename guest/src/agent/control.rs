@@ -6,7 +6,7 @@
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use super::{
-    Agent,
+    Agent, credentials,
     power::{self, Power},
     report, statistics,
 };
@@ -81,6 +81,7 @@ async fn hear<R: AsyncRead + Unpin>(
             Ask::PowerOff => (Answer::Done, Some(Power::Off)),
             Ask::Reboot => (Answer::Done, Some(Power::Reboot)),
             Ask::SetClock { unix_ms } => (set_clock(agent, unix_ms), None),
+            Ask::Credentials(sent) => (credentials::take(agent, sent).await, None),
         };
         if answers.send(Reply { id, answer, then }).await.is_err() {
             break;
@@ -147,7 +148,7 @@ mod tests {
     use super::super::tests::agent;
     use super::*;
     use lair_guest::wire::{VERSION, message::Features};
-    use std::{collections::BTreeMap, sync::Arc, time::Duration};
+    use std::{sync::Arc, time::Duration};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
         task::JoinHandle,
@@ -160,7 +161,6 @@ mod tests {
             ticket: "0".repeat(64),
             links_out: vec![],
             links_in: vec![],
-            credentials: BTreeMap::new(),
             unix_ms: 0,
             features: Features::default(),
         }

@@ -15,6 +15,7 @@
 
 mod bucket;
 mod control;
+mod credentials;
 mod environment;
 mod exec;
 mod links;
@@ -28,6 +29,7 @@ mod vsock_filter;
 
 use crate::{
     clock,
+    credentials::Store,
     handshake::{self, PATIENCE},
     paths, report,
     trace::Trace,
@@ -45,6 +47,7 @@ use log::Log;
 use nix::sys::signal::SigSet;
 pub(crate) use ready::tell as tell_ready;
 use std::{
+    collections::BTreeMap,
     io,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
@@ -99,6 +102,9 @@ struct Agent {
     greeted: AtomicBool,
     trace: Trace,
     disks: Vec<statistics::Disk>,
+    credentials: Store,
+    /// One for each service, counted up for each restart of it that is asked for.
+    restarts: BTreeMap<String, watch::Sender<u64>>,
     commands: Semaphore,
 }
 
@@ -117,8 +123,16 @@ impl Agent {
             greeted: AtomicBool::new(false),
             trace,
             disks: statistics::disks(config),
+            credentials: Store::of_guest(config.init.is_some()),
+            restarts: config.services.iter().map(|s| (s.name.clone(), watch::Sender::new(0))).collect(),
             commands: Semaphore::new(MAX_COMMANDS),
         }
+    }
+
+    /// Has a service restarted; whether there is one of this name.
+    fn restart(&self, service: &str) -> bool {
+        let restarts = self.restarts.get(service);
+        restarts.inspect(|asked| asked.send_modify(|count| *count = count.wrapping_add(1))).is_some()
     }
 
     /// Notes that the guest is up, once; the time of it.

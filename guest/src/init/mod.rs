@@ -59,7 +59,7 @@ enum InitError {
     #[error(transparent)]
     Profile(#[from] profile::ProfileError),
     #[error(transparent)]
-    Credentials(#[from] credentials::CredentialError),
+    Credentials(#[from] credentials::TakeError),
     #[error(transparent)]
     System(#[from] system::SystemError),
     #[error("Defect: init panicked")]

@@ -14,7 +14,7 @@ pub enum HostOpen {
     Exec(Exec),
 }
 
-/// The host's greeting on the control channel, with all that this boot needs and no disk should hold.
+/// The host's greeting on the control channel. Credentials come later, once the host knows who is there: see [`Ask::Credentials`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Hello {
     /// [`super::VERSION`] of the host side.
@@ -25,8 +25,6 @@ pub struct Hello {
     pub links_out: Vec<OutgoingLink>,
     /// Links that end in this VM and have something behind them for the agent to dial.
     pub links_in: Vec<IncomingLink>,
-    /// Named secrets, base64.
-    pub credentials: BTreeMap<String, String>,
     /// The host's clock, milliseconds since 1970.
     pub unix_ms: u64,
     /// What this host understands beyond the first release.
@@ -41,11 +39,13 @@ pub struct Hello {
 pub struct Features {
     /// Of an agent: [`Ask::SetClock`].
     pub set_clock: bool,
+    /// Of an agent: [`Ask::Credentials`]. The first half of `lair-guest` is of the release that starts the VM, and always takes them.
+    pub credentials: bool,
 }
 
 impl Features {
     /// What this release understands.
-    pub const OURS: Self = Self { set_clock: true };
+    pub const OURS: Self = Self { set_clock: true, credentials: true };
 }
 
 /// A link that starts in this VM: `/run/lair/links/NAME`, and a loopback port if it has one.
@@ -128,6 +128,40 @@ pub enum Ask {
         /// The host's clock, milliseconds since 1970.
         unix_ms: u64,
     },
+    /// Keep these secrets, and restart what uses those that are not as they were. Sent to the first half of `lair-guest` with all that there
+    /// are, to the agent with those that have changed on the host.
+    Credentials(Credentials),
+}
+
+/// Secrets for the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Those to keep, by name.
+    pub keep: BTreeMap<String, Credential>,
+    /// Names of those that the guest may not have any longer.
+    #[serde(default)]
+    pub remove: Vec<String>,
+}
+
+/// One secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credential {
+    /// It, in base64.
+    pub value: Secret,
+    /// What is restarted when it changes: units of a system with its own init, otherwise services of the agent.
+    #[serde(default)]
+    pub restart: Vec<String>,
+}
+
+/// Text that appears in no log: only its length is shown.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(pub String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Secret({} bytes)", self.0.len())
+    }
 }
 
 /// What the agent says on an open control channel.
@@ -295,4 +329,35 @@ pub enum LinkReply {
         /// For the log and for whoever opened the link.
         reason: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_is_in_no_debug_output() {
+        let credential = Credential { value: Secret("c2VjcmV0".into()), restart: vec![] };
+        let keep = BTreeMap::from([("key".to_string(), credential)]);
+        let ask = Request { id: 1, ask: Ask::Credentials(Credentials { keep, remove: vec![] }) };
+        let shown = format!("{ask:?}");
+        assert!(shown.contains("Secret(8 bytes)") && !shown.contains("c2Vj"), "{shown}");
+    }
+
+    #[test]
+    fn vs7_messages_of_the_first_release_and_of_a_later_one_are_understood() {
+        let welcome = r#"{"hello":"welcome","version":1,"boot_id":"b","phase":"agent"}"#;
+        let HelloReply::Welcome { features, .. } = serde_json::from_str(welcome).unwrap() else {
+            panic!("no welcome")
+        };
+        assert_eq!(features, Features::default());
+        let later = r#"{"set_clock":true,"telepathy":true}"#;
+        assert!(serde_json::from_str::<Features>(later).unwrap().set_clock);
+        let ready: Event = serde_json::from_str(r#"{"event":"ready","uptime_ms":7}"#).unwrap();
+        assert!(matches!(ready, Event::Ready { uptime_ms: 7, trace } if trace.is_empty()));
+        let later = r#"{"event":"ready","uptime_ms":7,"trace":[{"name":"x","at_ms":1,"by":"me"}],"mood":1}"#;
+        assert!(matches!(serde_json::from_str(later), Ok(Event::Ready { trace, .. }) if trace.len() == 1));
+        assert!(matches!(serde_json::from_str(r#"{"event":"weather","sun":true}"#), Ok(Event::Unknown)));
+        assert!(serde_json::from_str::<Ask>(r#"{"dance":{}}"#).is_err(), "A request needs its feature");
+    }
 }

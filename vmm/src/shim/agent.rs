@@ -15,7 +15,7 @@
 
 use super::{
     clock::{Cause, HostClocks},
-    files, limits,
+    credentials, limits,
     message::{self, MessageError},
     note::{chain, foreign},
     protocol::AgentState,
@@ -23,15 +23,13 @@ use super::{
     ticket::Ticket,
     vsock::DialError,
 };
-use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use lair_guest::wire::{
     AGENT_PORT, VERSION,
     frame::{self, FrameError},
     message::{Answer, Ask, Event, Features, Hello, HelloReply, HostOpen, Phase, Request},
 };
 use std::{
-    collections::{BTreeMap, HashMap},
-    path::PathBuf,
+    collections::HashMap,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -44,7 +42,7 @@ use tokio::{
 
 /// Why there is no control channel, or why it ended.
 #[derive(Debug, thiserror::Error)]
-enum ChannelError {
+pub(super) enum ChannelError {
     #[error("The agent cannot be reached")]
     Dial(#[from] DialError),
     #[error("There are no random numbers for a ticket")]
@@ -65,8 +63,8 @@ enum ChannelError {
     Silent,
     #[error("The agent takes no requests")]
     Stuck,
-    #[error("The first half of lair-guest held the control channel for {} s", limits::INIT_PHASE.as_secs())]
-    InitTooLong,
+    #[error("The first half of lair-guest asks for its credentials again, which it has had in this boot")]
+    Twice,
 }
 
 impl ChannelError {
@@ -133,7 +131,6 @@ struct Channel {
 }
 
 async fn open(shim: &Shim) -> Result<Channel, ChannelError> {
-    let credentials = credentials(shim).await;
     let mut stream = shim.dialer.dial(AGENT_PORT).await?;
     let ticket = Ticket::random().map_err(ChannelError::Random)?;
     let (links_out, links_in) = shim.links.for_agent();
@@ -142,7 +139,6 @@ async fn open(shim: &Shim) -> Result<Channel, ChannelError> {
         ticket: ticket.text().into(),
         links_out,
         links_in,
-        credentials,
         unix_ms: unix_ms(),
         features: Features::OURS,
     });
@@ -170,47 +166,12 @@ fn is_boot_id(text: &str) -> bool {
     (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
 }
 
-/// The credentials as their files are now. One that cannot be read is left out, and said: the guest waits for it.
-async fn credentials(shim: &Shim) -> BTreeMap<String, String> {
-    let files = shim.credentials();
-    if files.is_empty() {
-        return BTreeMap::new();
-    }
-    let read = tokio::task::spawn_blocking(move || read_credentials(&files));
-    let (found, missing) = read.await.unwrap_or_default();
-    if !missing.is_empty() {
-        shim.notes.say(&format!("Credentials are left out: {}", missing.join("; ")));
-    }
-    found
-}
-
-/// The credentials in base64, and why others are not among them.
-fn read_credentials(files: &BTreeMap<String, PathBuf>) -> (BTreeMap<String, String>, Vec<String>) {
-    let mut left = limits::CREDENTIAL_BYTES;
-    let (mut found, mut missing) = (BTreeMap::new(), Vec::new());
-    for (name, path) in files {
-        match files::read(path, left) {
-            Ok(bytes) => {
-                left = left.saturating_sub(bytes.len());
-                found.insert(name.clone(), BASE64.encode(bytes));
-            }
-            Err(error) => missing.push(format!("{name}: {}", chain(&error))),
-        }
-    }
-    (found, missing)
-}
-
 /// Serves one channel until it ends.
 async fn run(shim: &Shim, channel: Channel) -> ChannelError {
     let Channel { mut stream, boot_id, phase, features } = channel;
     if phase == Phase::Init {
-        // It takes credentials and leaves; what comes after that is the agent.
-        let mut rest = Vec::new();
-        let left = async { while let Ok(Some(_)) = frame::read(&mut stream, &mut rest).await {} };
-        return match timeout(limits::INIT_PHASE, left).await {
-            Ok(()) => ChannelError::Closed,
-            Err(_) => ChannelError::InitTooLong,
-        };
+        // It takes its credentials; what comes after that is the agent.
+        return credentials::deliver(shim, &mut stream, &boot_id).await;
     }
     shim.observe(|seen| {
         let same = matches!(&seen.agent, AgentState::Ready { boot_id: known, .. } if *known == boot_id);
@@ -225,7 +186,7 @@ async fn run(shim: &Shim, channel: Channel) -> ChannelError {
     tokio::select! {
         error = events(shim, &boot_id, &mut reader, &pending) => error,
         error = send_requests(queue, &mut writer, &pending) => error,
-        error = keep_in_touch(shim, features, &requests) => error,
+        error = keep_in_touch(shim, &boot_id, features, &requests) => error,
     }
 }
 
@@ -321,8 +282,15 @@ async fn send_requests<W: AsyncWrite + Unpin>(
 }
 
 /// Asks for the guest's figures again and again: any answer is a sign of life. A hypervisor's vsock can die without closing anything.
-/// What the figures tell of the guest's clock is acted upon.
-async fn keep_in_touch(shim: &Shim, features: Features, requests: &mpsc::Sender<Asked>) -> ChannelError {
+/// What the figures tell of the guest's clock is acted upon, and credentials that have changed are given to it.
+async fn keep_in_touch(
+    shim: &Shim,
+    boot_id: &str,
+    features: Features,
+    requests: &mpsc::Sender<Asked>,
+) -> ChannelError {
+    // A channel that is new may be so because the configuration is.
+    let mut at_once = true;
     loop {
         let asked = HostClocks::now();
         match ask(requests, Ask::Statistics, limits::PING).await {
@@ -338,6 +306,12 @@ async fn keep_in_touch(shim: &Shim, features: Features, requests: &mpsc::Sender<
             Ok(_) => {}
             Err(error) => return error,
         }
+        if features.credentials
+            && let Err(error) = credentials::renew(shim, requests, boot_id, at_once).await
+        {
+            return error;
+        }
+        at_once = false;
         sleep(limits::PING_EVERY).await;
     }
 }
@@ -361,7 +335,11 @@ async fn set_clock(
 }
 
 /// Asks, and waits for the answer; without one in time the agent is silent.
-async fn ask(requests: &mpsc::Sender<Asked>, ask: Ask, limit: Duration) -> Result<Answer, ChannelError> {
+pub(super) async fn ask(
+    requests: &mpsc::Sender<Asked>,
+    ask: Ask,
+    limit: Duration,
+) -> Result<Answer, ChannelError> {
     let (answer, answered) = oneshot::channel();
     let asked = async {
         // An error means that the channel is about to end anyway.

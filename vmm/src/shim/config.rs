@@ -1,6 +1,7 @@
 //! What `laird` writes for one VM's shim. The shim reads it at its start and when told to reload.
 
 use super::{files, limits};
+use crate::fleet::schema::Credential;
 use lair_guest::wire::message::{IncomingLink, OutgoingLink};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -31,8 +32,8 @@ pub struct ShimConfig {
     pub outgoing: Vec<Outgoing>,
     /// Links that end in the guest.
     pub incoming: Vec<Incoming>,
-    /// Credentials, by name, and the files that hold them.
-    pub credentials: BTreeMap<String, PathBuf>,
+    /// Credentials, by name: the files that hold them, and what to restart in the guest when they change.
+    pub credentials: BTreeMap<String, Credential>,
 }
 
 /// The shim's listening sockets: one for each kind of client, so that directory rights keep them apart.

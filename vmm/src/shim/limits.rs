@@ -56,9 +56,6 @@ pub(super) const PING_EVERY: Duration = Duration::from_secs(5);
 /// A sign of life that takes longer ends the control channel.
 pub(super) const PING: Duration = Duration::from_secs(15);
 
-/// How long the agent's first half may hold its control channel.
-pub(super) const INIT_PHASE: Duration = Duration::from_secs(60);
-
 /// The shortest and the longest pause between attempts to connect to the agent or the console.
 pub(super) const BACK_OFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 

@@ -10,6 +10,7 @@
 //! | `session`, `frames` | operators' sessions |
 //! | `agent`, `ticket`, `vsock` | the control channel to the guest's agent |
 //! | `guest`, `clock` | what the guest says of itself; whether its clock is right |
+//! | `credentials` | the guest's secrets: given once in a boot, and when they change |
 //! | `console`, `ring` | the console log |
 //! | `audit`, `note`, `rate`, `worker` | the audit log and standard error, at a bounded rate, off the relay's thread |
 //! | `socket`, `fd`, `message`, `files` | sockets by path, descriptors, first messages, small files |
@@ -22,6 +23,7 @@ mod clock;
 pub mod config;
 mod console;
 mod control;
+mod credentials;
 mod fd;
 mod files;
 mod frames;

@@ -3,6 +3,7 @@
 use super::{
     audit::Audit,
     config::{ConfigError, ShimConfig},
+    credentials::Given,
     guest::Known,
     incoming::HostListeners,
     limits,
@@ -12,6 +13,7 @@ use super::{
     ticket::{BootTickets, Grants},
     vsock::Dialer,
 };
+use crate::fleet::schema::Credential;
 use lair_guest::wire::message::{Answer, Ask};
 use std::{
     collections::BTreeMap,
@@ -51,7 +53,8 @@ pub(super) struct Shim {
     pub(super) notes: Notes,
     pub(super) links: Links,
     pub(super) host_listeners: HostListeners,
-    credentials: Mutex<BTreeMap<String, PathBuf>>,
+    credentials: Mutex<BTreeMap<String, Credential>>,
+    given: Mutex<Given>,
     tickets: Mutex<BootTickets>,
     grants: Mutex<Grants>,
     guest: Mutex<Known>,
@@ -83,6 +86,7 @@ impl Shim {
             links: Links::default(),
             host_listeners: HostListeners::default(),
             credentials: Mutex::default(),
+            given: Mutex::default(),
             tickets: Mutex::default(),
             grants: Mutex::default(),
             guest: Mutex::new(Known::new()),
@@ -137,8 +141,13 @@ impl Shim {
         let _ = self.reboots.subscribe().changed().await;
     }
 
-    pub(super) fn credentials(&self) -> BTreeMap<String, PathBuf> {
+    pub(super) fn credentials(&self) -> BTreeMap<String, Credential> {
         locked(&self.credentials).clone()
+    }
+
+    /// Which of them the guest has.
+    pub(super) fn given(&self) -> MutexGuard<'_, Given> {
+        locked(&self.given)
     }
 
     pub(super) fn tickets(&self) -> MutexGuard<'_, BootTickets> {

@@ -3,7 +3,10 @@
 
 use lair_guest::wire::{
     AGENT_PORT, VERSION, frame,
-    message::{Event, Features, Hello, HelloReply, HostOpen, LinkOpen, LinkReply, OutgoingLink, Phase},
+    message::{
+        Answer, Ask, Event, Features, Hello, HelloReply, HostOpen, LinkOpen, LinkReply, OutgoingLink, Phase,
+        Request, Statistics,
+    },
 };
 use lair_vmm::shim::{
     client,
@@ -255,6 +258,29 @@ impl Guest {
 
     pub(crate) async fn say(&mut self, event: &Event) {
         within(frame::write_message(self.control.as_mut().unwrap(), event)).await.unwrap();
+    }
+
+    /// The next request on the control channel.
+    pub(crate) async fn asked(&mut self) -> Request {
+        within(frame::read_message(self.control.as_mut().unwrap())).await.unwrap()
+    }
+
+    /// The next request that is no sign of life; those are answered, with a clock that is right.
+    pub(crate) async fn asked_more(&mut self) -> Request {
+        loop {
+            let request = self.asked().await;
+            if request.ask != Ask::Statistics {
+                return request;
+            }
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+            let figures =
+                Statistics { unix_ms: u64::try_from(now.as_millis()).unwrap(), ..Statistics::default() };
+            self.answer(request.id, Answer::Statistics(figures)).await;
+        }
+    }
+
+    pub(crate) async fn answer(&mut self, id: u64, answer: Answer) {
+        self.say(&Event::Reply { id, answer }).await;
     }
 
     /// An agent that is up and ready.
