@@ -22,6 +22,9 @@ pub(crate) const READY: &str = "/run/lair/ready";
 /// What happened when in this boot; 0600.
 pub(crate) const TRACE: &str = "/run/lair/trace";
 
+/// How far the journal has been told to the host; 0600.
+pub(crate) const JOURNAL_CURSOR: &str = "/run/lair/journal-cursor";
+
 /// Credentials, one file each; a file system of its own, 0700.
 pub(crate) const CREDENTIALS: &str = "/run/credentials/lair";
 

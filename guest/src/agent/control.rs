@@ -13,7 +13,7 @@ use super::{
 use crate::{clock, handshake};
 use lair_guest::wire::{
     frame::{self, FrameError},
-    message::{Answer, Ask, Event, Hello, HelloReply, Phase, Request},
+    message::{Answer, Ask, Event, Features, Hello, HelloReply, Phase, Request},
 };
 use std::sync::atomic::Ordering;
 use tokio::{
@@ -52,7 +52,7 @@ pub(super) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     let (answers, queue) = mpsc::channel(QUEUE);
     tokio::select! {
         result = hear(agent, &mut from_host, answers) => result,
-        result = speak(agent, &mut to_host, queue) => result,
+        result = speak(agent, hello.features, &mut to_host, queue) => result,
         _ = newest.wait_for(|newest| *newest != number) => Ok(()),
     }
 }
@@ -110,6 +110,7 @@ fn set_clock(agent: &Agent, host_unix_ms: u64) -> Answer {
 /// Writes answers and events.
 async fn speak<W: AsyncWrite + Unpin>(
     agent: &Agent,
+    features: Features,
     to: &mut W,
     mut answers: mpsc::Receiver<Reply>,
 ) -> Result<(), FrameError> {
@@ -133,6 +134,7 @@ async fn speak<W: AsyncWrite + Unpin>(
                 (Ok(()), Some(uptime_ms)) => Event::Ready { uptime_ms, trace: agent.trace.read() },
                 _ => continue,
             },
+            entries = agent.journal(), if features.journal => Event::Journal { entries },
             service = ended.recv() => match service {
                 Ok((service, how)) => Event::ServiceEnded { service, how },
                 // The host did not read for so long that the oldest are gone.
@@ -147,7 +149,7 @@ async fn speak<W: AsyncWrite + Unpin>(
 mod tests {
     use super::super::tests::agent;
     use super::*;
-    use lair_guest::wire::{VERSION, message::Features};
+    use lair_guest::wire::{VERSION, message::JournalEntry};
     use std::{sync::Arc, time::Duration};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
@@ -229,6 +231,38 @@ mod tests {
         assert!(
             matches!(event(&mut second).await, Event::ServiceEnded { service, .. } if service == "daemon")
         );
+    }
+
+    #[tokio::test]
+    async fn the_journal_waits_for_a_host_that_knows_it() {
+        let agent = Arc::new(agent(true));
+        let entry = |message: &str| JournalEntry {
+            message: message.into(),
+            priority: 6,
+            identifier: String::new(),
+            unit: String::new(),
+            realtime_us: 0,
+            dropped_before: 0,
+        };
+        agent.journal_source.send(entry("one")).await.unwrap();
+        // A host of the first release.
+        let (mut old, _task) = open(&agent, VERSION);
+        welcome(&mut old).await;
+        frame::write_message(&mut old, &Request { id: 1, ask: Ask::Ping }).await.unwrap();
+        assert!(matches!(event(&mut old).await, Event::Reply { .. }));
+        let (mut host, guest) = tokio::io::duplex(1 << 12);
+        let (newer, knows) = (agent.clone(), Hello { features: Features::OURS, ..hello(VERSION) });
+        tokio::spawn(async move { serve(&newer, knows, guest).await });
+        welcome(&mut host).await;
+        assert!(matches!(event(&mut host).await, Event::Journal { entries } if entries[0].message == "one"));
+        for _ in 0..20 {
+            agent.journal_source.send(entry("more")).await.unwrap();
+        }
+        let mut count = 0;
+        while count < 20 {
+            let Event::Journal { entries } = event(&mut host).await else { panic!("no journal") };
+            count += entries.len();
+        }
     }
 
     #[tokio::test]

@@ -9,6 +9,7 @@
 //! | a session ([`control`] or [`exec`]) for each connection of the host | the connection ends; a control session also when a newer one comes |
 //! | a listener for each link ([`links`]) | a new greeting does not name the link |
 //! | a relay for each connection of a link | either side ends it |
+//! | the reader of the journal ([`journal`]), where there is one | never |
 //! | a keeper for each service ([`services`]) | never |
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
@@ -18,6 +19,7 @@ mod control;
 mod credentials;
 mod environment;
 mod exec;
+mod journal;
 mod links;
 mod log;
 mod power;
@@ -40,7 +42,7 @@ use lair_guest::{
     wire::{
         AGENT_PORT,
         frame::{self, FrameError},
-        message::{ExecEvent, HostOpen},
+        message::{ExecEvent, HostOpen, JournalEntry},
     },
 };
 use log::Log;
@@ -54,7 +56,7 @@ use std::{
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{Mutex, Semaphore, broadcast, watch},
+    sync::{Mutex, Semaphore, broadcast, mpsc, watch},
 };
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
@@ -103,6 +105,9 @@ struct Agent {
     trace: Trace,
     disks: Vec<statistics::Disk>,
     credentials: Store,
+    /// Entries of the journal on their way to the host, and where they come from.
+    journal: Mutex<mpsc::Receiver<JournalEntry>>,
+    journal_source: mpsc::Sender<JournalEntry>,
     /// One for each service, counted up for each restart of it that is asked for.
     restarts: BTreeMap<String, watch::Sender<u64>>,
     commands: Semaphore,
@@ -110,7 +115,10 @@ struct Agent {
 
 impl Agent {
     fn new(config: &BootConfig, boot_id: String, log: Log, trace: Trace) -> Self {
+        let (journal_source, journal) = mpsc::channel(journal::QUEUE);
         Self {
+            journal: Mutex::new(journal),
+            journal_source,
             boot_id,
             environment: environment::of(config.profile.as_deref()),
             own_init: config.init.is_some(),
@@ -127,6 +135,13 @@ impl Agent {
             restarts: config.services.iter().map(|s| (s.name.clone(), watch::Sender::new(0))).collect(),
             commands: Semaphore::new(MAX_COMMANDS),
         }
+    }
+
+    /// The next entries of the journal, a few at a time. Those that are not taken stay.
+    async fn journal(&self) -> Vec<JournalEntry> {
+        let mut entries = Vec::new();
+        self.journal.lock().await.recv_many(&mut entries, journal::BATCH).await;
+        entries
     }
 
     /// Has a service restarted; whether there is one of this name.
@@ -166,6 +181,7 @@ pub(crate) fn run() -> Result<(), AgentError> {
         let agent = Arc::new(Agent::new(&config, boot_id, log, trace));
         if config.init.is_some() {
             ready::listen(&agent).map_err(start("make the agent's socket"))?;
+            tokio::spawn(journal::follow(agent.clone(), agent.journal_source.clone()));
         } else {
             services::start(&agent, config.services, config.deny_vsock);
         }

@@ -41,11 +41,13 @@ pub struct Features {
     pub set_clock: bool,
     /// Of an agent: [`Ask::Credentials`]. The first half of `lair-guest` is of the release that starts the VM, and always takes them.
     pub credentials: bool,
+    /// Of a host: [`Event::Journal`].
+    pub journal: bool,
 }
 
 impl Features {
     /// What this release understands.
-    pub const OURS: Self = Self { set_clock: true, credentials: true };
+    pub const OURS: Self = Self { set_clock: true, credentials: true, journal: true };
 }
 
 /// A link that starts in this VM: `/run/lair/links/NAME`, and a loopback port if it has one.
@@ -190,9 +192,34 @@ pub enum Event {
         /// What came of it.
         answer: Answer,
     },
+    /// What the guest's journal has got. Only where [`Features::journal`] is said.
+    Journal {
+        /// In its order.
+        entries: Vec<JournalEntry>,
+    },
     /// What a later release has to say.
     #[serde(other)]
     Unknown,
+}
+
+/// An entry of the guest's journal: all that a guest can say in the host's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalEntry {
+    /// The text.
+    pub message: String,
+    /// As syslog numbers them: 0 (emergency) to 7 (debug).
+    pub priority: u8,
+    /// Who says it, in its own words.
+    #[serde(default)]
+    pub identifier: String,
+    /// The unit that it belongs to; empty if none.
+    #[serde(default)]
+    pub unit: String,
+    /// When, by the guest's clock: microseconds since 1970.
+    pub realtime_us: u64,
+    /// How many entries before it were left out, because there were too many at once.
+    #[serde(default)]
+    pub dropped_before: u64,
 }
 
 /// When something happened.

@@ -29,7 +29,9 @@ use lair_guest::wire::{
     message::{Answer, Ask, Event, Features, Hello, HelloReply, HostOpen, Phase, Request},
 };
 use std::{
+    cell::Cell,
     collections::HashMap,
+    pin::pin,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -110,10 +112,17 @@ async fn channels(shim: &Shim) -> ChannelError {
         Err(error) => return error,
     };
     loop {
+        let under_way = Cell::new(false);
+        let mut opening = pin!(async {
+            shim.renewed.notified().await;
+            under_way.set(true);
+            open(shim).await
+        });
         let renewed = tokio::select! {
-            error = run(shim, channel) => return error,
+            // The agent drops the old channel as soon as it takes the new one, which may be seen first.
+            error = run(shim, channel) => if under_way.get() { opening.await } else { return error },
             // The old channel is kept until the new one is open, and lost only then.
-            renewed = async { shim.renewed.notified().await; open(shim).await } => renewed,
+            renewed = &mut opening => renewed,
         };
         match renewed {
             Ok(new) => channel = new,
@@ -140,7 +149,7 @@ async fn open(shim: &Shim) -> Result<Channel, ChannelError> {
         links_out,
         links_in,
         unix_ms: unix_ms(),
-        features: Features::OURS,
+        features: Features { journal: shim.journal.is_some(), ..Features::OURS },
     });
     shim.tickets().offer(ticket);
     message::send(&mut stream, &hello).await?;
@@ -234,6 +243,11 @@ async fn events<R: AsyncRead + Unpin>(
                     shim.observe(|seen| {
                         seen.agent = AgentState::Ready { boot_id: boot_id.into(), uptime_ms };
                     });
+                }
+            }
+            Ok(Some(Event::Journal { entries })) => {
+                if let Some(journal) = &shim.journal {
+                    journal.take(entries);
                 }
             }
             Ok(Some(Event::Unknown)) => {}

@@ -76,3 +76,6 @@ pub(super) const REFUSALS: u32 = 10;
 
 /// Lines a second on standard error.
 pub(super) const NOTES: u32 = 1;
+
+/// Entries a second of a guest's journal; the others share one that counts them. More than an agent of ours sends for long.
+pub(super) const JOURNAL: u32 = 1000;

@@ -11,7 +11,7 @@
 //! | `agent`, `ticket`, `vsock` | the control channel to the guest's agent |
 //! | `guest`, `clock` | what the guest says of itself; whether its clock is right |
 //! | `credentials` | the guest's secrets: given once in a boot, and when they change |
-//! | `console`, `ring` | the console log |
+//! | `console`, `journal`, `ring` | the console log; the guest's journal; bounded files |
 //! | `audit`, `note`, `rate`, `worker` | the audit log and standard error, at a bounded rate, off the relay's thread |
 //! | `socket`, `fd`, `message`, `files` | sockets by path, descriptors, first messages, small files |
 
@@ -29,6 +29,7 @@ mod files;
 mod frames;
 mod guest;
 mod incoming;
+mod journal;
 mod limits;
 mod links;
 mod message;

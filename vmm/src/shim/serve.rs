@@ -76,6 +76,9 @@ pub async fn serve(config_path: &Path) -> Result<(), ServeError> {
     // Connections end by themselves now; one that hangs must not hold up the rest.
     let _ = timeout(limits::STOP, shim.quiet()).await;
     log.finish();
+    if let Some(journal) = &shim.journal {
+        journal.finish();
+    }
     shim.audit.finish(limits::STOP);
     shim.notes.finish(limits::STOP);
     Ok(())

@@ -3,14 +3,15 @@
 use crate::support::*;
 use lair_guest::wire::{
     VERSION, frame,
-    message::{Answer, Ask, Event, Features, HelloReply, Moment, Phase, Request, Statistics},
+    message::{Answer, Ask, Event, Features, HelloReply, JournalEntry, Moment, Phase, Request, Statistics},
 };
 use lair_vmm::shim::{
     client::{self, ClientError},
+    config::JournalTarget,
     protocol::AgentState,
 };
 use std::time::Duration;
-use tokio::{io::AsyncWriteExt, time::sleep};
+use tokio::{io::AsyncWriteExt, net::UnixDatagram, time::sleep};
 
 fn connected(boot_id: &str) -> AgentState {
     AgentState::Connected { boot_id: boot_id.into() }
@@ -366,6 +367,74 @@ async fn vs7_an_agent_that_never_comes_is_absent() {
     assert_eq!((status.agent, status.silent_since_unix_ms), (AgentState::Absent, None));
     assert!(status.figures.is_none() && status.times.guest.is_empty());
     assert_eq!(shim.stderr(), "");
+}
+
+fn journal_entry(message: &str) -> JournalEntry {
+    JournalEntry {
+        message: message.into(),
+        priority: 3,
+        identifier: "nginx".into(),
+        unit: String::new(),
+        realtime_us: 7,
+        dropped_before: 0,
+    }
+}
+
+#[tokio::test]
+async fn the_guests_journal_reaches_the_hosts() {
+    let host = Host::new();
+    let mut config = host.config("hydra");
+    let target =
+        JournalTarget { socket: host.path("journal"), log: host.path("journal.log"), limit: 1 << 20 };
+    config.journal = Some(target.clone());
+    let journal = UnixDatagram::bind(&target.socket).unwrap();
+    let (_shim, mut guest) = host.start_ready(config).await;
+    assert!(guest.hello.as_ref().unwrap().features.journal);
+    guest.say(&Event::Journal { entries: vec![journal_entry("hello"), journal_entry("again")] }).await;
+    let mut datagram = vec![0; 1 << 16];
+    for message in ["hello", "again"] {
+        let length = within(journal.recv(&mut datagram)).await.unwrap();
+        let text = String::from_utf8_lossy(&datagram[..length]).into_owned();
+        assert!(text.starts_with("LAIR_VM\n\u{5}\0\0\0\0\0\0\0hydra\n"), "{text:?}");
+        assert!(text.contains("hydra/nginx") && text.contains(message), "{text:?}");
+    }
+    assert!(!target.log.exists());
+}
+
+#[tokio::test]
+async fn vs5_a_flooded_journal_is_bounded_and_nothing_else_waits_for_it() {
+    let host = Host::new();
+    let mut config = host.config("hydra");
+    // The host has no journal.
+    let target = JournalTarget { socket: host.path("none"), log: host.path("journal.log"), limit: 1 << 16 };
+    config.journal = Some(target.clone());
+    let (shim, mut guest) = host.start_ready(config).await;
+    let before = shim.resident_kib();
+    let flood = Event::Journal { entries: vec![journal_entry(&"x".repeat(2000)); 20] };
+    for _ in 0..2000 {
+        guest.say(&flood).await;
+    }
+    let asked = answer_with(&mut guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 1).await;
+    assert_eq!(asked, [Ask::Statistics]);
+    assert_eq!(shim.status().await.agent, ready("boot-1", 1234));
+    assert!(shim.resident_kib() < before + 16_384, "{before} to {} KiB", shim.resident_kib());
+    sleep(Duration::from_millis(1100)).await;
+    guest.say(&Event::Journal { entries: vec![journal_entry("after the flood")] }).await;
+    let text = || std::fs::read_to_string(&target.log).unwrap_or_default();
+    let text = until(async || Some(text()).filter(|text| text.contains("after the flood"))).await;
+    assert!(text.contains("entries of this guest's journal were left out"), "{}", text.len());
+    assert!(text.len() <= 1 << 16);
+}
+
+/// A guest that was never asked for its journal, or a VM of an earlier configuration.
+#[tokio::test]
+async fn a_journal_that_nobody_wants_is_let_pass() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
+    assert!(!guest.hello.as_ref().unwrap().features.journal);
+    guest.say(&Event::Journal { entries: vec![journal_entry("hello")] }).await;
+    answer_with(&mut guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 2).await;
+    assert_eq!(shim.status().await.agent, ready("boot-1", 1234));
 }
 
 #[tokio::test]

@@ -74,6 +74,7 @@ impl Host {
             console: file("console"),
             console_log: file("console.log"),
             console_limit: 1 << 20,
+            journal: None,
             audit_log: file("audit"),
             sockets: ShimSockets { control: file("control"), session: file("session"), dial: file("dial") },
             outgoing: vec![],
