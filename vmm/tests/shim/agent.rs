@@ -10,8 +10,18 @@ use lair_vmm::shim::{
     config::JournalTarget,
     protocol::AgentState,
 };
-use std::time::Duration;
-use tokio::{io::AsyncWriteExt, net::UnixDatagram, time::sleep};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::AsyncWriteExt,
+    net::{UnixDatagram, UnixListener},
+    time::sleep,
+};
 
 fn connected(boot_id: &str) -> AgentState {
     AgentState::Connected { boot_id: boot_id.into() }
@@ -466,4 +476,37 @@ async fn vs10_readiness_forged_early_or_never_said_is_that_vms_own() {
         answer_with(&mut honest_guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 1).await;
     assert_eq!(asked, [Ask::Statistics]);
     assert_eq!(honest.status().await.agent, ready("boot-1", 1234));
+}
+
+/// A guest's kernel without room resets connections, at any point.
+#[tokio::test]
+async fn vs6_a_guest_that_resets_every_dial_is_dialled_ever_more_slowly() {
+    let host = Host::new();
+    let config = host.config("hydra");
+    let guest = UnixListener::bind(&config.vsock).unwrap();
+    let dials = Arc::new(AtomicU64::new(0));
+    let counted = dials.clone();
+    let resetting = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = guest.accept().await.unwrap();
+            // Every other one after its greeting has begun: what is unread makes it a reset.
+            if counted.fetch_add(1, Ordering::Relaxed) % 2 == 1 {
+                let _ = stream.write_all(b"OK 1073741824\n\0").await;
+            }
+        }
+    });
+    let shim = host.start(config.clone()).await;
+    sleep(Duration::from_secs(4)).await;
+    let attempts = dials.load(Ordering::Relaxed);
+    // Pauses of 50 ms, doubled up to 1 s: seven in four seconds, fewer on a busy machine.
+    assert!((2..=9).contains(&attempts), "{attempts} dials");
+    let descriptors = shim.open_descriptors();
+    assert_eq!(shim.status().await.agent, AgentState::Absent);
+    assert!(shim.stderr().lines().count() <= 5, "{}", shim.stderr());
+    // The guest recovers.
+    resetting.abort();
+    let mut guest = Guest::new(&config);
+    guest.boot("boot-1").await;
+    shim.until_agent(|agent| *agent == ready("boot-1", 1234)).await;
+    assert!(shim.open_descriptors() <= descriptors + 4);
 }
