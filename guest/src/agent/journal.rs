@@ -46,17 +46,45 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_s
 /// How often it is noted how far the journal has been told. An agent that is started again repeats what came since.
 const NOTE_EVERY: Duration = Duration::from_secs(5);
 
-/// Follows the journal until the agent ends, or at once not where there is no journalctl.
+/// Where journald keeps the journal: in memory at first, then on the disk if it is to last.
+const FOLDERS: [&str; 2] = ["/run/log/journal", "/var/log/journal"];
+
+/// How often it is looked for the journal while the system starts.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Follows the journal until the agent ends; not where there is none.
 pub(super) async fn follow(agent: Arc<Agent>, entries: mpsc::Sender<JournalEntry>) {
-    let mut follower = Follower::new("journalctl", paths::JOURNAL_CURSOR.into(), entries);
+    let follower = Follower::new("journalctl", paths::JOURNAL_CURSOR.into(), entries);
+    follow_in(&FOLDERS.map(PathBuf::from), follower, &agent).await;
+}
+
+/// journalctl does not see a folder that is made after its start. So it is started when there is one, and again when the system is
+/// up: by then the journal has moved to the disk, if it does.
+async fn follow_in(folders: &[PathBuf], mut follower: Follower, agent: &Agent) {
+    let mut ready = agent.ready.subscribe();
+    while !folders.iter().any(|folder| folder.exists()) {
+        if ready.borrow().is_some() {
+            return;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    let mut started_for_good = ready.borrow().is_some();
     let mut wait = BACK_OFF.0;
     loop {
         let started = Instant::now();
-        match follower.run(&agent).await {
+        let ended = tokio::select! {
+            ended = follower.run(agent) => ended,
+            // An entry that is on its way is read again.
+            Ok(_) = ready.wait_for(Option::is_some), if !started_for_good => {
+                started_for_good = true;
+                continue;
+            }
+        };
+        match ended {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 return agent.log.say("there is no journalctl: the journal is not told to the host");
             }
-            // The program may come with the next configuration of the system, or the journal be moved.
+            // The program may come with the next configuration of the system.
             Ok(()) | Err(_) => {}
         }
         wait =
@@ -345,6 +373,47 @@ mod tests {
             count += 1;
         }
         assert_eq!(count, QUEUE + 10);
+    }
+
+    #[tokio::test]
+    async fn journalctl_is_started_for_a_journal_and_again_when_the_system_is_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("journalctl");
+        let script = "#!/bin/sh\necho \"$*\" >>\"$0.said\"\n\
+                      echo '{\"MESSAGE\":\"x\",\"__CURSOR\":\"s=1;i=7\"}'\nexec sleep 300\n";
+        fs::write(&program, script).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let agent = Arc::new(agent(true));
+        let (follower, mut entries) = follower(dir.path(), program.to_str().unwrap());
+        let (folder, following) = (dir.path().join("journal"), agent.clone());
+        let folders = [folder.clone(), dir.path().join("never")];
+        let task = tokio::spawn(async move { follow_in(&folders, follower, &following).await });
+        tokio::time::sleep(2 * LOOK).await;
+        let said = || fs::read_to_string(dir.path().join("journalctl.said")).unwrap_or_default();
+        assert_eq!(said(), "", "There is no journal yet");
+        fs::create_dir(folder).unwrap();
+        let next = async |entries: &mut mpsc::Receiver<JournalEntry>| {
+            tokio::time::timeout(Duration::from_secs(20), entries.recv()).await.expect("no entry").unwrap()
+        };
+        next(&mut entries).await;
+        agent.set_ready();
+        next(&mut entries).await;
+        let runs = said();
+        let runs: Vec<_> = runs.lines().map(|line| line.contains("--after-cursor=s=1;i=7")).collect();
+        assert_eq!(runs, [false, true]);
+        assert!(!task.is_finished());
+        task.abort();
+    }
+
+    #[tokio::test]
+    async fn a_system_without_a_journal_is_not_asked_for_it_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        let agent = agent(true);
+        agent.set_ready();
+        let (follower, _entries) = follower(dir.path(), "/nonexistent/journalctl");
+        follow_in(&[dir.path().join("never")], follower, &agent).await;
+        let (follower, _entries) = super::tests::follower(dir.path(), "/nonexistent/journalctl");
+        follow_in(&[dir.path().into()], follower, &agent).await;
     }
 
     #[tokio::test]
