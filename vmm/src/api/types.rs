@@ -7,12 +7,13 @@ use crate::{
         units::Size,
     },
     host::facts::Engine,
-    shim::protocol::{AgentState, LinkCounters, Session},
+    shim::protocol::{AgentState, Figures, LinkCounters, Session},
     vm::{
         adopt::Verdict,
         failure::Failure,
         handle::Snapshot,
         machine::{Part, State, StopReport, Wanted},
+        trace::Point,
     },
 };
 use serde::{Deserialize, Serialize};
@@ -80,6 +81,15 @@ pub struct VmStatus {
     pub links: Vec<String>,
     /// What went over its links.
     pub counters: Vec<LinkCounters>,
+    /// When what happened in this boot, in the order of time.
+    #[serde(default)]
+    pub trace: Vec<Point>,
+    /// The guest's figures, as its agent told them last in this boot.
+    #[serde(default)]
+    pub guest: Option<Box<Figures>>,
+    /// When the agent was heard last, if it has gone silent since.
+    #[serde(default)]
+    pub agent_silent_since: Option<jiff::Timestamp>,
 }
 
 /// A VM's view.
@@ -112,6 +122,7 @@ impl VmStatus {
             State::Quarantined(reason) => Some(reason.clone()),
             State::Stopped | State::Booting | State::Ready | State::Cleaning(_) => None,
         };
+        let shim = snapshot.shim.as_ref();
         let generation = snapshot.plan.as_ref().map(|plan| &plan.generation);
         Self {
             name: name.into(),
@@ -132,7 +143,7 @@ impl VmStatus {
                 paths: generation.paths,
                 bytes: generation.bytes,
             }),
-            boot_ms: match snapshot.shim.as_ref().map(|shim| &shim.agent) {
+            boot_ms: match shim.map(|shim| &shim.agent) {
                 Some(AgentState::Ready { uptime_ms, .. }) => Some(*uptime_ms),
                 _ => None,
             },
@@ -140,6 +151,11 @@ impl VmStatus {
             processes: snapshot.processes.iter().copied().collect(),
             links: links(name, fleet),
             counters: snapshot.links().to_vec(),
+            trace: shim.map(|shim| shim.times.merged()).unwrap_or_default(),
+            guest: shim.and_then(|shim| shim.figures.clone()),
+            agent_silent_since: shim
+                .and_then(|shim| shim.silent_since_unix_ms)
+                .and_then(|ms| jiff::Timestamp::from_millisecond(i64::try_from(ms).ok()?).ok()),
         }
     }
 }

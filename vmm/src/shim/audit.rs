@@ -37,6 +37,12 @@ pub(super) enum Subject {
     Exec { command: Vec<String> },
     /// An operator's connection to a port of the guest.
     Connect { port: u32 },
+    /// Credentials for the guest.
+    Credentials {
+        given: Vec<String>,
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        revoked: Vec<String>,
+    },
     /// A client of the session socket that did not come as far as one of the two.
     Session,
     /// Refusals above the rate, without a line of their own.

@@ -99,6 +99,7 @@ pub(super) async fn follow(shim: &Shim, path: &Path, log: &ConsoleLog) {
     loop {
         if let Ok(stream) = socket::connect(path, limits::DIAL).await {
             let since = Instant::now();
+            shim.guest().mark("console");
             shim.observe(|seen| seen.console = true);
             copy(shim, stream, log).await;
             shim.observe(|seen| seen.console = false);

@@ -9,7 +9,10 @@
 //! | `outgoing`, `target`, `incoming`, `links`, `carry` | links: opened by the guest, reached, ended in the guest; counters; the relay |
 //! | `session`, `frames` | operators' sessions |
 //! | `agent`, `ticket`, `vsock` | the control channel to the guest's agent |
-//! | `console`, `output`, `ring`, `backlog` | the console log, and what the VM's other programs say |
+//! | `guest`, `clock` | what the guest says of itself; whether its clock is right |
+//! | `credentials` | the guest's secrets: given once in a boot, and when they change |
+//! | `console`, `output`, `journal` | the console log; what the VM's other programs say; the guest's journal |
+//! | `ring`, `backlog` | bounded files, and what waits for them |
 //! | `audit`, `note`, `rate`, `worker` | the audit log and standard error, at a bounded rate, off the relay's thread |
 //! | `socket`, `fd`, `message`, `files` | sockets by path, descriptors, first messages, small files |
 
@@ -18,13 +21,17 @@ mod audit;
 mod backlog;
 mod carry;
 pub mod client;
+mod clock;
 pub mod config;
 mod console;
 mod control;
+mod credentials;
 mod fd;
 mod files;
 mod frames;
+mod guest;
 mod incoming;
+mod journal;
 mod limits;
 mod links;
 mod message;

@@ -1,6 +1,7 @@
 //! What is said on the shim's three sockets: [frames](lair_guest::wire::frame), messages first.
 
-use lair_guest::wire::message::{Answer, Ask, Exec};
+use crate::vm::trace::Times;
+use lair_guest::wire::message::{Answer, Ask, Exec, Statistics};
 use serde::{Deserialize, Serialize};
 
 /// `laird` to shim, on the control socket. Every request has one [`ControlReply`]; [`Control::Watch`] has one after
@@ -10,8 +11,8 @@ use serde::{Deserialize, Serialize};
 pub enum Control {
     /// The shim's state, once.
     Status,
-    /// The shim's state, now and after each change of the agent, the console or the set of links. Counters that
-    /// move are no change.
+    /// The shim's state, now and after each change of the agent, the console or the set of links. Counters and
+    /// figures that move are no change.
     Watch,
     /// Allows one session.
     Grant(Grant),
@@ -60,6 +61,30 @@ pub struct ShimStatus {
     /// Every link that starts in this VM, and every one from the host into it, in the order of its configuration.
     /// A link from another VM is counted there, by the shim that carries it.
     pub links: Vec<LinkCounters>,
+    /// Since when the agent gives no sign of life though the way to it is open, milliseconds since 1970: the last time it was
+    /// heard. Until it is heard again. vhost-device-vsock can lose its worker, and then only a new device helps.
+    #[serde(default)]
+    pub silent_since_unix_ms: Option<u64>,
+    /// The guest's figures, as of the last sign of life in this boot.
+    #[serde(default)]
+    pub figures: Option<Box<Figures>>,
+    /// When what happened in this boot.
+    #[serde(default)]
+    pub times: Times,
+}
+
+/// A guest's figures, in its own words, with what the host can tell of its clock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Figures {
+    /// When they came, milliseconds since 1970.
+    pub at_unix_ms: u64,
+    /// The host's clock minus the guest's, in milliseconds.
+    pub clock_skew_ms: i64,
+    /// How long the answer took, in milliseconds; the skew is right to half of it.
+    pub round_trip_ms: u64,
+    /// The figures.
+    #[serde(flatten)]
+    pub statistics: Statistics,
 }
 
 /// The guest's agent, as the shim sees it.

@@ -3,7 +3,10 @@
 use super::{
     audit::Audit,
     config::{ConfigError, ShimConfig},
+    credentials::Given,
+    guest::Known,
     incoming::HostListeners,
+    journal::Journal,
     limits,
     links::Links,
     note::Notes,
@@ -11,6 +14,7 @@ use super::{
     ticket::{BootTickets, Grants},
     vsock::Dialer,
 };
+use crate::fleet::schema::Credential;
 use lair_guest::wire::message::{Answer, Ask};
 use std::{
     collections::BTreeMap,
@@ -28,6 +32,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch}
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Observed {
     pub(super) agent: AgentState,
+    /// [`ShimStatus::silent_since_unix_ms`].
+    pub(super) silent_since: Option<u64>,
     pub(super) console: bool,
     /// Raised with each configuration.
     pub(super) generation: u64,
@@ -46,11 +52,15 @@ pub(super) struct Shim {
     pub(super) dialer: Dialer,
     pub(super) audit: Audit,
     pub(super) notes: Notes,
+    /// Where the guest's journal goes, if it goes anywhere.
+    pub(super) journal: Option<Journal>,
     pub(super) links: Links,
     pub(super) host_listeners: HostListeners,
-    credentials: Mutex<BTreeMap<String, PathBuf>>,
+    credentials: Mutex<BTreeMap<String, Credential>>,
+    given: Mutex<Given>,
     tickets: Mutex<BootTickets>,
     grants: Mutex<Grants>,
+    guest: Mutex<Known>,
     pub(super) observed: watch::Sender<Observed>,
     pub(super) console_bytes: AtomicU64,
     /// The way to the agent, while there is a control channel.
@@ -76,13 +86,17 @@ impl Shim {
             dialer: Dialer::new(config.vsock.clone()),
             audit: Audit::start(config.audit_log.clone(), config.vm.clone())?,
             notes: Notes::start()?,
+            journal: config.journal.as_ref().map(|to| Journal::start(&config.vm, to)).transpose()?,
             links: Links::default(),
             host_listeners: HostListeners::default(),
             credentials: Mutex::default(),
+            given: Mutex::default(),
             tickets: Mutex::default(),
             grants: Mutex::default(),
+            guest: Mutex::new(Known::new()),
             observed: watch::Sender::new(Observed {
                 agent: AgentState::Absent,
+                silent_since: None,
                 console: false,
                 generation: 0,
             }),
@@ -131,8 +145,13 @@ impl Shim {
         let _ = self.reboots.subscribe().changed().await;
     }
 
-    pub(super) fn credentials(&self) -> BTreeMap<String, PathBuf> {
+    pub(super) fn credentials(&self) -> BTreeMap<String, Credential> {
         locked(&self.credentials).clone()
+    }
+
+    /// Which of them the guest has.
+    pub(super) fn given(&self) -> MutexGuard<'_, Given> {
+        locked(&self.given)
     }
 
     pub(super) fn tickets(&self) -> MutexGuard<'_, BootTickets> {
@@ -143,14 +162,26 @@ impl Shim {
         locked(&self.grants)
     }
 
+    /// What is known of the guest.
+    pub(super) fn guest(&self) -> MutexGuard<'_, Known> {
+        locked(&self.guest)
+    }
+
     pub(super) fn status(&self) -> ShimStatus {
         let seen = self.observed.borrow().clone();
+        let (figures, times) = {
+            let guest = self.guest();
+            (guest.figures.clone(), guest.times.clone())
+        };
         ShimStatus {
             vm: self.vm.clone(),
             agent: seen.agent,
             console: seen.console,
             console_bytes: self.console_bytes.load(Relaxed),
             links: self.links.counters(&self.vm),
+            silent_since_unix_ms: seen.silent_since,
+            figures,
+            times,
         }
     }
 

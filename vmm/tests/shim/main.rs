@@ -5,6 +5,7 @@
 
 mod agent;
 mod console;
+mod credentials;
 mod links;
 mod output;
 mod process;

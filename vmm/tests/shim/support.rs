@@ -3,7 +3,10 @@
 
 use lair_guest::wire::{
     AGENT_PORT, VERSION, frame,
-    message::{Event, Hello, HelloReply, HostOpen, LinkOpen, LinkReply, OutgoingLink, Phase},
+    message::{
+        Answer, Ask, Event, Features, Hello, HelloReply, HostOpen, LinkOpen, LinkReply, OutgoingLink, Phase,
+        Request, Statistics,
+    },
 };
 use lair_vmm::shim::{
     client,
@@ -71,6 +74,7 @@ impl Host {
             console: file("console"),
             console_log: file("console.log"),
             console_limit: 1 << 20,
+            journal: None,
             audit_log: file("audit"),
             sockets: ShimSockets { control: file("control"), session: file("session"), dial: file("dial") },
             outgoing: vec![],
@@ -242,7 +246,12 @@ impl Guest {
     pub(crate) async fn welcome(&mut self, boot_id: &str, phase: Phase) {
         let (open, mut stream) = self.agent_connection().await;
         let HostOpen::Control(hello) = open else { panic!("Not a control channel") };
-        let welcome = HelloReply::Welcome { version: VERSION, boot_id: boot_id.into(), phase };
+        let welcome = HelloReply::Welcome {
+            version: VERSION,
+            boot_id: boot_id.into(),
+            phase,
+            features: Features::OURS,
+        };
         within(frame::write_message(&mut stream, &welcome)).await.unwrap();
         self.control = Some(stream);
         self.hello = Some(hello);
@@ -252,11 +261,34 @@ impl Guest {
         within(frame::write_message(self.control.as_mut().unwrap(), event)).await.unwrap();
     }
 
+    /// The next request on the control channel.
+    pub(crate) async fn asked(&mut self) -> Request {
+        within(frame::read_message(self.control.as_mut().unwrap())).await.unwrap()
+    }
+
+    /// The next request that is no sign of life; those are answered, with a clock that is right.
+    pub(crate) async fn asked_more(&mut self) -> Request {
+        loop {
+            let request = self.asked().await;
+            if request.ask != Ask::Statistics {
+                return request;
+            }
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+            let figures =
+                Statistics { unix_ms: u64::try_from(now.as_millis()).unwrap(), ..Statistics::default() };
+            self.answer(request.id, Answer::Statistics(figures)).await;
+        }
+    }
+
+    pub(crate) async fn answer(&mut self, id: u64, answer: Answer) {
+        self.say(&Event::Reply { id, answer }).await;
+    }
+
     /// An agent that is up and ready.
     pub(crate) async fn boot(&mut self, boot_id: &str) {
         self.start_agent();
         self.welcome(boot_id, Phase::Agent).await;
-        self.say(&Event::Ready { uptime_ms: 1234 }).await;
+        self.say(&Event::Ready { uptime_ms: 1234, trace: vec![] }).await;
     }
 
     pub(crate) fn ticket(&self) -> String {

@@ -7,6 +7,7 @@ mod connect;
 mod doctor;
 mod error;
 mod exec;
+mod guest;
 mod logs;
 mod output;
 mod schema;

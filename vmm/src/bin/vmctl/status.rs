@@ -3,6 +3,7 @@
 use crate::{
     Context,
     error::CommandError,
+    guest,
     output::{bytes, duration, harmless, print_table, state_cell, table},
 };
 use comfy_table::Cell;
@@ -126,6 +127,13 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
     if let Some(boot) = vm.boot_ms {
         facts.push(("boot", format!("{boot} ms from kernel to ready")));
     }
+    if let Some(since) = vm.agent_silent_since {
+        let age = duration(now.as_second().saturating_sub(since.as_second()));
+        facts.push(("agent", format!("silent for {age}, since {}", since.strftime("%F %T UTC"))));
+    }
+    if let Some(figures) = &vm.guest {
+        facts.extend(guest::figures(figures, now));
+    }
     if vm.pending_restart {
         facts.push(("pending", "the fleet file has changed; stop and start it to follow".into()));
     }
@@ -137,6 +145,10 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
         rows.add_row(vec![key.to_owned(), value]);
     }
     print_table(&rows)?;
+    if let Some(trace) = guest::trace(&vm.trace) {
+        println!();
+        print_table(&trace)?;
+    }
     if !vm.counters.is_empty() {
         println!();
         print_links(std::slice::from_ref(vm))?;
