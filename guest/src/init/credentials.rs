@@ -197,9 +197,12 @@ mod tests {
         let (got, reply) = conversation(&HostOpen::Control(hello(9, &[("key", "c2VjcmV0")]))).await;
         assert!(got.is_none());
         assert!(String::from_utf8(reply).unwrap().contains("version 9"));
-        let (got, reply) =
-            conversation(&HostOpen::Exec(Exec { command: vec!["id".into()], environment: BTreeMap::new() }))
-                .await;
+        let (got, reply) = conversation(&HostOpen::Exec(Exec {
+            command: vec!["id".into()],
+            environment: BTreeMap::new(),
+            terminal: None,
+        }))
+        .await;
         assert!(got.is_none());
         assert!(String::from_utf8(reply).unwrap().contains("still starting"));
     }

@@ -216,6 +216,7 @@ async fn session(
     Json(request): Json<SessionRequest>,
 ) -> Result<Json<SessionReply>, ApiError> {
     let (verb, detail) = match &request.session {
+        Session::Exec(exec) if exec.command.is_empty() => ("shell", String::new()),
         Session::Exec(exec) => ("exec", serde_json::to_string(&exec.command).unwrap_or_default()),
         Session::Connect { port } => ("connect", port.to_string()),
     };

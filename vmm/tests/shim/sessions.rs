@@ -22,7 +22,7 @@ fn in_ms(milliseconds: u64) -> u64 {
 
 fn exec(command: &[&str]) -> Session {
     let command = command.iter().map(|&word| word.into()).collect();
-    Session::Exec(Exec { command, environment: [("LANG".into(), "C".into())].into() })
+    Session::Exec(Exec { command, environment: [("LANG".into(), "C".into())].into(), terminal: None })
 }
 
 async fn grant(shim: &Shim, digit: char, session: Session) -> String {
@@ -47,9 +47,9 @@ async fn exec_carries_streams_and_the_status() {
     let (mut client, opened, mut agent) = open(&shim, &mut guest, &ticket).await;
     let HostOpen::Exec(exec) = opened else { panic!("Not a command") };
     assert_eq!((exec.command.join(" "), exec.environment["LANG"].as_str()), ("sh -c cat".into(), "C"));
-    frame::write_message(&mut agent, &ExecEvent::Started { pid: 42 }).await.unwrap();
+    frame::write_message(&mut agent, &ExecEvent::Started { pid: 42, terminal: false }).await.unwrap();
     let started: ExecEvent = within(frame::read_message(&mut client)).await.unwrap();
-    assert_eq!(started, ExecEvent::Started { pid: 42 });
+    assert_eq!(started, ExecEvent::Started { pid: 42, terminal: false });
     send(&mut client, b"input").await;
     send_eof(&mut client).await;
     assert_eq!(receive_to_eof(&mut agent).await, b"input");

@@ -39,7 +39,7 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> ExitCode {
 
 async fn exec(arguments: Arguments, context: &Context) -> Result<ExitCode, CommandError> {
     let environment: BTreeMap<_, _> = arguments.environment.into_iter().collect();
-    let request = Session::Exec(Exec { command: arguments.command, environment });
+    let request = Session::Exec(Exec { command: arguments.command, environment, terminal: None });
     let stream = session::open(context, &arguments.vm, request).await?;
     let (mut from, to) = stream.into_split();
     tokio::spawn(session::send_input(to));
