@@ -118,10 +118,7 @@ fn on_pipes(mut command: Command) -> Result<Running, String> {
 fn on_terminal(mut command: Command, terminal: &Terminal) -> Result<Running, String> {
     let failed = |error| format!("Could not make a terminal: {error}");
     let (pty, end) = Pty::open(terminal.size).map_err(failed)?;
-    command
-        .stdin(end.try_clone().map_err(failed)?)
-        .stdout(end.try_clone().map_err(failed)?)
-        .stderr(end);
+    command.stdin(end.try_clone().map_err(failed)?).stdout(end.try_clone().map_err(failed)?).stderr(end);
     sys::control_terminal(&mut command);
     // With `command` our descriptors of the command's end go: its last one then ends the output.
     let (child, pid) = start(&mut command)?;

@@ -171,6 +171,13 @@ pub struct Exec {
     pub terminal: Option<Terminal>,
 }
 
+impl Exec {
+    /// Whether it is root's login shell.
+    pub fn is_shell(&self) -> bool {
+        self.command.is_empty() && self.terminal.is_some()
+    }
+}
+
 /// The terminal in front of the operator.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Terminal {

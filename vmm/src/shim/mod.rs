@@ -7,19 +7,24 @@
 //! | [`serve`] | the shim itself: start, stop |
 //! | `state`, `limits` | what all connections share; every bound in one place |
 //! | `outgoing`, `target`, `incoming`, `links`, `carry` | links: opened by the guest, reached, ended in the guest; counters; the relay |
-//! | `session`, `frames` | operators' sessions |
+//! | `session`, `exec`, `console_view`, `frames` | operators' sessions: admitted, a command in the guest, the console |
+//! | `recorder`, `asciicast`, `retention` | recordings of terminals |
 //! | `agent`, `ticket`, `vsock` | the control channel to the guest's agent |
-//! | `console`, `ring` | the console log |
+//! | `console`, `backlog`, `ring` | the console: its log, and what sessions share of it |
 //! | `audit`, `note`, `rate`, `worker` | the audit log and standard error, at a bounded rate, off the relay's thread |
 //! | `socket`, `fd`, `message`, `files` | sockets by path, descriptors, first messages, small files |
 
 mod agent;
+mod asciicast;
 mod audit;
+mod backlog;
 mod carry;
 pub mod client;
 pub mod config;
 mod console;
+mod console_view;
 mod control;
+mod exec;
 mod fd;
 mod files;
 mod frames;
@@ -31,6 +36,8 @@ mod note;
 mod outgoing;
 pub mod protocol;
 mod rate;
+mod recorder;
+mod retention;
 mod ring;
 pub mod serve;
 mod session;

@@ -76,6 +76,7 @@ pub async fn serve(config_path: &Path) -> Result<(), ServeError> {
     // Connections end by themselves now; one that hangs must not hold up the rest.
     let _ = timeout(limits::STOP, shim.quiet()).await;
     log.finish();
+    shim.finish_recordings();
     shim.audit.finish(limits::STOP);
     shim.notes.finish(limits::STOP);
     Ok(())

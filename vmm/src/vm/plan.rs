@@ -212,6 +212,7 @@ pub fn shim(
         console_log: vm_dirs.log("console"),
         console_limit: CONSOLE_LIMIT,
         audit_log: vm_dirs.state.join("audit.jsonl"),
+        recordings: Some(vm_dirs.state.join("sessions")),
         sockets: sockets(vm_dirs),
         outgoing,
         incoming,
