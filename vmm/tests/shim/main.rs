@@ -5,7 +5,10 @@
 
 mod agent;
 mod console;
+mod laird;
 mod links;
+mod operator;
 mod process;
 mod sessions;
 mod support;
+mod terminal;
