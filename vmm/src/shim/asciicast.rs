@@ -21,6 +21,9 @@ struct Header<'a> {
     env: BTreeMap<&'a str, &'a str>,
 }
 
+/// The longest type of a terminal that is recorded: none is longer, and a recording must not fail for one.
+const LONGEST_TERM: usize = 64;
+
 /// What happens in a recording.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Event {
@@ -41,10 +44,14 @@ pub(super) fn header(title: &str, terminal: Option<&Terminal>, unix_seconds: i64
         height: size.rows,
         timestamp: unix_seconds,
         title,
-        env: terminal.map(|terminal| ("TERM", terminal.term.as_str())).into_iter().collect(),
+        env: terminal.map(|terminal| ("TERM", cut(&terminal.term))).into_iter().collect(),
     };
     // Numbers and strings always have a JSON form.
     format!("{}\n", serde_json::to_string(&header).unwrap_or_default())
+}
+
+fn cut(term: &str) -> &str {
+    term.char_indices().nth(LONGEST_TERM).and_then(|(at, _)| term.get(..at)).unwrap_or(term)
 }
 
 /// A player cannot show a terminal without room.
@@ -128,6 +135,13 @@ mod tests {
             ]
             .concat()
         );
+    }
+
+    #[test]
+    fn a_long_terminal_type_is_cut() {
+        let size = TerminalSize { rows: 1, columns: 1 };
+        let header = header("x", Some(&Terminal { term: "ä".repeat(1 << 21), size }), 0);
+        assert!(header.contains(&format!("{:?}", "ä".repeat(64))) && header.len() < 300);
     }
 
     #[test]

@@ -159,7 +159,7 @@ impl Recording {
         &self.name
     }
 
-    /// Whether it could not be written, as far as is known yet.
+    /// Whether it could not be written, or not to the end, as far as is known yet.
     pub(super) fn failed(&self) -> bool {
         self.failed.load(Relaxed)
     }
@@ -195,6 +195,7 @@ impl Recording {
         if !told || !queue.push(self.number, entry(at)) {
             let again = if told { 0 } else { lost };
             let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+            self.failed.store(true, Relaxed);
             self.lost.fetch_add(bytes.saturating_add(again), Relaxed);
         }
         drop(queue);
@@ -351,6 +352,7 @@ impl Open {
             self.file.write_all(line.as_bytes())?;
             return Ok(More::Yes);
         }
+        self.failed.store(true, Relaxed);
         let words = format!("The recording ends here, at its limit of {} bytes", limits::RECORDING_BYTES);
         self.file.write_all(asciicast::line(at, &Event::Note(words)).as_bytes())?;
         self.file.flush()?;
@@ -456,6 +458,7 @@ mod tests {
         };
         recording.output(b"12345");
         recording.output(b"678");
+        assert!(recording.failed());
         assert_eq!(recording.lost.load(Relaxed), 8);
         *locked(&recording.queue) = Queue::default();
         recording.output(b"9");

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // A controlling terminal is given between fork and exec.
 
 use crate::support::*;
+use nix::poll::{PollFd, PollFlags, poll};
 use rustix::{
     process::{ioctl_tiocsctty, setsid},
     pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt},
@@ -14,17 +15,27 @@ use std::{
     os::fd::AsFd,
     path::Path,
     process::Stdio,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 use tokio::process::{Child, Command};
 
 pub(crate) struct Operator {
     pub(crate) child: Child,
     /// The terminal's other end.
-    terminal: File,
+    terminal: Option<File>,
     /// How the terminal was before.
     before: Termios,
     seen: Arc<Mutex<Vec<u8>>>,
+    done: Arc<AtomicBool>,
+}
+
+impl Drop for Operator {
+    fn drop(&mut self) {
+        self.hang_up();
+    }
 }
 
 impl Operator {
@@ -59,13 +70,27 @@ impl Operator {
                 Ok(ioctl_tiocsctty(rustix::stdio::stdin())?)
             });
         }
-        let terminal = File::from(own);
-        let operator = Self { child: command.spawn().unwrap(), terminal, before, seen: Arc::default() };
-        let (mut reader, seen) = (operator.terminal.try_clone().unwrap(), operator.seen.clone());
-        // Ends when `vmctl` has, and nobody has the terminal open.
+        let mut reader = File::from(own);
+        let terminal = Some(reader.try_clone().unwrap());
+        let operator = Self {
+            child: command.spawn().unwrap(),
+            terminal,
+            before,
+            seen: Arc::default(),
+            done: Arc::default(),
+        };
+        let (seen, done) = (operator.seen.clone(), operator.done.clone());
+        // Ends when nobody has the terminal open, or with the operator.
         std::thread::spawn(move || {
             let mut chunk = [0; 4096];
-            while let Ok(read @ 1..) = reader.read(&mut chunk) {
+            while !done.load(Relaxed) {
+                let mut fds = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+                match poll(&mut fds, 20_u8) {
+                    Ok(0) => continue,
+                    Ok(_) => {}
+                    Err(_) => return,
+                }
+                let Ok(read @ 1..) = reader.read(&mut chunk) else { return };
                 seen.lock().unwrap().extend_from_slice(&chunk[..read]);
             }
         });
@@ -73,11 +98,17 @@ impl Operator {
     }
 
     pub(crate) fn resize(&self, rows: u16, columns: u16) {
-        set_size(&self.terminal, rows, columns);
+        set_size(self.terminal.as_ref().unwrap(), rows, columns);
     }
 
     pub(crate) fn types(&mut self, text: &str) {
-        self.terminal.write_all(text.as_bytes()).unwrap();
+        self.terminal.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+    }
+
+    /// Closes the terminal.
+    pub(crate) fn hang_up(&mut self) {
+        self.terminal = None;
+        self.done.store(true, Relaxed);
     }
 
     /// All that the terminal has shown.
@@ -90,7 +121,7 @@ impl Operator {
     }
 
     pub(crate) fn is_raw(&self) -> bool {
-        let modes = tcgetattr(&self.terminal).unwrap().local_modes;
+        let modes = tcgetattr(self.terminal.as_ref().unwrap()).unwrap().local_modes;
         !modes.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG)
     }
 
@@ -101,7 +132,7 @@ impl Operator {
     /// Waits for `vmctl`; its exit status. The terminal is as it was.
     pub(crate) async fn status(&mut self) -> Option<i32> {
         let status = within(self.child.wait()).await.unwrap();
-        let now = tcgetattr(&self.terminal).unwrap();
+        let now = tcgetattr(self.terminal.as_ref().unwrap()).unwrap();
         assert_eq!(
             (now.input_modes, now.output_modes, now.control_modes, now.local_modes),
             (

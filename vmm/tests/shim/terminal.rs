@@ -129,6 +129,16 @@ async fn signals_and_lost_output_leave_the_terminal_as_it_was() {
 }
 
 #[tokio::test]
+async fn a_terminal_that_hangs_up_ends_the_session() {
+    let mut scene = scene().await;
+    let (mut operator, mut agent) = scene.shell().await;
+    operator.hang_up();
+    let status = within(operator.child.wait()).await.unwrap();
+    assert!(matches!(status.code(), Some(125 | 129)), "{status}");
+    assert_closed(&mut agent).await;
+}
+
+#[tokio::test]
 async fn vs8_a_terminal_that_takes_nothing_holds_the_guest_and_can_be_left() {
     let mut scene = scene().await;
     let mut operator = Operator::run_with(&scene.laird.socket, &["shell", "builder"], |vmctl| {

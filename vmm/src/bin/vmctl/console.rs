@@ -40,7 +40,7 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
         left = interactive.send_input(to) => left.map_err(lost)?,
     };
     drop(interactive);
-    eprintln!("\nvmctl: left the console of VM {vm}");
+    interactive::farewell(&format!("left the console of VM {vm}"));
     Ok(left.status(0))
 }
 

@@ -90,7 +90,7 @@ pub(crate) async fn on_terminal(
     match talk(vm, stream, size).await? {
         End::Command(status) => Ok(status),
         End::Operator(left) => {
-            eprintln!("vmctl: left VM {vm}; what ran in the session is ended");
+            interactive::farewell(&format!("left VM {vm}; what ran in the session is ended"));
             Ok(left.status(FAILED))
         }
     }

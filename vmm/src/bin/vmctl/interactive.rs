@@ -133,6 +133,12 @@ pub(crate) fn notice(text: &str) {
     let _ = write!(io::stderr(), "{text}\r\n");
 }
 
+/// The last line, on a terminal that is as before.
+pub(crate) fn farewell(text: &str) {
+    // Not eprintln: the terminal may have hung up.
+    let _ = writeln!(io::stderr(), "\nvmctl: {text}");
+}
+
 /// Writes to standard output, on a thread of its own: a terminal that takes nothing must not keep signals from being heard.
 pub(crate) async fn print(bytes: &[u8]) -> io::Result<()> {
     let mut out = tokio::io::stdout();
