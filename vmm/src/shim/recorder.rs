@@ -469,6 +469,31 @@ mod tests {
     }
 
     #[test]
+    fn a_new_recording_makes_the_oldest_go_but_none_that_is_open() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let recorder = Recorder::start(directory.path().into()).unwrap();
+        let open = recorder.begin("builder", "shell", 0, None);
+        open.output(b"x");
+        let started = Instant::now();
+        while !path(open.name()).exists() {
+            assert!(started.elapsed() < Duration::from_secs(60));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Later by their names than the one that is open.
+        for n in 1..limits::RECORDINGS {
+            fs::write(path(&format!("9{n:04}.cast")), "").unwrap();
+        }
+        let new = recorder.begin("builder", "exec", 0, None);
+        let names = (open.name().to_owned(), new.name().to_owned());
+        drop((open, new));
+        recorder.finish();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), limits::RECORDINGS);
+        assert!(path(&names.0).exists() && path(&names.1).exists());
+        assert!(!path("90001.cast").exists() && path("90002.cast").exists());
+    }
+
+    #[test]
     fn a_directory_that_cannot_be_made_fails_the_recording_only() {
         let directory = tempfile::tempdir().unwrap();
         let recorder = Recorder::start(directory.path().join("missing/sessions")).unwrap();

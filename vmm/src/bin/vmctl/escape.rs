@@ -53,6 +53,15 @@ impl Escapes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_has_no_tilde_at_a_beginning_arrives_as_it_is(lines in proptest::collection::vec("[^~\r\n][^\r\n]*", 0..8)) {
+            let bytes = lines.join("\r").into_bytes();
+            prop_assert_eq!(Escapes::new().take(&bytes), Typed { send: bytes, ..Typed::default() });
+        }
+    }
 
     /// What becomes of `bytes`, typed at once and key by key.
     fn typed(bytes: &str) -> (String, bool, bool) {
