@@ -21,7 +21,7 @@ use std::{
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
@@ -90,17 +90,26 @@ fn locked(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
 
 /// Makes recordings.
 pub(super) struct Recorder {
+    directory: PathBuf,
     queue: Shared,
-    /// Its queue holds no more than the word that there is something.
-    worker: Arc<Worker<()>>,
+    worker: OnceLock<Wake>,
 }
 
+/// The thread. Its own queue holds no more than the word that there is something.
+type Wake = Arc<Worker<()>>;
+
 impl Recorder {
-    /// A recorder into `directory`, which is made with the first recording.
-    pub(super) fn start(directory: PathBuf) -> io::Result<Self> {
-        let queue = Shared::default();
-        let source = queue.clone();
-        let mut writer = Writer::new(directory);
+    /// A recorder into `directory`. The directory is made with the first recording, and so is the thread: most VMs have none.
+    pub(super) fn new(directory: PathBuf) -> Self {
+        Self { directory, queue: Shared::default(), worker: OnceLock::new() }
+    }
+
+    fn worker(&self) -> io::Result<Wake> {
+        if let Some(worker) = self.worker.get() {
+            return Ok(worker.clone());
+        }
+        let source = self.queue.clone();
+        let mut writer = Writer::new(self.directory.clone());
         let worker = Worker::start("recorder", 1, move |_: Work<()>| {
             let entries = {
                 let mut queue = locked(&source);
@@ -112,7 +121,7 @@ impl Recorder {
             }
             writer.flush();
         })?;
-        Ok(Self { queue, worker: Arc::new(worker) })
+        Ok(self.worker.get_or_init(|| Arc::new(worker)).clone())
     }
 
     /// Begins a recording of `kind` (a word) by user `uid` in `vm`.
@@ -125,30 +134,30 @@ impl Recorder {
         let number = queue.next;
         queue.next = number.wrapping_add(1);
         let start = Entry::Start { name: name.clone(), header, failed: failed.clone() };
-        let begun = queue.push(number, start);
-        if !begun {
-            failed.store(true, Relaxed);
-        }
+        // A system without threads, or a full queue: the session goes on, and its audit record says so.
+        let worker = self.worker().ok().filter(|_| queue.push(number, start));
+        failed.fetch_or(worker.is_none(), Relaxed);
         drop(queue);
-        let (queue, worker, lost) = (self.queue.clone(), self.worker.clone(), AtomicU64::new(0));
-        Recording { number, begun, name, since: Instant::now(), queue, worker, failed, lost }
+        let (queue, lost) = (self.queue.clone(), AtomicU64::new(0));
+        Recording { number, name, since: Instant::now(), queue, worker, failed, lost }
     }
 
     /// Writes what is left.
     pub(super) fn finish(&self) {
-        self.worker.finish(limits::STOP);
+        if let Some(worker) = self.worker.get() {
+            worker.finish(limits::STOP);
+        }
     }
 }
 
 /// The recording of one session; ended when it is dropped.
 pub(super) struct Recording {
     number: u64,
-    /// Whether the thread knows of it.
-    begun: bool,
     name: String,
     since: Instant,
     queue: Shared,
-    worker: Arc<Worker<()>>,
+    /// `None` if it did not begin.
+    worker: Option<Wake>,
     failed: Arc<AtomicBool>,
     lost: AtomicU64,
 }
@@ -182,9 +191,7 @@ impl Recording {
     }
 
     fn push(&self, bytes: usize, entry: impl FnOnce(Duration) -> Entry) {
-        if !self.begun {
-            return;
-        }
+        let Some(worker) = &self.worker else { return };
         let at = self.since.elapsed();
         let mut queue = locked(&self.queue);
         let lost = self.lost.swap(0, Relaxed);
@@ -200,15 +207,15 @@ impl Recording {
         }
         drop(queue);
         // A full queue has the word already.
-        let _ = self.worker.send(());
+        let _ = worker.send(());
     }
 }
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        if self.begun {
+        if let Some(worker) = &self.worker {
             locked(&self.queue).push(self.number, Entry::End);
-            let _ = self.worker.send(());
+            let _ = worker.send(());
         }
     }
 }
@@ -377,7 +384,7 @@ mod tests {
     fn a_session_is_a_file() {
         let directory = tempfile::tempdir().unwrap();
         let directory = directory.path().join("sessions");
-        let recorder = Recorder::start(directory.clone()).unwrap();
+        let recorder = Recorder::new(directory.clone());
         let recording = recorder.begin("builder", "shell", 1000, None);
         let name = recording.name().to_owned();
         assert!(name.ends_with("Z-1000-shell.cast"), "{name}");
@@ -405,7 +412,7 @@ mod tests {
     #[test]
     fn vs8_output_without_end_is_capped_and_says_so() {
         let directory = tempfile::tempdir().unwrap();
-        let recorder = Recorder::start(directory.path().into()).unwrap();
+        let recorder = Recorder::new(directory.path().into());
         let recording = recorder.begin("builder", "shell", 1000, None);
         let block = [0x1b; 64 << 10];
         let mut rounds = 0;
@@ -448,11 +455,10 @@ mod tests {
         let worker = Arc::new(Worker::start("test", 1, |_: Work<()>| {}).unwrap());
         let recording = Recording {
             number: 0,
-            begun: true,
             name: "x".into(),
             since: Instant::now(),
             queue: Arc::new(Mutex::new(queue)),
-            worker,
+            worker: Some(worker),
             failed: Arc::default(),
             lost: AtomicU64::new(0),
         };
@@ -472,7 +478,7 @@ mod tests {
     fn a_new_recording_makes_the_oldest_go_but_none_that_is_open() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
-        let recorder = Recorder::start(directory.path().into()).unwrap();
+        let recorder = Recorder::new(directory.path().into());
         let open = recorder.begin("builder", "shell", 0, None);
         open.output(b"x");
         let started = Instant::now();
@@ -496,7 +502,7 @@ mod tests {
     #[test]
     fn a_directory_that_cannot_be_made_fails_the_recording_only() {
         let directory = tempfile::tempdir().unwrap();
-        let recorder = Recorder::start(directory.path().join("missing/sessions")).unwrap();
+        let recorder = Recorder::new(directory.path().join("missing/sessions"));
         let recording = recorder.begin("builder", "exec", 1, None);
         recording.output(b"x");
         let failed = recording.failed.clone();

@@ -93,7 +93,7 @@ impl Shim {
             }),
             console: Console::new(&config.console_log),
             console_bytes: AtomicU64::new(0),
-            recorder: config.recordings.clone().map(Recorder::start).transpose()?,
+            recorder: config.recordings.clone().map(Recorder::new),
             agent: Mutex::default(),
             renewed: Notify::new(),
             stop: watch::Sender::new(false),

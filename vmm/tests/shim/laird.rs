@@ -3,13 +3,16 @@
 use crate::support::*;
 use axum::{
     Json, Router,
-    http::StatusCode,
+    http::{HeaderValue, StatusCode},
+    middleware::map_response,
+    response::Response,
     routing::{get, post},
 };
 use lair_vmm::{
-    api::types::{ApiError, ErrorKind, SessionReply, SessionRequest},
+    api::types::{SessionReply, SessionRequest},
     shim::{client, protocol::Grant},
 };
+use serde_json::json;
 use std::{
     path::PathBuf,
     sync::Arc,
@@ -57,13 +60,19 @@ impl Laird {
             }
         };
         let hostile = || async {
-            let error = ApiError { kind: ErrorKind::Failed, message: format!("VM failed: {HOSTILE}") };
-            (StatusCode::CONFLICT, Json(error))
+            (
+                StatusCode::CONFLICT,
+                Json(json!({ "kind": "failed", "message": format!("VM failed: {HOSTILE}") })),
+            )
         };
         let router = Router::new()
             .route("/v1/vms/{vm}/sessions", post(session))
             .route("/v1/vms/{vm}/log", get(|| async { format!("{HOSTILE}\nnext\r\n") }))
-            .route("/v1/vms/{vm}", get(hostile));
+            .route("/v1/vms/{vm}", get(hostile))
+            .layer(map_response(async |mut response: Response| {
+                response.headers_mut().insert("lair-api-version", HeaderValue::from_static("1"));
+                response
+            }));
         let task = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         Self { socket, asked, task }
     }

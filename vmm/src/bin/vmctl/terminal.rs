@@ -66,3 +66,46 @@ fn restore() {
         let _ = tcsetattr(stdin(), OptionalActions::Now, &before);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::{
+        pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt},
+        termios::LocalModes,
+    };
+    use std::process::{Command, Stdio};
+
+    /// Run by the test below, on a terminal.
+    #[test]
+    #[ignore = "needs the terminal that the test below gives it"]
+    fn panics_while_raw() {
+        std::mem::forget(Raw::enter().unwrap());
+        assert!(!tcgetattr(stdin()).unwrap().local_modes.contains(LocalModes::ICANON));
+        panic!("in the raw");
+    }
+
+    #[test]
+    fn a_panic_leaves_the_terminal_as_it_was() {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let own = openpt(flags).unwrap();
+        grantpt(&own).unwrap();
+        unlockpt(&own).unwrap();
+        let end = ioctl_tiocgptpeer(&own, flags).unwrap();
+        let before = tcgetattr(&own).unwrap();
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "--nocapture", "terminal::tests::panics_while_raw"])
+            .stdin(end)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("in the raw") && output.status.code() == Some(101), "{said}");
+        let now = tcgetattr(&own).unwrap();
+        assert_eq!(
+            (now.input_modes, now.output_modes, now.local_modes),
+            (before.input_modes, before.output_modes, before.local_modes)
+        );
+    }
+}
