@@ -6,6 +6,7 @@
 use super::{
     audit::{Attempt, Outcome},
     frames::Passage,
+    half::{self, Reader, Writer},
     limits, message,
     note::{chain, foreign},
     recorder::Recording,
@@ -24,7 +25,7 @@ use std::{
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::UnixStream,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 /// Runs a command to its end. An error means that it did not begin.
@@ -46,12 +47,13 @@ pub(super) async fn run(
     let recording = recording.as_ref();
     let started = Instant::now();
     let (out, back) = (AtomicU64::new(0), AtomicU64::new(0));
-    let (from_client, to_client) = client.split();
+    let client = &*client;
     let (from_agent, to_agent) = agent.split();
-    let mut output = Passage::new(from_agent, to_client);
+    let mut output = Passage::new(from_agent, Writer(client));
     let end = tokio::select! {
         end = watch_agent(&mut output, recording, &back) => end,
-        reason = pass_input(Passage::new(from_client, to_agent), recording, &out) => ExecEnd::Cut(reason),
+        reason = pass_input(Passage::new(Reader(client), to_agent), recording, &out) => ExecEnd::Cut(reason),
+        () = left_for_good(client) => ExecEnd::Cut("The client left".into()),
         () = shim.rebooted() => ExecEnd::Cut("The guest was started anew".into()),
         () = shim.stopped() => ExecEnd::Cut("The shim was stopped".into()),
     };
@@ -79,6 +81,13 @@ pub(super) async fn run(
     }
     shim.audit.ended(attempt, outcome);
     Ok(())
+}
+
+/// Waits until the client has left, and then as long as its last input may take: a guest that takes no input must not keep
+/// a session whose client is gone.
+async fn left_for_good(client: &UnixStream) {
+    half::left(client).await;
+    sleep(limits::PARTING).await;
 }
 
 /// How a command's session ended.

@@ -97,7 +97,7 @@ pub(super) const WATCH_PAUSE: Duration = Duration::from_millis(50);
 /// How long a stop waits for connections to end and logs to be written.
 pub(super) const STOP: Duration = Duration::from_secs(2);
 
-/// How long a session that is cut off may take to hear why.
+/// How long a session that is cut off may take to hear why, and the last input of a client that has left to reach the guest.
 pub(super) const PARTING: Duration = Duration::from_secs(1);
 
 /// Refusals a second with an audit record each; the others share one that counts them.

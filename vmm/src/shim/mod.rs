@@ -7,7 +7,7 @@
 //! | [`serve`] | the shim itself: start, stop |
 //! | `state`, `limits` | what all connections share; every bound in one place |
 //! | `outgoing`, `target`, `incoming`, `links`, `carry` | links: opened by the guest, reached, ended in the guest; counters; the relay |
-//! | `session`, `exec`, `console_view`, `frames` | operators' sessions: admitted, a command in the guest, the console |
+//! | `session`, `exec`, `console_view`, `frames`, `half` | operators' sessions: admitted, a command in the guest, the console |
 //! | `recorder`, `asciicast`, `retention` | recordings of terminals |
 //! | `agent`, `ticket`, `vsock` | the control channel to the guest's agent |
 //! | `console`, `backlog`, `ring` | the console: its log, and what sessions share of it |
@@ -28,6 +28,7 @@ mod exec;
 mod fd;
 mod files;
 mod frames;
+mod half;
 mod incoming;
 mod limits;
 mod links;

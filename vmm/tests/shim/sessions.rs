@@ -352,6 +352,36 @@ async fn vs8_output_without_end_waits_for_its_reader() {
 }
 
 #[tokio::test]
+async fn vs8_a_client_that_leaves_is_noticed_while_the_guest_takes_no_input() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', exec(&["sleep"])).await;
+    let (mut client, _, _agent) = open(&shim, &mut guest, &ticket).await;
+    let flood = async {
+        loop {
+            frame::write(&mut client, Kind::Data, &[0; 65536]).await.unwrap();
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_secs(1), flood).await.is_err());
+    drop(client);
+    // The agent neither reads nor writes.
+    assert_eq!(shim.audit(1).await[0]["reason"], "The client left");
+}
+
+#[tokio::test]
+async fn the_last_input_of_a_client_that_leaves_arrives() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', exec(&["cat"])).await;
+    let (mut client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+    let text = vec![b'x'; 100_000];
+    send(&mut client, &text).await;
+    drop(client);
+    expect(&mut agent, &text).await;
+    assert_closed(&mut agent).await;
+}
+
+#[tokio::test]
 async fn cl6_requests_that_are_none_are_answered_and_others_go_on() {
     let host = Host::new();
     let (shim, _guest) = host.start_ready(host.config("builder")).await;
