@@ -75,6 +75,16 @@ impl Client {
         self.send(Method::POST, &vm_path(vm, "/stop"), &()).await.map(drop)
     }
 
+    /// Stops a VM and starts it again; returns when the request is taken.
+    pub async fn restart(&self, vm: &str) -> Result<(), ClientError> {
+        self.send(Method::POST, &vm_path(vm, "/restart"), &()).await.map(drop)
+    }
+
+    /// Ends a VM without asking its guest; returns when the request is taken.
+    pub async fn kill(&self, vm: &str) -> Result<(), ClientError> {
+        self.send(Method::POST, &vm_path(vm, "/kill"), &()).await.map(drop)
+    }
+
     /// Makes a fleet the fleet.
     pub async fn apply(&self, request: &ApplyRequest) -> Result<ApplyReply, ClientError> {
         self.call(Method::POST, "/v1/apply", request).await

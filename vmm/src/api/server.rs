@@ -74,6 +74,8 @@ pub async fn serve(listener: UnixListener, supervisor: Arc<Supervisor>) -> std::
         .route("/v1/vms/{vm}", get(vm_status))
         .route("/v1/vms/{vm}/start", post(start))
         .route("/v1/vms/{vm}/stop", post(stop))
+        .route("/v1/vms/{vm}/restart", post(restart))
+        .route("/v1/vms/{vm}/kill", post(kill))
         .route("/v1/vms/{vm}/log", get(console_log))
         .route("/v1/vms/{vm}/sessions", post(session))
         .layer(DefaultBodyLimit::max(BODY_MAX))
@@ -152,16 +154,26 @@ async fn vm_status(
     Ok(Json(api.supervisor.vm_status(&vm).await?))
 }
 
+async fn change(
+    api: Arc<Api>,
+    peer: Peer,
+    vm: String,
+    verb: &'static str,
+    request: Request,
+) -> Result<(), ApiError> {
+    whole(async move {
+        let outcome = api.supervisor.request(&vm, request).await.map_err(ApiError::from);
+        api.audited(peer, verb, Some(&vm), None, outcome)
+    })
+    .await
+}
+
 async fn start(
     Shared(api): Shared<Arc<Api>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(vm): Path<String>,
 ) -> Result<(), ApiError> {
-    whole(async move {
-        let outcome = api.supervisor.request(&vm, Request::Start).await.map_err(ApiError::from);
-        api.audited(peer, "start", Some(&vm), None, outcome)
-    })
-    .await
+    change(api, peer, vm, "start", Request::Start).await
 }
 
 async fn stop(
@@ -169,11 +181,23 @@ async fn stop(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Path(vm): Path<String>,
 ) -> Result<(), ApiError> {
-    whole(async move {
-        let outcome = api.supervisor.request(&vm, Request::Stop).await.map_err(ApiError::from);
-        api.audited(peer, "stop", Some(&vm), None, outcome)
-    })
-    .await
+    change(api, peer, vm, "stop", Request::Stop).await
+}
+
+async fn restart(
+    Shared(api): Shared<Arc<Api>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(vm): Path<String>,
+) -> Result<(), ApiError> {
+    change(api, peer, vm, "restart", Request::Restart).await
+}
+
+async fn kill(
+    Shared(api): Shared<Arc<Api>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Path(vm): Path<String>,
+) -> Result<(), ApiError> {
+    change(api, peer, vm, "kill", Request::Kill).await
 }
 
 async fn apply(
