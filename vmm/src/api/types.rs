@@ -13,7 +13,7 @@ use crate::{
         failure::Failure,
         handle::Snapshot,
         machine::{Part, State, StopReport, Wanted},
-        trace::Point,
+        trace::{self, Point},
     },
 };
 use serde::{Deserialize, Serialize};
@@ -81,7 +81,7 @@ pub struct VmStatus {
     pub links: Vec<String>,
     /// What went over its links.
     pub counters: Vec<LinkCounters>,
-    /// When what happened in this boot, in the order of time.
+    /// When what happened in this boot, in the order of time; in the first boot of a start also what `laird` did for it.
     #[serde(default)]
     pub trace: Vec<Point>,
     /// The guest's figures, as its agent told them last in this boot.
@@ -151,7 +151,7 @@ impl VmStatus {
             processes: snapshot.processes.iter().copied().collect(),
             links: links(name, fleet),
             counters: snapshot.links().to_vec(),
-            trace: shim.map(|shim| shim.times.merged()).unwrap_or_default(),
+            trace: trace::merge(&snapshot.start, shim.map(|shim| &shim.times)),
             guest: shim.and_then(|shim| shim.figures.clone()),
             agent_silent_since: shim
                 .and_then(|shim| shim.silent_since_unix_ms)
