@@ -4,8 +4,8 @@ use crate::testbed::Testbed;
 use anyhow::Result;
 use lair_vmm::fleet::{
     schema::{
-        Accel, Fleet, Host, Link, Overlay, Role, RootSource, SCHEMA, Service, Source, Store, Target, Vm,
-        VmTarget,
+        Accel, Access, Fleet, Host, Link, Metrics, Overlay, Role, RootSource, SCHEMA, Service, Source, Store,
+        Target, Vm, VmTarget,
     },
     units::Size,
 };
@@ -24,6 +24,8 @@ pub fn empty(testbed: &Testbed) -> Fleet {
         store: Store { sources: vec![Source::Root(RootSource { root: testbed.store_root.clone() })] },
         vms: BTreeMap::new(),
         links: BTreeMap::new(),
+        access: Access::default(),
+        metrics: Metrics::default(),
     }
 }
 

@@ -30,7 +30,7 @@ mod message;
 mod note;
 mod outgoing;
 pub mod protocol;
-mod rate;
+pub(crate) mod rate;
 mod ring;
 pub mod serve;
 mod session;
@@ -39,7 +39,7 @@ mod state;
 mod target;
 mod ticket;
 mod vsock;
-mod worker;
+pub(crate) mod worker;
 
 pub use files::FileError;
 pub use socket::{LONGEST_PATH, SocketError};

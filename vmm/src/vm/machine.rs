@@ -176,6 +176,8 @@ pub enum Request {
     Start,
     /// Stop it.
     Stop,
+    /// End it at once, without asking the guest.
+    Kill,
 }
 
 /// Why a request was not taken.
@@ -258,6 +260,10 @@ pub fn request(state: &State, request: Request) -> Result<(State, Vec<Action>), 
         (Request::Stop, Stopping(_) | Cleaning(_)) => Err(Refusal::Already("stopping")),
         (Request::Stop, Failed(_)) => Ok((Stopped, vec![])),
         (Request::Stop, Starting(_)) => clean(Outcome::Stopped),
+        (Request::Kill, Stopped | Failed(_)) => Err(Refusal::Already("down")),
+        (Request::Kill, Cleaning(_) | Stopping(Stage::Kill)) => Err(Refusal::Already("being killed")),
+        (Request::Kill, Starting(_)) => clean(Outcome::Stopped),
+        (Request::Kill, Booting | Ready | Stopping(_)) => Ok((Stopping(Stage::Kill), stage(Stage::Kill))),
         // A guest that is not ready may have no agent to ask; the stages find out.
         (Request::Stop, Booting | Ready) => Ok((Stopping(Stage::Agent), stage(Stage::Agent))),
     }
@@ -326,6 +332,18 @@ mod tests {
     }
 
     #[test]
+    fn a_kill_asks_nobody() {
+        for state in
+            [State::Booting, State::Ready, State::Stopping(Stage::Agent), State::Stopping(Stage::Terminate)]
+        {
+            let killed = request(&state, Request::Kill).unwrap();
+            assert_eq!(killed, (State::Stopping(Stage::Kill), stage(Stage::Kill)), "{state:?}");
+        }
+        let starting = request(&State::Starting(Step::Hypervisor), Request::Kill).unwrap();
+        assert_eq!(starting.0, State::Cleaning(Outcome::Stopped));
+    }
+
+    #[test]
     fn a_failed_step_cleans_up_and_keeps_its_reason() {
         let (state, _) = request(&State::Stopped, Request::Start).unwrap();
         let (state, actions) = step(&state, Input::StepFailed(Step::View, "no such path".into()));
@@ -370,6 +388,8 @@ mod tests {
             (State::Booting, Request::Start, "It is already starting"),
             (State::Stopped, Request::Stop, "It is already stopped"),
             (State::Stopping(Stage::Agent), Request::Stop, "It is already stopping"),
+            (State::Stopped, Request::Kill, "It is already down"),
+            (State::Stopping(Stage::Kill), Request::Kill, "It is already being killed"),
             (
                 State::Stopping(Stage::Agent),
                 Request::Start,
@@ -393,7 +413,7 @@ mod tests {
         let at = prop::sample::select(vec![Step::View, Step::Volumes, Step::Hypervisor, Step::Resume]);
         let part = prop::sample::select(vec![Part::Hypervisor, Part::StoreBackend, Part::Shim]);
         prop_oneof![
-            prop::sample::select(vec![Request::Start, Request::Stop]).prop_map(Err),
+            prop::sample::select(vec![Request::Start, Request::Stop, Request::Kill]).prop_map(Err),
             at.clone().prop_map(|s| Ok(Input::StepDone(s))),
             at.prop_map(|s| Ok(Input::StepFailed(s, "x".into()))),
             part.prop_map(|p| Ok(Input::Ended(p, "x".into()))),

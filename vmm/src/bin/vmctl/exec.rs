@@ -33,7 +33,7 @@ fn variable(text: &str) -> Result<(String, String), String> {
 pub(crate) async fn run(arguments: Arguments, context: &Context) -> ExitCode {
     match exec(arguments, context).await {
         Ok(status) => status,
-        Err(error) => error.report_as(FAILED),
+        Err(error) => error.report_as(FAILED, context.json),
     }
 }
 
