@@ -135,6 +135,7 @@ fn of_vms(host: &HostStatus, stats: &Stats, registry: &mut Registry) {
             let labels = vec![("vm", vm.name.clone()), ("state", state.into())];
             states.get_or_create(&labels).set(i64::from(vm.state == state));
         }
+        states.get_or_create(&vec![("vm", vm.name.clone()), ("state", vm.state.clone())]).set(1);
         pending.get_or_create(&of(&vm.name)).set(i64::from(vm.pending_restart));
         memory.get_or_create(&of(&vm.name)).set(i64::try_from(vm.memory.0).unwrap_or(i64::MAX));
         cpus.get_or_create(&of(&vm.name)).set(i64::from(vm.vcpus));

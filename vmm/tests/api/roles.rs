@@ -1,7 +1,7 @@
 //! Who may do what. Only root can be somebody else.
 
 use crate::support::*;
-use nix::unistd::geteuid;
+use nix::unistd::{Gid, geteuid, setgid, setgroups, setuid};
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Output};
 use tokio::time::timeout;
 
@@ -87,6 +87,38 @@ async fn cl3_each_verb_needs_its_role_and_every_refusal_is_recorded() {
     assert_eq!(host.vmctl(&["apply"]).await.status.code(), Some(0));
     assert_eq!(as_user(&host, 64000, 64001, &["status"]).await.status.code(), Some(3));
     assert_eq!(as_user(&host, 64000, 64009, &["status"]).await.status.code(), Some(0));
+}
+
+/// Runs `vmctl` as a user with these other groups.
+#[allow(unsafe_code)]
+async fn in_groups(host: &Host, groups: &[u32], arguments: &[&str]) -> Output {
+    let mut command = tokio::process::Command::new(host.path("vmctl"));
+    command.arg("--socket").arg(host.dirs().api_socket()).args(arguments).current_dir("/");
+    let groups: Vec<_> = groups.iter().copied().map(Gid::from_raw).collect();
+    let become_it = move || {
+        setgroups(&groups)?;
+        setgid(64000.into())?;
+        Ok(setuid(64000.into())?)
+    };
+    // SAFETY: these are system calls, and allocate nothing.
+    unsafe { command.pre_exec(become_it) };
+    timeout(LIMIT, command.output()).await.expect("vmctl does not end").unwrap()
+}
+
+#[tokio::test]
+async fn cl3_a_role_may_come_from_any_of_many_groups() {
+    if !geteuid().is_root() {
+        return eprintln!("SKIPPED: groups, because only root can be in others");
+    }
+    let host = Host::new();
+    host.serve(&(host.fleet(&[]) + ACCESS)).await;
+    open_to_all(&host, 0o666);
+    // More than are asked for at first.
+    let mut groups: Vec<u32> = (65000..65100).collect();
+    assert_eq!(in_groups(&host, &groups, &["status"]).await.status.code(), Some(3));
+    groups.insert(70, 64001);
+    assert_eq!(in_groups(&host, &groups, &["status"]).await.status.code(), Some(0));
+    assert_eq!(in_groups(&host, &[64003], &["audit"]).await.status.code(), Some(0));
 }
 
 #[tokio::test]

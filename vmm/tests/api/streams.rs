@@ -4,8 +4,8 @@ use crate::support::*;
 use lair_vmm::api::types::EventsQuery;
 use std::{fs, process::Stdio};
 use tokio::{
-    io::{AsyncBufReadExt, BufReader},
-    net::{TcpListener, TcpStream},
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{TcpListener, TcpStream, UnixListener},
     process::Child,
     time::timeout,
 };
@@ -63,6 +63,40 @@ async fn a_wait_that_takes_too_long_is_status_5_and_the_change_goes_on() {
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(text, "vmctl: VM a is stopping, not stopped, after 0 s; it goes on\n");
     until(&client, "a", "stopped").await;
+}
+
+#[tokio::test]
+async fn a_wait_goes_on_while_laird_is_restarted() {
+    let host = Host::new();
+    // A `laird` that ends in the midst of its answer, and one that is there instead.
+    let listener = UnixListener::bind(host.dirs().api_socket()).unwrap();
+    let reply = |media: &str, length: usize, body: &str| {
+        format!(
+            "HTTP/1.1 200 OK\r\nlair-api-version: 1\r\ncontent-type: {media}\r\ncontent-length: {length}\r\n\r\n{body}"
+        )
+    };
+    let starting =
+        "{\"vm\":\"a\",\"state\":\"starting\",\"detail\":\"view\",\"elapsed_ms\":1,\"outcome\":null}\n";
+    let served = tokio::spawn(async move {
+        let answers = [reply("application/jsonl", 9999, starting)];
+        for answer in answers {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 4096]).await.unwrap();
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    let fleet = asked_for(&host.fleet(&[("a", 64)]));
+    let mut vmctl = host.vmctl_command(&["start", "--wait", "a"]).stderr(Stdio::piped()).spawn().unwrap();
+    timeout(LIMIT, served).await.unwrap().unwrap();
+    std::fs::remove_file(host.dirs().api_socket()).unwrap();
+    let client = host.serve(&fleet).await;
+    assert!(vmctl.try_wait().unwrap().is_none(), "it waits");
+    // The new one finds the VM as it is, and it fails a while later.
+    client.start("a").await.unwrap();
+    let output = timeout(LIMIT, vmctl.wait_with_output()).await.unwrap().unwrap();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text.starts_with("vmctl: VM a failed: Cannot use a source"), "{text}");
 }
 
 #[tokio::test]

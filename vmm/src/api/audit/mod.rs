@@ -159,6 +159,12 @@ impl AuditLog {
     }
 }
 
+impl Drop for AuditLog {
+    fn drop(&mut self) {
+        self.finish(Duration::from_secs(1));
+    }
+}
+
 /// Now, with no more digits than people read.
 pub(super) fn now() -> jiff::Timestamp {
     let now = jiff::Timestamp::now();

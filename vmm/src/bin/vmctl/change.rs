@@ -2,7 +2,7 @@
 
 use crate::{Context, error::CommandError, status, wait};
 use lair_vmm::api::{
-    client::{ClientError, Lines},
+    client::{Client, ClientError, Lines},
     types::{Outcome, Progress},
 };
 use std::{
@@ -10,7 +10,14 @@ use std::{
     process::ExitCode,
     time::{Duration, Instant},
 };
-use tokio::{sync::mpsc, task::JoinSet, time::interval};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{interval, sleep},
+};
+
+/// How often a VM is asked for its state where `laird` does not tell it.
+const AGAIN: Duration = Duration::from_millis(500);
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
@@ -40,6 +47,15 @@ impl Verb {
         }
     }
 
+    /// Whether a state is the end of it, for who does not know what came before.
+    fn reached(self, state: &str) -> Option<Outcome> {
+        match state {
+            "failed" | "quarantined" => Some(Outcome::Failed),
+            state if state == self.wanted() => Some(Outcome::Done),
+            _ => None,
+        }
+    }
+
     /// Where the VMs are in the end.
     fn wanted(self) -> &'static str {
         match self {
@@ -60,7 +76,15 @@ pub(crate) async fn run(
     let mut errors = Vec::new();
     for vm in &arguments.vms {
         match context.client.change(vm, verb.word(), arguments.wait.seconds()).await {
-            Ok(lines) => drop(waiting.spawn(follow(lines, tell.clone()))),
+            Ok(lines) => {
+                let asked = Asked {
+                    vm: vm.clone(),
+                    verb,
+                    client: context.client.clone(),
+                    seconds: arguments.wait.seconds(),
+                };
+                waiting.spawn(asked.follow(lines, tell.clone()));
+            }
             Err(error) => errors.push(error.into()),
         }
     }
@@ -85,15 +109,59 @@ pub(crate) async fn run(
     Ok(statuses.first().copied().unwrap_or(ExitCode::SUCCESS))
 }
 
-/// Reads how far a VM is, up to the end.
-async fn follow(mut lines: Lines<Progress>, tell: mpsc::Sender<Progress>) -> Result<Progress, ClientError> {
-    while let Some(progress) = lines.next().await? {
-        if progress.outcome.is_some() {
-            return Ok(progress);
+/// A VM that has agreed to a change.
+struct Asked {
+    vm: String,
+    verb: Verb,
+    client: Client,
+    seconds: Option<u64>,
+}
+
+impl Asked {
+    /// Reads how far the VM is, up to the end; also across a restart of `laird`, which ends its answer, and not the change.
+    async fn follow(
+        self,
+        mut lines: Lines<Progress>,
+        tell: mpsc::Sender<Progress>,
+    ) -> Result<Progress, ClientError> {
+        let began = Instant::now();
+        loop {
+            match lines.next().await {
+                Ok(Some(progress)) if progress.outcome.is_some() => return Ok(progress),
+                Ok(Some(progress)) => drop(tell.send(progress).await),
+                Ok(None) | Err(ClientError::Ended | ClientError::Http(_)) => break,
+                Err(error) => return Err(error),
+            }
         }
-        let _ = tell.send(progress).await;
+        let Some(seconds) = self.seconds else { return Err(ClientError::Ended) };
+        let patience = Duration::from_secs(seconds);
+        loop {
+            let elapsed = began.elapsed();
+            match self.client.vm(&self.vm).await {
+                Ok(vm) => {
+                    let mut progress = Progress {
+                        outcome: self.verb.reached(&vm.state),
+                        vm: vm.name,
+                        state: vm.state,
+                        detail: vm.detail,
+                        elapsed_ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX),
+                    };
+                    if progress.outcome.is_none() && elapsed >= patience {
+                        progress.outcome = Some(Outcome::TimedOut);
+                    }
+                    if progress.outcome.is_some() {
+                        return Ok(progress);
+                    }
+                    let _ = tell.send(progress).await;
+                }
+                Err(error) if elapsed >= patience => return Err(error),
+                // It is being started again.
+                Err(ClientError::Down(_) | ClientError::Ended | ClientError::Http(_)) => {}
+                Err(error) => return Err(error),
+            }
+            sleep(AGAIN).await;
+        }
     }
-    Err(ClientError::Ended)
 }
 
 /// What is to be said of a VM that is not where it should be.
