@@ -8,7 +8,11 @@ use crate::fleet::{self, schema::Fleet};
 use nix::unistd::{Group, User, geteuid};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::{
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::Duration,
+};
+use tokio::time::timeout;
 
 /// What a caller may do. Each role may do all that the ones before it may.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
@@ -71,10 +75,14 @@ fn group_id(name: &str) -> Option<u32> {
     number.or_else(|| Some(Group::from_name(name).ok()??.gid.as_raw()))
 }
 
+/// Whether a user could do with `laird` whatever it likes, whatever the fleet file says: root, and who runs it.
+pub fn owns(uid: u32) -> bool {
+    uid == 0 || uid == geteuid().as_raw()
+}
+
 /// The roles of one fleet.
 #[derive(Debug)]
 pub struct Access {
-    own: u32,
     view: Ids,
     operate: Ids,
     administer: Ids,
@@ -84,21 +92,15 @@ impl Access {
     /// The roles that a fleet file gives. It asks the host for names, which may take a while.
     pub fn resolve(access: &fleet::schema::Access) -> Self {
         Self {
-            own: geteuid().as_raw(),
             view: Ids::resolve(&access.view),
             operate: Ids::resolve(&access.operate),
             administer: Ids::resolve(&access.administer),
         }
     }
 
-    /// Whether a user could do with `laird` whatever it likes, whatever the fleet file says: root, and who runs it.
-    pub fn owns(&self, uid: u32) -> bool {
-        uid == 0 || uid == self.own
-    }
-
     /// The highest role that a peer has, if any.
     pub fn role(&self, peer: &Peer) -> Option<Role> {
-        if self.owns(peer.uid) || self.administer.has(peer) {
+        if owns(peer.uid) || self.administer.has(peer) {
             Some(Role::Administer)
         } else if self.operate.has(peer) {
             Some(Role::Operate)
@@ -108,28 +110,61 @@ impl Access {
     }
 }
 
+/// The host did not say in time who is in which group.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "The host does not tell its users and groups, such as those of a directory service; only root is served meanwhile"
+)]
+pub struct NoNames;
+
 /// The roles of the fleet that is the fleet.
 #[derive(Debug, Default)]
 pub struct CurrentAccess {
     known: Mutex<Option<(Weak<Fleet>, Arc<Access>)>>,
+    /// Held while names are asked for: a directory service that hangs takes one thread, not one for each request.
+    resolving: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl CurrentAccess {
-    /// The roles of `fleet`, which is asked for names only once.
-    pub async fn of(&self, fleet: &Arc<Fleet>) -> Arc<Access> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some((of, access)) = known
-            && std::ptr::eq(of.as_ptr(), Arc::as_ptr(fleet))
-        {
-            return access;
+    /// The role of a peer in `fleet`. Who owns `laird` does not wait for names; others do, for as long as `patience` says.
+    pub async fn role(
+        self: &Arc<Self>,
+        fleet: &Arc<Fleet>,
+        peer: &Peer,
+        patience: Duration,
+    ) -> Result<Option<Role>, NoNames> {
+        if owns(peer.uid) {
+            return Ok(Some(Role::Administer));
         }
-        let lists = fleet.access.clone();
-        let resolved = tokio::task::spawn_blocking(move || Access::resolve(&lists)).await;
-        // It does not panic; if it did, only owners would have a role.
-        let access = Arc::new(resolved.unwrap_or_else(|_| Access::resolve(&fleet::schema::Access::nobody())));
-        let entry = (Arc::downgrade(fleet), Arc::clone(&access));
-        *self.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(entry);
-        access
+        let access = timeout(patience, self.of(fleet)).await.ok().flatten().ok_or(NoNames)?;
+        Ok(access.role(peer))
+    }
+
+    fn known(&self, fleet: &Arc<Fleet>) -> Option<Arc<Access>> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        known.filter(|(of, _)| std::ptr::eq(of.as_ptr(), Arc::as_ptr(fleet))).map(|(_, access)| access)
+    }
+
+    /// The roles of `fleet`, which is asked for names only once.
+    async fn of(self: &Arc<Self>, fleet: &Arc<Fleet>) -> Option<Arc<Access>> {
+        if let Some(access) = self.known(fleet) {
+            return Some(access);
+        }
+        let alone = Arc::clone(&self.resolving).lock_owned().await;
+        if let Some(access) = self.known(fleet) {
+            return Some(access);
+        }
+        let (current, fleet) = (Arc::clone(self), Arc::clone(fleet));
+        // It goes on, alone, also where nobody waits for it any longer.
+        let resolved = tokio::spawn(async move {
+            let lists = fleet.access.clone();
+            let access = Arc::new(tokio::task::spawn_blocking(move || Access::resolve(&lists)).await.ok()?);
+            let entry = (Arc::downgrade(&fleet), Arc::clone(&access));
+            *current.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(entry);
+            drop(alone);
+            Some(access)
+        });
+        resolved.await.ok()?
     }
 }
 
@@ -188,10 +223,20 @@ mod tests {
             let host = fleet::limits::HostFacts { cpus: 1, memory: fleet::units::Size(1 << 30) };
             Arc::new(fleet::load("fleet.toml", text.as_bytes(), &host).unwrap().fleet)
         };
-        let (current, one, two) = (CurrentAccess::default(), fleet("4001"), fleet("4002"));
-        let role = async |fleet, uid| current.of(fleet).await.role(&peer(uid, 4000, &[]));
-        assert_eq!(role(&one, 4001).await, Some(Role::Operate));
-        assert_eq!(role(&two, 4001).await, None);
-        assert_eq!(role(&two, 4002).await, Some(Role::Operate));
+        let (current, one, two) = (Arc::new(CurrentAccess::default()), fleet("4001"), fleet("4002"));
+        let role = async |fleet, uid| {
+            let patience = Duration::from_secs(60);
+            current.role(fleet, &peer(uid, 4000, &[]), patience).await.map_err(|error| error.to_string())
+        };
+        assert_eq!(role(&one, 4001).await, Ok(Some(Role::Operate)));
+        assert_eq!(role(&two, 4001).await, Ok(None));
+        assert_eq!(role(&two, 4002).await, Ok(Some(Role::Operate)));
+
+        // A directory service that hangs, for a third one.
+        let _hangs = current.resolving.lock().await;
+        let three = fleet("4001");
+        let now =
+            async |uid| current.role(&three, &peer(uid, 4000, &[]), Duration::from_millis(10)).await.ok();
+        assert_eq!((now(4001).await, now(0).await), (None, Some(Some(Role::Administer))));
     }
 }

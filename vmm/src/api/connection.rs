@@ -2,14 +2,13 @@
 //! one that has is not.
 
 use super::{
-    access::CurrentAccess,
+    access::owns,
     limits::Limits,
     peer::Peer,
     slots::Slots,
     socket::{ClientStream, accept},
     types::{API_HEADER, API_VERSION, ApiError, ErrorKind},
 };
-use crate::fleet::schema::Fleet;
 use axum::Router;
 use hyper::{Request, body::Incoming, server::conn::http1, service::Service};
 use hyper_util::{
@@ -20,10 +19,7 @@ use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
     atomic::{AtomicU64, Ordering::Relaxed},
 };
-use tokio::{
-    net::{UnixListener, UnixStream},
-    sync::watch,
-};
+use tokio::net::{UnixListener, UnixStream};
 
 /// What a client is told for which there is no slot.
 fn busy() -> String {
@@ -43,8 +39,6 @@ pub(super) struct Connections {
     limits: Limits,
     slots: Arc<Mutex<Slots>>,
     surplus: Arc<AtomicU64>,
-    access: Arc<CurrentAccess>,
-    fleet: watch::Receiver<Arc<Fleet>>,
 }
 
 /// What there was of connections, for metrics.
@@ -57,12 +51,8 @@ pub(super) struct Counts {
 }
 
 impl Connections {
-    pub(super) fn new(
-        limits: Limits,
-        access: Arc<CurrentAccess>,
-        fleet: watch::Receiver<Arc<Fleet>>,
-    ) -> Self {
-        Self { limits, slots: Arc::default(), surplus: Arc::default(), access, fleet }
+    pub(super) fn new(limits: Limits) -> Self {
+        Self { limits, slots: Arc::default(), surplus: Arc::default() }
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
@@ -85,16 +75,14 @@ impl Connections {
             let Some((stream, _)) = accept(listener.accept(), self.limits.accept_pause).await else {
                 continue;
             };
-            self.take(stream, router).await;
+            self.take(stream, router);
         }
     }
 
-    async fn take(&self, stream: UnixStream, router: &Router) {
+    fn take(&self, stream: UnixStream, router: &Router) {
         // A peer whose credentials the kernel does not tell is nobody, and is not served.
         let Ok(peer) = Peer::of(&stream) else { return };
-        let fleet = Arc::clone(&self.fleet.borrow());
-        let owner = self.access.of(&fleet).await.owns(peer.uid);
-        let Some((id, gives_way)) = self.slots().take(peer.uid, owner, &self.limits) else {
+        let Some((id, gives_way)) = self.slots().take(peer.uid, owns(peer.uid), &self.limits) else {
             let _ = stream.try_write(busy().as_bytes());
             return;
         };

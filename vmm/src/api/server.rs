@@ -108,9 +108,8 @@ pub async fn serve_within(
 ) -> std::io::Result<()> {
     let unwritten = Arc::new(AtomicU64::new(0));
     let audit = AuditLog::start(&supervisor.dirs().audit_log(), Arc::clone(&unwritten))?;
-    let access = Arc::new(CurrentAccess::default());
     let request = limits.request;
-    let connections = Connections::new(limits, Arc::clone(&access), supervisor.watch_fleet());
+    let connections = Connections::new(limits);
     let api = Arc::new(Api {
         supervisor,
         connections,
@@ -118,7 +117,7 @@ pub async fn serve_within(
         log_dropped: Arc::default(),
         attempts: Default::default(),
         audit,
-        access,
+        access: Arc::default(),
         request,
     });
     let router = router(&api);
@@ -244,9 +243,17 @@ async fn attempt(api: Arc<Api>, route: &'static Route, request: Request) -> Resp
         return lost().into_response();
     };
     let fleet = api.supervisor.fleet();
-    let role = api.access.of(&fleet).await.role(&peer);
+    let role = match route.role {
+        Some(_) => api.access.role(&fleet, &peer, api.request).await,
+        None => Ok(None),
+    };
+    let (role, role_known) = match role {
+        Ok(role) => (role, Ok(())),
+        Err(error) => (None, Err(failed(error.to_string()))),
+    };
     let vm = vm(&mut parts).await;
-    let done = match admit(route, role, &peer, &parts.headers).and(vm.clone()) {
+    let admitted = role_known.and_then(|()| admit(route, role, &peer, &parts.headers));
+    let done = match admitted.and(vm.clone()) {
         Ok(vm) => match read(body, route.body_limit(), api.request).await {
             Ok(body) => {
                 let call = Call { api: Arc::clone(&api), peer: Arc::clone(&peer), vm, uri: parts.uri, body };

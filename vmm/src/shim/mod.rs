@@ -39,7 +39,7 @@ mod state;
 mod target;
 mod ticket;
 mod vsock;
-pub(crate) mod worker;
+mod worker;
 
 pub use files::FileError;
 pub use socket::{LONGEST_PATH, SocketError};

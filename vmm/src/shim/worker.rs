@@ -14,7 +14,7 @@ use std::{
 const TICK: Duration = Duration::from_secs(1);
 
 /// What a worker is called with.
-pub(crate) enum Work<T> {
+pub(super) enum Work<T> {
     /// Something to do.
     Item(T),
     /// Nothing came for a while.
@@ -24,14 +24,14 @@ pub(crate) enum Work<T> {
 }
 
 /// A thread and the queue to it.
-pub(crate) struct Worker<T> {
+pub(super) struct Worker<T> {
     queue: Mutex<Option<SyncSender<T>>>,
     ended: Mutex<Receiver<()>>,
 }
 
 impl<T: Send + 'static> Worker<T> {
     /// Starts a thread with a queue of `capacity` items.
-    pub(crate) fn start(
+    pub(super) fn start(
         name: &str,
         capacity: usize,
         mut work: impl FnMut(Work<T>) + Send + 'static,
@@ -53,13 +53,13 @@ impl<T: Send + 'static> Worker<T> {
     }
 
     /// Hands over one item; `false` if the queue is full.
-    pub(crate) fn send(&self, item: T) -> bool {
+    pub(super) fn send(&self, item: T) -> bool {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         queue.as_ref().is_some_and(|queue| queue.try_send(item).is_ok())
     }
 
     /// Lets the thread finish what is queued, and waits for that, `limit` long at most.
-    pub(crate) fn finish(&self, limit: Duration) {
+    pub(super) fn finish(&self, limit: Duration) {
         drop(self.queue.lock().unwrap_or_else(PoisonError::into_inner).take());
         // Either answer will do: the thread ended, or it hangs on a disk and must not hold up the stop.
         let _ = self.ended.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(limit);

@@ -132,6 +132,42 @@ fn sv8_without_descriptors_it_neither_spins_nor_ends_and_then_serves_again() {
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
 }
 
+/// How often the threads of a process went to sleep by themselves.
+fn sleeps(pid: u32) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let sleeps = |status: String| {
+        let count = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+        count.unwrap().trim().parse::<u64>().unwrap()
+    };
+    tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("status")).ok()).map(sleeps).sum()
+}
+
+#[test]
+fn an_idle_laird_sleeps() {
+    let directory = TempDir::new().unwrap();
+    let text = "schema = 1\nhost.accel = \"tcg\"\nstore.sources = [{ root = \"/none\" }]\n";
+    fs::write(directory.path().join("fleet.toml"), text).unwrap();
+    let mut running = Running(laird(directory.path()).spawn().unwrap());
+    let log = BufReader::new(running.0.stderr.take().unwrap());
+    let mut lines = log.lines().map(Result::unwrap);
+    assert!(lines.any(|line| line.ends_with(" ready")), "it does not start");
+    // What it had to do has had its time: a refusal, and a record that counts others.
+    for _ in 0..30 {
+        let stream =
+            std::os::unix::net::UnixStream::connect(directory.path().join("run/laird.sock")).unwrap();
+        let request = "POST /v1/vms/none/start HTTP/1.1\r\nhost: l\r\ncontent-length: 0\r\n\r\n";
+        (&stream).write_all(request.as_bytes()).unwrap();
+        (&stream).read_to_string(&mut String::new()).unwrap();
+    }
+    std::thread::sleep(Duration::from_secs(3));
+    let records = fs::read_to_string(directory.path().join("state/audit.jsonl")).unwrap();
+    assert!(records.contains("\"suppressed\":"), "{records}");
+    let before = sleeps(running.0.id());
+    std::thread::sleep(Duration::from_secs(4));
+    let woken = sleeps(running.0.id()) - before;
+    assert!(woken <= 2, "it woke up {woken} times in 4 s");
+}
+
 #[test]
 fn help() {
     let directory = TempDir::new().unwrap();

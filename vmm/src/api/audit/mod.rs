@@ -7,9 +7,9 @@
 mod file;
 mod rates;
 pub(super) mod read;
+mod writer;
 
 use super::{access::Role, limits};
-use crate::shim::worker::{Work, Worker};
 use file::LogFile;
 use rates::Rates;
 use schemars::JsonSchema;
@@ -24,6 +24,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{sync::oneshot, time::timeout};
+use writer::{Line, Writer};
 
 /// Whether it was done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, JsonSchema)]
@@ -85,15 +86,9 @@ pub struct Lost {
     lost: u64,
 }
 
-/// A line for the disk, and who waits for it.
-struct Line {
-    bytes: Vec<u8>,
-    written: oneshot::Sender<()>,
-}
-
 /// The log of attempts, only ever appended to, and the thread that writes it.
 pub struct AuditLog {
-    worker: Worker<Line>,
+    writer: Writer,
     rates: Arc<Mutex<Rates>>,
     lost: Arc<AtomicU64>,
 }
@@ -109,27 +104,9 @@ impl AuditLog {
     pub fn start(path: &Path, unwritten: Arc<AtomicU64>) -> io::Result<Self> {
         let rates = Arc::new(Mutex::new(Rates::default()));
         let lost = Arc::new(AtomicU64::new(0));
-        let (known, missed) = (Arc::clone(&rates), Arc::clone(&lost));
-        let mut log = LogFile::new(path.into(), limits::AUDIT_FILE, unwritten);
-        let worker = Worker::start("audit", limits::AUDIT_QUEUE, move |work| {
-            let ended = matches!(work, Work::End);
-            if let Work::Item(Line { bytes, written }) = work {
-                log.append(&bytes);
-                let _ = written.send(());
-            }
-            let mut rates = known.lock().unwrap_or_else(PoisonError::into_inner);
-            let counted = if ended { rates.rest() } else { rates.suppressed(Instant::now()) };
-            drop(rates);
-            let time = now();
-            for ((uid, verdict), suppressed) in counted {
-                log.append(&line(&Counted { time, uid, verdict, suppressed }));
-            }
-            let lost = missed.swap(0, Relaxed);
-            if lost > 0 {
-                log.append(&line(&Lost { time, lost }));
-            }
-        })?;
-        Ok(Self { worker, rates, lost })
+        let log = LogFile::new(path.into(), limits::AUDIT_FILE, unwritten);
+        let writer = Writer::start(log, Arc::clone(&rates), Arc::clone(&lost))?;
+        Ok(Self { writer, rates, lost })
     }
 
     /// Records an attempt, or counts it; `true` if it has a line of its own. It returns when that is on disk, or after
@@ -145,7 +122,7 @@ impl AuditLog {
         shorten(&mut attempt.detail);
         shorten(&mut attempt.reason);
         let (written, on_disk) = oneshot::channel();
-        if self.worker.send(Line { bytes: line(&attempt), written }) {
+        if self.writer.send(Line { bytes: line(&attempt), written }) {
             let _ = timeout(limits::AUDIT_PATIENCE, on_disk).await;
         } else {
             self.lost.fetch_add(1, Relaxed);
@@ -155,7 +132,7 @@ impl AuditLog {
 
     /// Writes what is left, `limit` long at most.
     pub fn finish(&self, limit: Duration) {
-        self.worker.finish(limit);
+        self.writer.finish(limit);
     }
 }
 

@@ -31,6 +31,11 @@ impl Rates {
         counted
     }
 
+    /// Whether no second goes on, and nothing is left to tell.
+    pub(super) fn is_empty(&self) -> bool {
+        self.rates.is_empty()
+    }
+
     /// How many were left out.
     pub(super) fn rest(&mut self) -> Vec<(Whose, u64)> {
         self.rates.iter_mut().filter_map(|(whose, rate)| Some((*whose, rate.rest()?))).collect()
