@@ -45,7 +45,7 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
         if context.json {
             status::print_json_line(&record)?;
         } else {
-            println!("{}", harmless(&line(&record, &mut users).replace('\n', " ")));
+            println!("{}", harmless(&line(&record, &mut users).replace('\n', "; ")));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -29,7 +29,7 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
 
 fn line(event: &Event) -> String {
     let with = |detail: &Option<String>| {
-        detail.as_ref().map(|detail| format!(": {}", detail.replace('\n', " "))).unwrap_or_default()
+        detail.as_ref().map(|detail| format!(": {}", detail.replace('\n', "; "))).unwrap_or_default()
     };
     let (vm, what) = match &event.kind {
         EventKind::Known { vm, state, detail, adopted } => {
