@@ -11,8 +11,8 @@ use vm_memory::{Bytes, VolatileSlice};
 /// The most buffers that one system call takes.
 const IOV_MAX: usize = 1024;
 
-/// Part of a guest's buffers.
-pub(crate) type Pieces<'a> = SmallVec<[VolatileSlice<'a>; 4]>;
+/// Part of a guest's buffers. A read of 128 KiB, of which each page is elsewhere, fits on the stack.
+pub(crate) type Pieces<'a> = SmallVec<[VolatileSlice<'a>; 36]>;
 
 /// Copies the beginning of what the buffers hold to `bytes`, as much as there is room for. How much that was.
 pub(crate) fn copy_in(buffers: &[VolatileSlice<'_>], bytes: &mut [u8]) -> usize {
@@ -44,14 +44,14 @@ pub(crate) fn copy_out(buffers: &[VolatileSlice<'_>], bytes: &[u8]) -> usize {
     bytes.len().saturating_sub(left.len())
 }
 
-/// `length` bytes of the buffers, after their first `skip` bytes. EINVAL if they are shorter.
+/// Adds to `pieces`: `length` bytes of the buffers, after their first `skip` bytes. EINVAL if they are shorter.
 pub(crate) fn pieces<'a>(
     buffers: &[VolatileSlice<'a>],
     skip: usize,
     length: usize,
-) -> Result<Pieces<'a>, Errno> {
+    pieces: &mut Pieces<'a>,
+) -> Result<(), Errno> {
     let (mut skip, mut left) = (skip, length);
-    let mut pieces = Pieces::new();
     for buffer in buffers {
         let begin = skip.min(buffer.len());
         skip = skip.saturating_sub(begin);
@@ -61,7 +61,7 @@ pub(crate) fn pieces<'a>(
             left = left.saturating_sub(count);
         }
     }
-    if left == 0 { Ok(pieces) } else { Err(Errno::EINVAL) }
+    if left == 0 { Ok(()) } else { Err(Errno::EINVAL) }
 }
 
 /// Reads from `offset` of `file` into the pieces until they are full. A file that is shorter by now gives EIO. With `nowait`,
@@ -160,7 +160,9 @@ mod tests {
         let content: Vec<u8> = (0..=255).cycle().take(10_000).collect();
         file.write_all(&content).unwrap();
         let read = |buffers: &[VolatileSlice<'_>], offset, length, skip| {
-            read_file(&file, offset, &pieces(buffers, skip, length)?, false)
+            let mut found = Pieces::new();
+            pieces(buffers, skip, length, &mut found)?;
+            read_file(&file, offset, &found, false)
         };
         // Contiguous, apart, and more than one system call takes.
         let many: Vec<(u64, usize)> = (0..2000).map(|i| (i * 10, 5)).collect();
@@ -179,7 +181,8 @@ mod tests {
     #[test]
     fn pieces_go_on_in_mid_piece() {
         let mem = memory();
-        let mut left = pieces(&slices(&mem, &[(0, 10), (20, 10), (40, 10)]), 5, 20).unwrap();
+        let mut left = Pieces::new();
+        pieces(&slices(&mem, &[(0, 10), (20, 10), (40, 10)]), 5, 20, &mut left).unwrap();
         let lengths = |pieces: &Pieces<'_>| pieces.iter().map(VolatileSlice::len).collect::<Vec<_>>();
         assert_eq!(lengths(&left), [5, 10, 5]);
         skip(&mut left, 5);

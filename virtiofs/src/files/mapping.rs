@@ -17,7 +17,7 @@ use std::{
     cell::Cell,
     fs::File,
     io,
-    ptr::{copy_nonoverlapping, null},
+    ptr::{copy_nonoverlapping, null, read_volatile},
     sync::{
         OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering, fence},
@@ -31,6 +31,15 @@ pub(super) struct Mapping {
     map: Mmap,
     /// A page was missing, and now is zeros.
     lost: AtomicBool,
+}
+
+/// What is known of a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Copied {
+    /// It is what the file holds.
+    Whole,
+    /// It goes to the mapping's last page, of which the end may be zeros that the file does not hold.
+    ToLastPage,
 }
 
 /// Where a thread copies from: the addresses, and what to set if a page is missing.
@@ -68,12 +77,19 @@ impl Mapping {
 
     /// Copies what is at `offset` in the file to `pieces`, until they are full. EINVAL beyond the mapping's end, EIO if the
     /// file is, or once was, shorter.
-    pub(super) fn copy(&self, offset: usize, pieces: &[VolatileSlice<'_>]) -> Result<(), Errno> {
+    ///
+    /// Behind a file's end, its last page is zeros, so a file that was cut in the last page of what is copied looks whole. It is
+    /// not if the page behind is still there. Where the mapping has none, the answer is [`Copied::ToLastPage`]: the caller has to
+    /// ask how long the file is.
+    pub(super) fn copy(&self, offset: usize, pieces: &[VolatileSlice<'_>]) -> Result<Copied, Errno> {
         let length = pieces.iter().map(VolatileSlice::len).fold(0, usize::saturating_add);
         let end = offset.checked_add(length).filter(|&end| end <= self.map.len()).ok_or(Errno::EINVAL)?;
         let begin: *const u8 = self.map.as_ptr();
         let address = |at| begin.addr().saturating_add(at);
-        COPYING.set(Copying { begin: address(offset), end: address(end), lost: &raw const self.lost });
+        let page = PAGE.load(Ordering::Relaxed);
+        let behind = end.checked_next_multiple_of(page).filter(|&behind| behind < self.map.len());
+        let last = behind.map_or(end, |behind| behind.saturating_add(1));
+        COPYING.set(Copying { begin: address(offset), end: address(last), lost: &raw const self.lost });
         let mut from = begin.wrapping_add(offset);
         for piece in pieces {
             let to = piece.ptr_guard_mut();
@@ -83,10 +99,18 @@ impl Mapping {
             unsafe { copy_nonoverlapping(from, to.as_ptr(), piece.len()) };
             from = from.wrapping_add(piece.len());
         }
+        if let Some(behind) = behind {
+            // SAFETY: within the mapping; as above.
+            unsafe { read_volatile(begin.wrapping_add(behind)) };
+        }
         COPYING.set(NOTHING);
         // Another thread may have replaced a page before this one came to it.
         fence(Ordering::SeqCst);
-        if self.is_lost() { Err(Errno::EIO) } else { Ok(()) }
+        match behind {
+            _ if self.is_lost() => Err(Errno::EIO),
+            Some(_) => Ok(Copied::Whole),
+            None => Ok(Copied::ToLastPage),
+        }
     }
 }
 
@@ -153,6 +177,9 @@ mod tests {
             mem.read_slice(&mut bytes, GuestAddress(4096)).unwrap();
             bytes
         };
+        assert_eq!(mapping.copy(7, &pieces(20_000)), Ok(Copied::Whole));
+        assert_eq!(mapping.copy(0, &pieces(49_152)), Ok(Copied::Whole));
+        assert_eq!(mapping.copy(0, &pieces(49_153)), Ok(Copied::ToLastPage));
         mapping.copy(7, &pieces(20_000)).unwrap();
         assert_eq!(copied(20_000), content[7..20_007]);
         assert_eq!(mapping.copy(49_999, &pieces(2)), Err(Errno::EINVAL));
@@ -162,5 +189,19 @@ mod tests {
         assert!(mapping.is_lost());
         // The zeros in it are never taken for contents.
         assert_eq!(mapping.copy(20_000, &pieces(100)), Err(Errno::EIO));
+    }
+
+    #[test]
+    fn fu20_a_file_that_was_cut_in_the_last_page_of_a_read_is_an_error() {
+        let mem = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let piece = |length| [mem.get_slice(GuestAddress(4096), length).unwrap()];
+        for (cut, length) in [(8000, 8100), (8191, 8192), (4097, 8192), (8000, 8001)] {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(50_000).unwrap();
+            let mapping = Mapping::new(&file, 50_000).unwrap();
+            assert_eq!(mapping.copy(0, &piece(length)), Ok(Copied::Whole));
+            file.set_len(cut).unwrap();
+            assert_eq!(mapping.copy(0, &piece(length)), Err(Errno::EIO), "{cut} {length}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! What the page cache holds is read at once: by `preadv2` with RWF_NOWAIT, or, when a file is read again and again, by copying
 //! from a mapping of it. What would have to come from a disk first is left to the caller, who may have others waiting.
 
-use super::mapping::Mapping;
+use super::mapping::{Copied, Mapping};
 use crate::buffers;
 use nix::{errno::Errno, sys::stat::fstat};
 use std::{
@@ -72,8 +72,14 @@ impl OpenFile {
     }
 
     /// Reads from `offset` into `pieces` until they are full. EIO if the file is shorter by now. With `wait`, it never is
-    /// [`Read::WouldWait`].
-    pub fn read(&self, offset: u64, pieces: &[VolatileSlice<'_>], wait: bool) -> Result<Read, Errno> {
+    /// [`Read::WouldWait`]. `since`: the time, shortly before.
+    pub fn read(
+        &self,
+        offset: u64,
+        pieces: &[VolatileSlice<'_>],
+        wait: bool,
+        since: Instant,
+    ) -> Result<Read, Errno> {
         let length = pieces.iter().map(|piece| piece.len() as u64).fold(0, u64::saturating_add);
         let served = self.served.load(Ordering::Relaxed);
         let again = served >= self.size.saturating_mul(2);
@@ -82,10 +88,13 @@ impl OpenFile {
             && let Some(mapping) = self.mapping()
         {
             let from = usize::try_from(offset).map_err(|_| Errno::EINVAL)?;
-            let read = self.timed(|| mapping.copy(from, pieces).map(|()| Read::Done));
-            // Behind a file's end, its last page is zeros. A file that was cut there looks whole.
+            let copied = mapping.copy(from, pieces);
+            self.time(since);
             let end = offset.saturating_add(length);
-            if fstat(&self.file)?.st_size.cast_unsigned() < end { Err(Errno::EIO) } else { read }
+            match copied? {
+                Copied::ToLastPage if fstat(&self.file)?.st_size.cast_unsigned() < end => Err(Errno::EIO),
+                Copied::ToLastPage | Copied::Whole => Ok(Read::Done),
+            }
         } else if wait {
             buffers::read_file(&self.file, offset, pieces, false)
         } else if self.abilities.nowait.load(Ordering::Relaxed) {
@@ -98,7 +107,9 @@ impl OpenFile {
             }
         } else if again {
             // Nothing tells what is in memory. What was read lately probably is.
-            self.timed(|| buffers::read_file(&self.file, offset, pieces, false))
+            let read = buffers::read_file(&self.file, offset, pieces, false);
+            self.time(since);
+            read
         } else {
             Ok(Read::WouldWait)
         }?;
@@ -123,14 +134,11 @@ impl OpenFile {
         Ok(())
     }
 
-    /// Reads what is thought to be in memory. If it was not, the file counts as cold again.
-    fn timed(&self, read: impl FnOnce() -> Result<Read, Errno>) -> Result<Read, Errno> {
-        let begin = Instant::now();
-        let result = read();
-        if begin.elapsed() > SLOW {
+    /// Times the reading of what was thought to be in memory. If it was not, the file counts as cold again.
+    fn time(&self, since: Instant) {
+        if since.elapsed() > SLOW {
             self.served.store(0, Ordering::Relaxed);
         }
-        result
     }
 
     fn mapping(&self) -> Option<&Mapping> {

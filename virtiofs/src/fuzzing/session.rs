@@ -24,7 +24,7 @@ use std::{
             net::{SocketAddr, UnixListener, UnixStream},
         },
     },
-    sync::OnceLock,
+    sync::{Arc, OnceLock, atomic::AtomicBool},
     thread,
     time::{Duration, Instant},
 };
@@ -88,7 +88,12 @@ pub fn session(input: &[u8]) {
     let listener = listener();
     // Threads and their descriptors that come with the first connection, and stay.
     static FIRST: OnceLock<()> = OnceLock::new();
-    FIRST.get_or_init(|| one(world, listener, &[]));
+    FIRST.get_or_init(|| {
+        // As in a program whose main function is Rust's, which a fuzzer's is not: what is written to a pipe that nobody reads is an error.
+        let ignored = Arc::new(AtomicBool::new(false));
+        signal_hook::flag::register(signal_hook::consts::SIGPIPE, ignored).expect("SIGPIPE may be caught");
+        one(world, listener, &[]);
+    });
     let before = held();
     one(world, listener, input);
     let begin = Instant::now();

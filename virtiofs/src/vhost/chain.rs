@@ -8,14 +8,14 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, Volati
 
 use super::QUEUE_SIZE_MAX;
 
-/// Buffers of the guest. Those of all requests but large READs fit on the stack.
-pub(super) type Buffers<'a> = SmallVec<[VolatileSlice<'a>; 8]>;
+/// Buffers of the guest. Those of a READ of 128 KiB fit on the stack.
+pub(super) type Buffers<'a> = SmallVec<[VolatileSlice<'a>; 36]>;
 
 /// The guest's buffers of one request, neighbours merged. What they hold may change at any time.
 #[derive(Debug, Default)]
 pub(super) struct Chain<'a> {
     /// The request.
-    pub(super) readable: Buffers<'a>,
+    pub(super) readable: SmallVec<[VolatileSlice<'a>; 4]>,
     /// Room for the reply.
     pub(super) writable: Buffers<'a>,
     /// Bytes of the request.
@@ -87,10 +87,15 @@ struct Run {
 }
 
 impl<'a> Chain<'a> {
-    /// Walks the chain that begins at `head` in `table`.
-    pub(super) fn walk(mem: &'a GuestMemoryMmap, table: Table<'a>, head: u16) -> Result<Self, ChainError> {
+    /// Walks the chain that begins at `head` in `table`, of which this becomes the buffers. It is empty before; moving a full one
+    /// would cost more than all else here.
+    pub(super) fn walk(
+        &mut self,
+        mem: &'a GuestMemoryMmap,
+        table: Table<'a>,
+        head: u16,
+    ) -> Result<(), ChainError> {
         let mut table = table;
-        let mut chain = Self::default();
         let mut run = Run::default();
         let mut index = head;
         for _ in 0..QUEUE_SIZE_MAX {
@@ -102,17 +107,16 @@ impl<'a> Chain<'a> {
                     return Err(ChainError::Indirect(desc.len()));
                 }
             }
-            chain.count(&desc, run.write)?;
+            self.count(&desc, run.write)?;
             let length = u64::from(desc.len());
             if run.write == desc.is_write_only() && run.at.checked_add(run.length) == Some(desc.addr().0) {
                 run.length = run.length.saturating_add(length);
             } else {
-                chain.add(mem, &run)?;
+                self.add(mem, &run)?;
                 run = Run { at: desc.addr().0, length, write: desc.is_write_only() };
             }
             if !desc.has_next() {
-                chain.add(mem, &run)?;
-                return Ok(chain);
+                return self.add(mem, &run);
             }
             index = desc.next();
         }
@@ -131,10 +135,14 @@ impl<'a> Chain<'a> {
     }
 
     fn add(&mut self, mem: &'a GuestMemoryMmap, run: &Run) -> Result<(), ChainError> {
-        let slices = if run.write { &mut self.writable } else { &mut self.readable };
         let length = usize::try_from(run.length).map_err(|_| ChainError::Bytes)?;
         for slice in mem.get_slices(GuestAddress(run.at), length) {
-            slices.push(slice.map_err(|_| ChainError::Buffer)?);
+            let slice = slice.map_err(|_| ChainError::Buffer)?;
+            if run.write {
+                self.writable.push(slice);
+            } else {
+                self.readable.push(slice);
+            }
         }
         Ok(())
     }
@@ -174,7 +182,8 @@ mod tests {
 
     fn whole(mem: &GuestMemoryMmap, at: u64, head: u16) -> Result<Chain<'_>, ChainError> {
         let slice = mem.get_slice(GuestAddress(at), usize::from(SIZE) * Table::ENTRY).unwrap();
-        Chain::walk(mem, Table::new(slice, SIZE), head)
+        let mut chain = Chain::default();
+        chain.walk(mem, Table::new(slice, SIZE), head).map(|()| chain)
     }
 
     #[test]
@@ -195,7 +204,8 @@ mod tests {
         put(&mem, TABLE, &pages);
         put(&mem, TABLE + 48, &[(0x9000, 16, WRITE, 0)]);
         let chain = whole(&mem, TABLE, 0).unwrap();
-        let lengths = |buffers: &Buffers<'_>| buffers.iter().map(VolatileSlice::len).collect::<Vec<_>>();
+        let lengths =
+            |buffers: &[VolatileSlice<'_>]| buffers.iter().map(VolatileSlice::len).collect::<Vec<_>>();
         assert_eq!((lengths(&chain.readable), lengths(&chain.writable)), (vec![40], vec![8192, 16]));
         // One that ends where a buffer of the other direction begins.
         put(&mem, TABLE, &[(0x4000, 40, NEXT, 1), (0x4028, 16, WRITE, 0)]);

@@ -252,7 +252,7 @@ impl Queue {
         Ok(true)
     }
 
-    /// Serves what is available, up to a limit, and tells the guest. `found`: polling found it.
+    /// Serves what is available or, by polling, soon becomes so, up to a limit, and tells the guest. `found`: polling found it.
     fn burst(self: &Arc<Self>, vring: &Vring, ring: &Ring<'_>, found: bool) -> Result<Burst, Broken> {
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -271,7 +271,7 @@ impl Queue {
             state.pace.hit();
         }
         ring.want_no_kick()?;
-        let begin = vring.get_queue().next_used();
+        let mut begin = vring.get_queue().next_used();
         let mut used = begin;
         let (mut count, mut bytes) = (0u32, 0u32);
         let mut last = Instant::now();
@@ -281,10 +281,26 @@ impl Queue {
             }
             let Some(head) = state.take(ring, used)? else {
                 let polls = self.number != HIPRIO && state.pace.polls();
-                break Burst::Empty(Watch { next: state.next(used), polls, since: last });
+                let watch = Watch { next: state.next(used), polls, since: last };
+                // What waits for a disk needs the lock. Otherwise letting go of it would only cost time.
+                if !state.pending.is_empty() {
+                    break Burst::Empty(watch);
+                }
+                self.published(ring, &mut vring, begin, used)?;
+                begin = used;
+                if !self.poll(ring, &watch)? {
+                    break Burst::Empty(watch);
+                }
+                state.pace.hit();
+                // Memory is changed without these locks.
+                if !ring.is_of(&self.memory.memory(), vring.get_queue()) {
+                    break Burst::Moved;
+                }
+                last = Instant::now();
+                continue;
             };
             count = count.saturating_add(1);
-            let (opcode, answer) = self.answer(&mut state.scratch, ring, head);
+            let (opcode, answer) = self.answer(&mut state.scratch, ring, head, last);
             match answer {
                 Answer::Used(length) => {
                     if state.pending.is_empty() {
@@ -299,7 +315,7 @@ impl Queue {
                     last = now;
                 }
                 Answer::Waits(read, _) => {
-                    state.pending.push_back(Pending { head, answer: Answer::Waits(read, last) });
+                    state.pending.push_back(Pending { head, answer });
                     self.warm(state, used, &read);
                 }
             }
@@ -348,10 +364,11 @@ impl Queue {
         let Some(&Pending { head, answer: Answer::Waits(read, since) }) = state.pending.get(place) else {
             return Ok(());
         };
-        let answer = match ring.chain(head) {
-            Ok(chain) => {
+        let mut chain = Chain::default();
+        let answer = match ring.walk(head, &mut chain) {
+            Ok(()) => {
                 read.header(&mut state.scratch.reply);
-                self.read(&mut state.scratch.reply, &chain, &read, true)
+                self.read(&mut state.scratch.reply, &chain, &read, true, Instant::now())
             }
             Err(error) => self.bad_chain(&error),
         };
@@ -423,12 +440,18 @@ impl Queue {
         Ok(more)
     }
 
-    /// Answers a request, or says what it waits for.
-    fn answer(&self, scratch: &mut Scratch, ring: &Ring<'_>, head: u16) -> (Option<Opcode>, Answer) {
-        let chain = match ring.chain(head) {
-            Ok(chain) => chain,
-            Err(error) => return (None, self.bad_chain(&error)),
-        };
+    /// Answers a request, or says what it waits for. `since`: when it was taken.
+    fn answer(
+        &self,
+        scratch: &mut Scratch,
+        ring: &Ring<'_>,
+        head: u16,
+        since: Instant,
+    ) -> (Option<Opcode>, Answer) {
+        let mut chain = Chain::default();
+        if let Err(error) = ring.walk(head, &mut chain) {
+            return (None, self.bad_chain(&error));
+        }
         let Scratch { request, reply } = scratch;
         let count = buffers::copy_in(&chain.readable, request);
         let bytes = request.get(..count).unwrap_or_default();
@@ -437,7 +460,7 @@ impl Queue {
             match self.service.server.handle(&self.session, &self.stats, request, room(&chain), reply) {
                 Outcome::Silent => Answer::Used(0),
                 Outcome::Reply => reply_with(&chain, reply),
-                Outcome::Read(read) => self.read(reply, &chain, &read, false),
+                Outcome::Read(read) => self.read(reply, &chain, &read, false, since),
             };
         (request.opcode(), answer)
     }
@@ -451,10 +474,17 @@ impl Queue {
     }
 
     /// Replies with what is in a file. `reply` begins with the header for that.
-    fn read(&self, reply: &mut Vec<u8>, chain: &Chain<'_>, read: &FileRead, wait: bool) -> Answer {
+    fn read(
+        &self,
+        reply: &mut Vec<u8>,
+        chain: &Chain<'_>,
+        read: &FileRead,
+        wait: bool,
+        since: Instant,
+    ) -> Answer {
         let Service { server, files, trouble, .. } = &*self.service;
-        match self.read_into(chain, read, reply.len(), wait) {
-            Ok(Read::WouldWait) => Answer::Waits(*read, Instant::now()),
+        match self.read_into(chain, read, reply.len(), wait, since) {
+            Ok(Read::WouldWait) => Answer::Waits(*read, since),
             Ok(Read::Done) => match reply_with(chain, reply) {
                 Answer::Used(header) => Answer::Used(header.saturating_add(read.length)),
                 answer => answer,
@@ -477,12 +507,14 @@ impl Queue {
         read: &FileRead,
         header: usize,
         wait: bool,
+        since: Instant,
     ) -> Result<Read, Errno> {
         let Service { server, files, .. } = &*self.service;
         let length = usize::try_from(read.length).map_err(|_| Errno::EINVAL)?;
-        let pieces = buffers::pieces(&chain.writable, header, length)?;
+        let mut pieces = buffers::Pieces::new();
+        buffers::pieces(&chain.writable, header, length, &mut pieces)?;
         match files.get(&server.tree(), read.node, wait)? {
-            Some(file) => file.read(read.offset, &pieces, wait),
+            Some(file) => file.read(read.offset, &pieces, wait, since),
             None => Ok(Read::WouldWait),
         }
     }

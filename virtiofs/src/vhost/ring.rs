@@ -111,9 +111,9 @@ impl<'m> Ring<'m> {
         self.available.load(at, Ordering::Relaxed).map_err(failed("available ring"))
     }
 
-    /// Walks the chain that begins at `head`.
-    pub(super) fn chain(&self, head: u16) -> Result<Chain<'m>, ChainError> {
-        Chain::walk(self.mem, Table::new(self.descriptors, self.size), head)
+    /// Walks the chain that begins at `head`, into an empty one.
+    pub(super) fn walk(&self, head: u16, chain: &mut Chain<'m>) -> Result<(), ChainError> {
+        chain.walk(self.mem, Table::new(self.descriptors, self.size), head)
     }
 
     /// Publishes that chain `head` was used as number `index`, with `length` bytes written to it.

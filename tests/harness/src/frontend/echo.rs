@@ -1,16 +1,21 @@
-//! A device of no use: it answers each request at once, in a thread of this process. What a round trip to it takes is what
-//! the frontend itself costs.
+//! Devices of no use, in a thread of this process, which show what no backend can be faster than.
+//!
+//! [`Device::Empty`] answers each request at once: what a round trip to it takes is what the frontend itself costs. [`Device::Canned`]
+//! also reads the request and fills the whole reply from memory of its own: what is left without looking at what was asked.
 
 use super::{
     connection::Guest,
     event::Event,
-    layout::{DESCRIPTOR, Layout, Shape},
+    layout::{DESCRIPTOR, Layout, PAGE, Shape},
     memory::Memory,
     queue::{Descriptor, Queue, Used, Wait},
     request::Request,
 };
 use anyhow::{Context, Result, anyhow};
-use lair_virtiofs::fuse::wire::{InHeader, OutHeader};
+use lair_virtiofs::fuse::{
+    Opcode,
+    wire::{InHeader, OutHeader, ReadIn},
+};
 use std::{
     sync::{
         Arc,
@@ -19,6 +24,17 @@ use std::{
     thread,
     time::Instant,
 };
+use zerocopy::FromBytes;
+
+/// What the device does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// Replies with a header.
+    Empty,
+    /// Reads all of a request, and replies with as much as there is room for, out of this many bytes of its own: a READ gets
+    /// those at its offset.
+    Canned(usize),
+}
 
 struct Echo {
     memory: Arc<Memory>,
@@ -26,6 +42,8 @@ struct Echo {
     call: Arc<Event>,
     /// The next entry of both rings.
     next: u16,
+    /// Whence replies are filled.
+    source: Option<Vec<u8>>,
 }
 
 impl Echo {
@@ -38,7 +56,11 @@ impl Echo {
             let table: Descriptor = self.memory.get(self.layout.table() + DESCRIPTOR * usize::from(head));
             let request: Descriptor = self.memory.get(usize::try_from(table.address)?);
             let header: InHeader = self.memory.get(usize::try_from(request.address)?);
-            let length = size_of::<OutHeader>() as u32;
+            let body = match &self.source {
+                Some(source) => self.fill(source, &table, &header)?,
+                None => 0,
+            };
+            let length = size_of::<OutHeader>() as u32 + body;
             let reply = OutHeader { len: length, error: 0, unique: header.unique };
             self.memory.put(self.layout.reply(head), &reply);
             let entry = Used { head: head.into(), length };
@@ -57,12 +79,49 @@ impl Echo {
     }
 }
 
+impl Echo {
+    /// Reads the arguments of the request whose indirect table this is, and fills its reply behind the header. How many bytes.
+    fn fill(&self, source: &[u8], table: &Descriptor, header: &InHeader) -> Result<u32> {
+        let mut arguments = [0; PAGE];
+        let mut offset = 0;
+        let mut filled = 0;
+        let mut seen = 0;
+        for number in 1..table.length as usize / DESCRIPTOR {
+            let at = usize::try_from(table.address)? + DESCRIPTOR * number;
+            let part: Descriptor = self.memory.get(at);
+            let (address, length) = (usize::try_from(part.address)?, part.length as usize);
+            if !part.is_written() {
+                let arguments = arguments.get_mut(..length).context("Arguments of more than a page")?;
+                self.memory.read(address, arguments);
+                if header.opcode == Opcode::Read as u32 {
+                    offset =
+                        usize::try_from(ReadIn::read_from_prefix(arguments).unwrap_or_default().0.offset)?;
+                }
+            } else if seen == 0 {
+                // The header's own.
+                seen = length;
+            } else {
+                let from = source.get(offset + filled..).and_then(|rest| rest.get(..length));
+                self.memory.write(address, from.context("A read of more than the device has")?);
+                filled += length;
+            }
+        }
+        Ok(u32::try_from(filled)?)
+    }
+}
+
 /// Runs `work` on a queue behind which there is an echo.
-pub fn with_echo<T>(work: impl FnOnce(&mut Queue) -> Result<T>) -> Result<T> {
-    let shape = Shape { queues: 1, depth: 1, pages: 1 };
+pub fn with_echo<T>(device: Device, work: impl FnOnce(&mut Queue) -> Result<T>) -> Result<T> {
+    let shape = Shape { queues: 1, depth: 1, pages: 256 };
     let (guest, mut queues) = Guest::new(shape)?;
     let queue = queues.first_mut().ok_or_else(|| anyhow!("no queue"))?;
-    let mut echo = Echo { memory: guest.memory(), layout: shape.layout(1), call: guest.call(1)?, next: 0 };
+    let source = match device {
+        Device::Empty => None,
+        // Written to, so that it has memory of its own.
+        Device::Canned(length) => Some((0..length).map(|n| n as u8).collect()),
+    };
+    let layout = shape.layout(1);
+    let mut echo = Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, source };
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let device = scope.spawn(|| -> Result<()> {
@@ -79,15 +138,14 @@ pub fn with_echo<T>(work: impl FnOnce(&mut Queue) -> Result<T>) -> Result<T> {
     })
 }
 
-/// What a round trip costs with nothing behind it: the median of this many, in nanoseconds. No backend can be faster.
-pub fn own_cost(wait: Wait, count: usize) -> Result<u64> {
-    with_echo(|queue| {
+/// What a round trip of these requests, in turn, costs with such a device: the median of this many, in nanoseconds.
+pub fn round_trip(device: Device, requests: &[Request], wait: Wait, count: usize) -> Result<u64> {
+    with_echo(device, |queue| {
         queue.set_wait(wait);
-        let request = Request::lookup(1, b"name");
         let mut times = Vec::with_capacity(count);
         let mut last = Instant::now();
-        for _ in 0..count {
-            queue.exchange(&request)?;
+        for request in requests.iter().cycle().take(count) {
+            queue.exchange(request)?;
             let now = Instant::now();
             times.push((now - last).as_nanos() as u64);
             last = now;
@@ -101,12 +159,13 @@ pub fn own_cost(wait: Wait, count: usize) -> Result<u64> {
 mod tests {
     use super::*;
     use anyhow::ensure;
+    use lair_virtiofs::fuse::wire::EntryOut;
 
     /// More than the indexes count to, so that they and the rings have wrapped.
     #[test]
     fn requests_go_round_and_round() {
         let requests = [Request::lookup(1, b"name"), Request::getattr(7), Request::read(7, 0, 0, 4096)];
-        with_echo(|queue| {
+        with_echo(Device::Empty, |queue| {
             queue.set_wait(Wait::Polling);
             for number in 0..150_000 {
                 queue.exchange(&requests[number % requests.len()])?;
@@ -118,8 +177,26 @@ mod tests {
     }
 
     #[test]
+    fn a_canned_reply_is_whole_and_from_its_offset() {
+        with_echo(Device::Canned(256 << 10), |queue| {
+            for offset in [0_u32, 4096, 200 << 10] {
+                let request = Request::read(7, 0, offset.into(), 40 << 10);
+                queue.spoil(0, &request);
+                let header = queue.exchange(&request)?;
+                let payload = queue.payload(0, &request, &header);
+                ensure!(payload.len() == 40 << 10);
+                ensure!((offset..).zip(&payload).all(|(at, byte)| at as u8 == *byte), "{offset}");
+            }
+            let header = queue.exchange(&Request::lookup(1, b"name"))?;
+            ensure!(header.len as usize == size_of::<OutHeader>() + size_of::<EntryOut>());
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
     fn a_stale_reply_is_no_reply() {
-        with_echo(|queue| {
+        with_echo(Device::Empty, |queue| {
             queue.exchange(&Request::getattr(1))?;
             let unique = queue.put(0, &Request::getattr(1));
             ensure!(queue.header(&Used { head: 0, length: 16 }, unique - 2).is_ok());

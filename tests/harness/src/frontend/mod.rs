@@ -9,7 +9,7 @@
 //! | [`request`] | FUSE requests |
 //! | [`session`] | a mount, one request at a time |
 //! | [`connection`] | the hypervisor's side |
-//! | [`echo`] | a device that shows what the frontend itself costs |
+//! | [`echo`] | devices that show what no backend can be faster than |
 
 pub mod connection;
 pub mod echo;

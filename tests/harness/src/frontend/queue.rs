@@ -35,9 +35,16 @@ pub enum Wait {
 #[repr(C)]
 pub(super) struct Descriptor {
     pub(super) address: u64,
-    length: u32,
+    pub(super) length: u32,
     flags: u16,
     next: u16,
+}
+
+impl Descriptor {
+    /// Whether it is for the reply.
+    pub(super) fn is_written(&self) -> bool {
+        u32::from(self.flags) & VRING_DESC_F_WRITE != 0
+    }
 }
 
 /// An entry of the used ring.

@@ -13,11 +13,16 @@ mod statistics;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use lair_harness::{
-    frontend::{echo, queue::Wait},
-    tree::{Scale, Tree},
+    frontend::{
+        echo::{self, Device},
+        queue::Wait,
+        request::Request,
+    },
+    tree::{HOT, Scale, Tree},
 };
 use measure::{Effort, Round};
-use results::{BackendFacts, HostFacts, Results, WholeRow};
+use operation::Operation;
+use results::{BackendFacts, FloorRow, HostFacts, Results, WholeRow};
 use statistics::median;
 use std::{
     fs,
@@ -128,8 +133,7 @@ fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()>
 
     (results.store_paths, results.inodes) = (tree.names.len(), tree.entries.len());
     let count = if effort.rounds < 3 { 20_000 } else { 200_000 };
-    results.frontend_round_trip_ns = echo::own_cost(Wait::Polling, count)?;
-    results.frontend_round_trip_sleeping_ns = echo::own_cost(Wait::Sleeping, count)?;
+    floors(results, count)?;
     let mut rounds: Vec<Vec<Round>> = backends.iter().map(|_| Vec::new()).collect();
     for number in 1..=effort.rounds {
         for (backend, rounds) in backends.iter().zip(&mut rounds) {
@@ -161,6 +165,25 @@ fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()>
             idle_cpu_ns: measure::idle(backend, directory)?,
             paced_cpu_ns: median(rounds.iter().map(|round| round.paced_cpu).collect()),
         });
+    }
+    Ok(())
+}
+
+/// Measures what no backend can be faster than.
+fn floors(results: &mut Results, count: usize) -> Result<()> {
+    note("devices of no use");
+    let lookup = [Request::lookup(1, b"name")];
+    let own = |wait| echo::round_trip(Device::Empty, &lookup, wait, count);
+    results.frontend_round_trip_ns = own(Wait::Polling)?;
+    results.frontend_round_trip_sleeping_ns = own(Wait::Sleeping)?;
+    for wait in [Wait::Polling, Wait::Sleeping] {
+        for (operation, requests) in Operation::ALL.iter().filter_map(|&o| Some((o, operation::shaped(o)?))) {
+            // A few hundred ms each.
+            let count = count / if operation == Operation::Read1M { 10 } else { 2 };
+            let median_ns = echo::round_trip(Device::Canned(HOT as usize), &requests, wait, count)?;
+            let wait = results::wait_key(wait);
+            results.floors.push(FloorRow { operation: operation.key(), wait, median_ns });
+        }
     }
     Ok(())
 }

@@ -258,6 +258,24 @@ impl Work {
     }
 }
 
+/// Requests of the same shape as the operation's, for a device that has [`HOT`] bytes and knows nothing. `None` for what no gate is
+/// about.
+pub(crate) fn shaped(operation: Operation) -> Option<Vec<Request>> {
+    let reads = |count: u64, apart: u64, size| {
+        (0..count).map(|number| Request::read(7, 0, number * apart, size)).collect::<Vec<_>>()
+    };
+    Some(match operation {
+        Operation::Lookup => {
+            (0..1000).map(|number| Request::lookup(7, format!("some-name-{number}").as_bytes())).collect()
+        }
+        Operation::Getattr => (0..1000).map(Request::getattr).collect(),
+        Operation::Read4K => reads(64, 16 << 10, 4 << 10),
+        Operation::Read128K => reads(8, 128 << 10, 128 << 10),
+        Operation::Read1M => reads(1, 0, 1 << 20),
+        _ => return None,
+    })
+}
+
 /// Entries from all over the tree that are no store paths.
 fn some(tree: &Tree, count: usize) -> impl Iterator<Item = &Entry> {
     let mut random = Random(7);

@@ -70,6 +70,7 @@ fn frontend(results: &Results) -> String {
         let title = format!("One at a time, frontend {}: us, median (99th percentile)", wait_key(wait));
         add(&title, latency(results, wait));
     }
+    add("A device that only copies into the reply, one at a time: us, median", floors(results));
     add("CPU time of the backend: us for one operation", cpu(results));
     add("Many in flight: thousand requests each second", throughput(results));
     add("A file of 64 MiB from its beginning to its end, 1 MiB at a time: GB/s", sequential(results));
@@ -137,6 +138,19 @@ fn cell(row: &LatencyRow) -> String {
         return "0 messages".into();
     }
     format!("{:.2} ({:.1})", us(row.median_ns), us(row.p99_ns))
+}
+
+fn floors(results: &Results) -> Table {
+    let mut table = table(&["OPERATION", "POLLING", "SLEEPING"]);
+    let cell =
+        |operation, wait| results.floor(operation, wait).map_or("-".into(), |ns| format!("{:.2}", us(ns)));
+    for operation in Operation::ALL {
+        if results.floor(operation, Wait::Polling).is_some() {
+            let waits = [Wait::Polling, Wait::Sleeping].map(|wait| cell(operation, wait));
+            table.add_row([operation.title().to_owned()].into_iter().chain(waits));
+        }
+    }
+    table
 }
 
 fn cpu(results: &Results) -> Table {

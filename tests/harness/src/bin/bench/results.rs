@@ -24,6 +24,8 @@ pub(crate) struct Results {
     pub(crate) frontend_round_trip_ns: u64,
     /// The same with a frontend that sleeps until the interrupt.
     pub(crate) frontend_round_trip_sleeping_ns: u64,
+    /// What a device takes that fills the reply from memory and does not look at what was asked.
+    pub(crate) floors: Vec<FloorRow>,
     pub(crate) backends: Vec<BackendFacts>,
     pub(crate) latency: Vec<LatencyRow>,
     pub(crate) throughput: Vec<ThroughputRow>,
@@ -45,6 +47,14 @@ pub(crate) struct HostFacts {
 pub(crate) struct BackendFacts {
     pub(crate) name: &'static str,
     pub(crate) command: String,
+}
+
+/// What no backend can be faster than.
+#[derive(Debug, Serialize)]
+pub(crate) struct FloorRow {
+    pub(crate) operation: &'static str,
+    pub(crate) wait: &'static str,
+    pub(crate) median_ns: u64,
 }
 
 /// One operation at a time.
@@ -200,6 +210,7 @@ impl Results {
             inodes: 0,
             frontend_round_trip_ns: 0,
             frontend_round_trip_sleeping_ns: 0,
+            floors: vec![],
             backends: vec![],
             latency: vec![],
             throughput: vec![],
@@ -215,6 +226,12 @@ impl Results {
         self.latency
             .iter()
             .find(|row| (row.operation, row.wait, row.backend) == (operation.key(), wait_key(wait), backend))
+    }
+
+    /// What no backend can be faster than, in nanoseconds.
+    pub(crate) fn floor(&self, operation: Operation, wait: Wait) -> Option<u64> {
+        let of = |row: &&FloorRow| (row.operation, row.wait) == (operation.key(), wait_key(wait));
+        self.floors.iter().find(of).map(|row| row.median_ns)
     }
 
     /// The whole row of a backend.
@@ -262,6 +279,9 @@ pub(crate) fn sample() -> Results {
     let mut results = Results::new(host, effort);
     (results.store_paths, results.inodes) = (10, 1000);
     (results.frontend_round_trip_ns, results.frontend_round_trip_sleeping_ns) = (120, 1_200);
+    results.floors = both()
+        .map(|wait| FloorRow { operation: Operation::Lookup.key(), wait: wait_key(wait), median_ns: 150 })
+        .collect();
     results.backends = backends.map(|name| BackendFacts { name, command: format!("{name} --option") }).into();
     results.whole = backends.map(whole).into();
     results.guest = Some(crate::guest::example());

@@ -1,6 +1,7 @@
 //! The steps of the job, as an operator and Hydra would do them.
 
 use crate::{
+    disturb::{self, Disturbance},
     fleet::{CACHE_ADDRESS, Keys, SIGNING_KEY},
     steps::Steps,
 };
@@ -16,10 +17,10 @@ use std::{
 };
 
 /// The VMs in the order of the story.
-const VMS: [&str; 3] = ["hydra", "cache", "builder"];
+pub(crate) const VMS: [&str; 3] = ["hydra", "cache", "builder"];
 
 /// How long all guests may take to become ready: under emulation on a slow machine.
-const BOOT: Duration = Duration::from_secs(300);
+pub(crate) const BOOT: Duration = Duration::from_secs(300);
 
 /// Waits for the guests and sets up hydra's ssh.
 pub(crate) fn boot(steps: &mut Steps, host: &Host) -> Result<()> {
@@ -74,7 +75,7 @@ pub(crate) fn build(
     host: &mut Host,
     testbed: &Testbed,
     keys: &Keys,
-    kill_laird: bool,
+    disturbance: Disturbance,
 ) -> Result<()> {
     steps.step("hydra gets a machines file whose only builder is behind a link", |say| {
         // The machines file wants the whole public key, base64 once more.
@@ -86,14 +87,16 @@ pub(crate) fn build(
                    StrictHostKeyChecking yes\n  UserKnownHostsFile /run/credentials/lair/known-hosts\n";
         host.write_file("hydra", "/root/.ssh/config", ssh.as_bytes())?;
         host.write_file("hydra", "/root/machines", machine.as_bytes())?;
-        host.write_file("hydra", "/root/demo.nix", expression(testbed, if kill_laird { 8 } else { 0 })?.as_bytes())
+        host.write_file("hydra", "/root/demo.nix", expression(testbed, disturbance.seconds())?.as_bytes())
     })?;
-    let what = if kill_laird {
-        "nix-build in hydra with max-jobs = 0; laird is killed while it runs"
-    } else {
-        "nix-build in hydra with max-jobs = 0: only the builder can build it"
+    let what = match disturbance {
+        Disturbance::None => "nix-build in hydra with max-jobs = 0: only the builder can build it".into(),
+        Disturbance::Kill => "nix-build in hydra with max-jobs = 0; laird is killed while it runs".into(),
+        Disturbance::Restarts { times, seconds } => format!(
+            "nix-build in hydra with max-jobs = 0, {seconds} s; laird is killed and started {times} times while it runs"
+        ),
     };
-    steps.step(what, |say| {
+    steps.step(&what, |say| {
         let script =
             "cd /root && nix-build demo.nix --out-link result --max-jobs 0 --builders @/root/machines";
         let mut child = host
@@ -103,14 +106,24 @@ pub(crate) fn build(
             .stderr(Stdio::piped())
             .spawn()?;
         let lines = BufReader::new(child.stderr.take().context("no standard error")?).lines();
-        let (mut log, mut killed) = (String::new(), false);
+        let (mut log, mut disturbed) = (String::new(), false);
         for line in lines {
             let line = line?;
             say.lines(&line);
-            if kill_laird && line.contains("compiling in the sandbox") {
-                host.kill_laird()?;
-                say.lines("(laird killed with SIGKILL)");
-                killed = true;
+            if line.contains("compiling in the sandbox") {
+                disturbed = true;
+                match disturbance {
+                    Disturbance::None => {}
+                    Disturbance::Kill => {
+                        host.kill_laird()?;
+                        say.lines("(laird killed with SIGKILL)");
+                    }
+                    // What the build says meanwhile waits in the pipe.
+                    Disturbance::Restarts { times, seconds } => {
+                        let span = Duration::from_secs(u64::from(seconds)).mul_f64(0.9);
+                        disturb::restart(host, times, span)?.iter().for_each(|line| say.lines(line));
+                    }
+                }
             }
             writeln!(log, "{line}")?;
         }
@@ -118,13 +131,9 @@ pub(crate) fn build(
         ensure!(status.success(), "nix-build failed: {status}");
         ensure!(log.contains("on 'ssh://builder'"), "the log does not say that the builder built it");
         ensure!(log.contains("copying 0 paths"), "inputs were copied that the builder's view has");
-        ensure!(log.contains("test passed"), "the derivation's test did not run");
-        if kill_laird {
-            ensure!(killed && host.status().is_err(), "laird was to be dead until the build had ended");
-            host.start()?;
-            for vm in VMS {
-                host.wait_ready(vm, BOOT)?;
-            }
+        ensure!(disturbed && log.contains("test passed"), "the derivation's test did not run");
+        if disturbance == Disturbance::Kill {
+            disturb::revive(host)?;
             say.lines("(laird started again: all VMs adopted)");
         }
         Ok(())

@@ -2,12 +2,14 @@
 //!
 //! Started by `tests/demo`, which installs and builds what this needs.
 
+mod disturb;
 mod fleet;
 mod job;
 mod steps;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use disturb::Disturbance;
 use lair_harness::{host::Host, testbed::Testbed};
 use std::{
     path::{Path, PathBuf},
@@ -29,6 +31,9 @@ struct Arguments {
     /// Kill laird while the build runs, and leave it dead until the build has ended
     #[arg(long, hide = true)]
     kill_laird: bool,
+    /// Kill laird, and start it again at once, so many times at random during a build of so many seconds
+    #[arg(long, hide = true, num_args = 2, value_names = ["TIMES", "SECONDS"], conflicts_with = "kill_laird")]
+    restarts: Vec<u32>,
 }
 
 /// Set by Ctrl-C; looked at between steps, whose children the terminal has ended as well.
@@ -86,7 +91,12 @@ fn run(arguments: &Arguments) -> Result<()> {
         host.start()
     })?;
     job::boot(&mut steps, &host)?;
-    job::build(&mut steps, &mut host, &testbed, &keys, arguments.kill_laird)?;
+    let disturbance = match arguments.restarts[..] {
+        [times, seconds] => Disturbance::Restarts { times, seconds },
+        _ if arguments.kill_laird => Disturbance::Kill,
+        _ => Disturbance::None,
+    };
+    job::build(&mut steps, &mut host, &testbed, &keys, disturbance)?;
     job::serve_and_substitute(&mut steps, &host, &testbed, &keys)?;
     job::refusals(&mut steps, &host, &testbed)?;
     println!("\n$ vmctl status\n{}", host.run_vmctl(&["status"])?);
