@@ -10,20 +10,37 @@ use crate::{
     shim::client,
     state::dirs::Dirs,
     vm::{
-        actor::{self, Beginning, Handle, Snapshot},
+        actor::{self, Beginning},
         adopt,
         budget::Budget,
-        machine::{Refusal, Request, State},
-        steps::{Context, Instance},
+        handle::{Handle, Snapshot},
+        machine::{Refusal, Request, Stage, State, Wanted},
+        steps::Context,
     },
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+
+mod claims;
+mod leftovers;
+pub mod shutdown;
+#[cfg(test)]
+mod tests;
+
+/// The pause before a VM whose task panicked is adopted, so that one that always panics does not fill the log.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// How long VMs may take to end that are killed.
+const KILLED: Duration = Duration::from_secs(10);
 
 /// All VMs of one host.
 #[derive(Debug)]
@@ -88,18 +105,19 @@ impl Supervisor {
             observed: Observed::default(),
         });
         let fleet = supervisor.fleet();
-        let names: std::collections::BTreeSet<_> =
-            fleet.vms.keys().cloned().chain(adopt::recorded(&supervisor.dirs)).collect();
+        leftovers::remove(&supervisor.dirs, &fleet).await;
+        let names: BTreeSet<_> =
+            fleet.vms.keys().cloned().chain(adopt::run_directories(&supervisor.dirs)).collect();
         let mut idle = Vec::new();
         for name in names {
-            let beginning = adopt::adopt(&name, &fleet, &supervisor.dirs, &supervisor.host.boot_id).await;
-            let stopped = beginning.state == State::Stopped;
-            let handle = supervisor.spawn(&name, beginning);
-            match fleet.vms.get(&name) {
-                Some(vm) if vm.autostart && stopped => idle.push(handle),
-                Some(_) => {}
-                // It runs, and the fleet file no longer has it.
-                None => supervisor.remove(name, handle),
+            let beginning = supervisor.adopt(&name);
+            let down = beginning.life.state == State::Stopped && beginning.actions.is_empty();
+            let starts = down && beginning.life.wanted == Wanted::Running;
+            if !down || fleet.vms.contains_key(&name) {
+                let handle = supervisor.keep(&name, beginning);
+                if starts && fleet.vms.get(&name).is_some_and(|vm| vm.autostart) {
+                    idle.push(handle);
+                }
             }
         }
         // Only now is it known how much memory those have that run already.
@@ -109,33 +127,92 @@ impl Supervisor {
         supervisor
     }
 
-    fn spawn(&self, name: &str, beginning: Beginning) -> Handle {
+    fn adopt(&self, name: &str) -> Beginning {
+        let autostart = self.fleet.borrow().vms.get(name).is_some_and(|vm| vm.autostart);
+        adopt::adopt(name, autostart, &self.dirs, &self.host.boot_id, actor::moment())
+    }
+
+    /// Starts the task of a VM, and another one should it be lost, until the fleet no longer has the VM.
+    fn keep(self: &Arc<Self>, name: &str, beginning: Beginning) -> Handle {
+        let (handle, mut task) = self.spawn(name, beginning);
+        let (supervisor, name) = (Arc::clone(self), name.to_owned());
+        tokio::spawn(async move {
+            loop {
+                match task.await {
+                    Ok(()) => {
+                        let mut vms = supervisor.vms();
+                        if !supervisor.fleet.borrow().vms.contains_key(&name) {
+                            vms.remove(&name);
+                            supervisor.observed.forget(&name);
+                            tracing::info!(vm = name, "removed");
+                            return;
+                        }
+                        drop(vms);
+                        // It came back into the fleet in the moment in which its task ended.
+                        let beginning = supervisor.adopt(&name);
+                        let (handle, next) = supervisor.spawn(&name, beginning);
+                        task = next;
+                        if supervisor.fleet().vms.get(&name).is_some_and(|vm| vm.autostart) {
+                            autostart(&handle).await;
+                        }
+                    }
+                    Err(lost) if lost.is_cancelled() => return,
+                    Err(_) => {
+                        tracing::error!(vm = name, "its task panicked; it is adopted anew");
+                        sleep(AGAIN).await;
+                        (_, task) = supervisor.spawn(&name, supervisor.adopt(&name));
+                    }
+                }
+            }
+        });
+        handle
+    }
+
+    fn spawn(&self, name: &str, beginning: Beginning) -> (Handle, JoinHandle<()>) {
         let context = Context {
             name: name.into(),
             dirs: self.dirs.clone(),
             host: Arc::clone(&self.host),
             budget: Arc::clone(&self.budget),
         };
-        let handle = actor::spawn(context, self.fleet.subscribe(), beginning);
+        let (handle, task) = actor::spawn(context, self.fleet.subscribe(), beginning);
         self.vms().insert(name.into(), handle.clone());
         self.observed.follow(name, handle.watch());
-        handle
+        (handle, task)
     }
 
-    /// Stops a VM that the fleet file no longer has, and forgets it once it has stopped.
-    fn remove(self: &Arc<Self>, name: String, handle: Handle) {
-        let supervisor = Arc::clone(self);
-        tokio::spawn(async move {
-            let mut changes = handle.watch();
-            let _ = handle.request(Request::Stop).await;
-            let down = changes.wait_for(|snapshot| !snapshot.state.is_active()).await.is_ok();
-            // Another apply may have brought it back meanwhile.
-            if down && !supervisor.fleet().vms.contains_key(&name) {
-                supervisor.vms().remove(&name);
-                supervisor.observed.forget(&name);
-                tracing::info!(vm = name, "removed");
+    /// Ends all VMs, because the host shuts down: those first that no other one has a link to, all within `limit`. What is wanted of
+    /// them stays, so they start with the host.
+    pub async fn shut_down(&self, limit: Duration) {
+        let waves = shutdown::waves(&self.fleet(), self.vms().keys().cloned().collect());
+        let end = Instant::now() + limit;
+        for wave in waves {
+            let handles: Vec<_> = wave.iter().filter_map(|name| self.vms().get(name).cloned()).collect();
+            tracing::info!(vms = ?wave, "ending, because the host shuts down");
+            for handle in &handles {
+                handle.close(Stage::Agent).await;
             }
-        });
+            let down = async {
+                for handle in &handles {
+                    handle.down().await;
+                }
+            };
+            if timeout_at(end, down).await.is_err() {
+                tracing::warn!(vms = ?wave, "they have not ended in time, and are killed");
+            }
+        }
+        let handles: Vec<_> = self.vms().values().cloned().collect();
+        for handle in &handles {
+            if handle.snapshot().state.is_active() {
+                handle.close(Stage::Kill).await;
+            }
+        }
+        let down = async {
+            for handle in &handles {
+                handle.down().await;
+            }
+        };
+        let _ = timeout(KILLED, down).await;
     }
 
     fn vms(&self) -> MutexGuard<'_, BTreeMap<String, Handle>> {
@@ -191,24 +268,6 @@ impl Supervisor {
         self.vm(name)?.request(request).await.map_err(refused)
     }
 
-    /// Stops a VM, and starts it as soon as it is down; one that is down is started. It returns as soon as the stop, or the start, is
-    /// taken. Where the start is refused later, the VM is failed.
-    pub async fn restart(&self, name: &str) -> Result<(), SupervisorError> {
-        let handle = self.vm(name)?;
-        if !handle.snapshot().state.is_active() {
-            return self.request(name, Request::Start).await;
-        }
-        let mut changes = handle.watch();
-        self.request(name, Request::Stop).await?;
-        tokio::spawn(async move {
-            let down = changes.wait_for(|snapshot| !snapshot.state.is_active()).await.is_ok();
-            if down {
-                autostart(&handle).await;
-            }
-        });
-        Ok(())
-    }
-
     /// What differs where `fleet` becomes the fleet.
     fn changes(&self, fleet: &Fleet) -> Vec<diff::Change> {
         let known = self.vms().clone();
@@ -260,27 +319,25 @@ impl Supervisor {
             omitted_warnings: warnings.omitted,
             ..ApplyReply::default()
         };
-        for (name, handle) in &known {
-            if !fleet.vms.contains_key(name) {
-                reply.removed.push(name.clone());
-                self.remove(name.clone(), handle.clone());
-            }
-        }
+        // Those that are gone see that themselves.
+        let gone = known.iter().filter(|(name, _)| !fleet.vms.contains_key(*name));
+        let gone: Vec<_> = gone.map(|(name, handle)| (name.clone(), handle.clone())).collect();
+        reply.removed = gone.iter().map(|(name, _)| name.clone()).collect();
         for (name, vm) in &fleet.vms {
             let Some(handle) = known.get(name) else {
-                let stopped = Beginning {
-                    state: State::Stopped,
-                    since: jiff::Timestamp::now(),
-                    instance: Instance::default(),
-                };
-                let handle = self.spawn(name, stopped);
+                let wanted = if vm.autostart { Wanted::Running } else { Wanted::Stopped };
+                let handle = self.keep(name, Beginning::stopped(wanted));
                 if vm.autostart {
-                    autostart(&handle).await;
+                    let claims = claims::of(name, &fleet);
+                    let before =
+                        gone.iter().filter(|(gone, _)| !claims.is_disjoint(&claims::of(gone, &before)));
+                    let before: Vec<_> = before.map(|(_, handle)| handle.clone()).collect();
+                    let gone: Vec<_> = gone.iter().map(|(_, handle)| handle.clone()).collect();
+                    autostart_after(handle, before, gone).await;
                 }
                 reply.added.push(name.clone());
                 continue;
             };
-            handle.fleet_changed();
             if handle.snapshot().started.is_some_and(|started| started != *vm) {
                 reply.pending_restart.push(name.clone());
             }
@@ -346,8 +403,30 @@ fn log(warnings: &Problems) {
 /// Starts a VM that nobody asked for by name. That it cannot start must not be overlooked, so it is failed then.
 async fn autostart(handle: &Handle) {
     if let Err(refusal) = handle.request(Request::Start).await {
-        handle.not_started(refusal.to_string());
+        handle.not_started(refusal.to_string()).await;
     }
+}
+
+/// Starts a VM that is new, once those are down `before` it that have what it claims; and where there is no memory for it, once all are
+/// down that are `gone`.
+async fn autostart_after(handle: Handle, before: Vec<Handle>, gone: Vec<Handle>) {
+    let all_down = |handles: &[Handle]| handles.iter().all(|handle| !handle.snapshot().state.is_active());
+    if before.is_empty() && all_down(&gone) {
+        return autostart(&handle).await;
+    }
+    tokio::spawn(async move {
+        for other in &before {
+            other.down().await;
+        }
+        if let Err(Refusal::OverBudget(_)) = handle.request(Request::Start).await {
+            for other in &gone {
+                other.down().await;
+            }
+        } else if handle.snapshot().state != State::Stopped {
+            return;
+        }
+        autostart(&handle).await;
+    });
 }
 
 /// How long a shim may take to tell its counters; after that those that it told last are shown.

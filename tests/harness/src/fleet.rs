@@ -50,6 +50,7 @@ pub fn vm(testbed: &Testbed, roots: &[&str]) -> Result<Vm> {
         credentials: BTreeMap::new(),
         services: vec![],
         autostart: true,
+        restart: Default::default(),
     })
 }
 

@@ -32,8 +32,8 @@ use tokio::{
 pub(super) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// All states of a VM; one gauge each.
-const STATES: [&str; 8] =
-    ["stopped", "starting", "booting", "ready", "stopping", "cleaning", "failed", "quarantined"];
+const STATES: [&str; 9] =
+    ["stopped", "starting", "booting", "ready", "stopping", "cleaning", "waiting", "failed", "quarantined"];
 
 type Labels = Vec<(&'static str, String)>;
 type Counts = Family<Labels, Counter<u64, AtomicU64>>;
@@ -129,6 +129,7 @@ pub(super) fn text(host: &HostStatus, stats: &Stats, own: &Own, seen: &Seen) -> 
 
 fn of_vms(host: &HostStatus, stats: &Stats, registry: &mut Registry) {
     let (states, pending) = (Gauges::default(), Gauges::default());
+    let (restarts, reboots) = (Gauges::default(), Counts::default());
     let (memory, cpus) = (Gauges::default(), Gauges::default());
     for vm in &host.vms {
         for state in STATES {
@@ -137,6 +138,8 @@ fn of_vms(host: &HostStatus, stats: &Stats, registry: &mut Registry) {
         }
         states.get_or_create(&vec![("vm", vm.name.clone()), ("state", vm.state.clone())]).set(1);
         pending.get_or_create(&of(&vm.name)).set(i64::from(vm.pending_restart));
+        restarts.get_or_create(&of(&vm.name)).set(i64::from(vm.restarts));
+        reboots.get_or_create(&of(&vm.name)).inc_by(vm.reboots);
         memory.get_or_create(&of(&vm.name)).set(i64::try_from(vm.memory.0).unwrap_or(i64::MAX));
         cpus.get_or_create(&of(&vm.name)).set(i64::from(vm.vcpus));
     }
@@ -148,6 +151,9 @@ fn of_vms(host: &HostStatus, stats: &Stats, registry: &mut Registry) {
     );
     registry.register_with_unit("vm_memory", "What the VM is given", Unit::Bytes, memory);
     registry.register("vm_vcpus", "Virtual CPUs", cpus);
+    let help = "Starts by itself since an operator started it, or since it was last ready for long";
+    registry.register("vm_restarts", help, restarts);
+    registry.register("vm_reboots", "Reboots of the guest since laird watches it", reboots);
     registry.register("vm_starts", "Starts since laird started", stats.starts.clone());
     registry.register("vm_failures", "Failures since laird started", stats.failures.clone());
     let help = "From the beginning of a start to ready, of all VMs since laird started";
@@ -259,6 +265,7 @@ mod tests {
         api::types::VmStatus,
         fleet::{schema::Role, units::Size},
         host::facts::Engine,
+        vm::machine::Wanted,
     };
     use std::collections::BTreeMap;
 
@@ -280,6 +287,12 @@ mod tests {
             state: "ready".into(),
             detail: None,
             since: jiff::Timestamp::UNIX_EPOCH,
+            wanted: Wanted::Running,
+            failure: None,
+            restarts: 0,
+            reboots: 0,
+            last_stop: None,
+            adoption: None,
             vcpus: 2,
             memory: Size(1 << 30),
             view: None,

@@ -5,7 +5,7 @@ use super::{
     metrics::Stats,
     types::{EventKind, detail},
 };
-use crate::vm::{actor::Snapshot, machine::State};
+use crate::vm::{handle::Snapshot, machine::State};
 use std::{sync::Arc, time::Instant};
 use tokio::sync::watch;
 
@@ -62,7 +62,7 @@ impl Observed {
                     self.stats.ready(began.elapsed().as_secs_f64());
                 }
             }
-            (_, State::Failed(_)) => self.stats.failed(vm),
+            (_, State::Failed(_) | State::Waiting { .. }) => self.stats.failed(vm),
             _ => {}
         }
     }

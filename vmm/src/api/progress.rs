@@ -7,7 +7,7 @@ use super::{
 use crate::{
     supervisor::{Supervisor, SupervisorError},
     vm::{
-        actor::Snapshot,
+        handle::Snapshot,
         machine::{Request, State},
     },
 };
@@ -41,12 +41,13 @@ impl Change {
         let mut changes = supervisor.vm(vm)?.watch();
         // What is seen from now on comes after the request.
         changes.borrow_and_update();
-        match wish {
-            Wish::Start => supervisor.request(vm, Request::Start).await?,
-            Wish::Stop => supervisor.request(vm, Request::Stop).await?,
-            Wish::Restart => supervisor.restart(vm).await?,
-            Wish::Kill => supervisor.request(vm, Request::Kill).await?,
-        }
+        let request = match wish {
+            Wish::Start => Request::Start,
+            Wish::Stop => Request::Stop,
+            Wish::Restart => Request::Restart,
+            Wish::Kill => Request::Kill,
+        };
+        supervisor.request(vm, request).await?;
         Ok(Self { vm: vm.into(), wish, began: Instant::now(), changes })
     }
 
@@ -119,11 +120,14 @@ fn reached(wish: Wish, state: &State, up: bool) -> Option<Outcome> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vm::machine::{Stage, Step};
+    use crate::vm::{
+        failure::Failure,
+        machine::{Stage, Step},
+    };
 
     #[test]
     fn where_a_change_ends() {
-        let failed = State::Failed("why".into());
+        let failed = State::Failed(Failure::GuestPanic);
         for (wish, state, up, outcome) in [
             (Wish::Start, State::Ready, true, Some(Outcome::Done)),
             (Wish::Start, State::Starting(Step::View), true, None),

@@ -10,8 +10,10 @@ use crate::{
     host::facts::Engine,
     shim::protocol::{AgentState, LinkCounters, Session},
     vm::{
-        actor::Snapshot,
-        machine::{Part, State},
+        adopt::Verdict,
+        failure::Failure,
+        handle::Snapshot,
+        machine::{Part, State, StopReport, Wanted},
     },
 };
 use schemars::JsonSchema;
@@ -64,6 +66,22 @@ pub struct VmStatus {
     pub detail: Option<String>,
     /// Since when it is in that state.
     pub since: jiff::Timestamp,
+    /// What is wanted of it, whatever it is.
+    #[schemars(with = "String")]
+    pub wanted: Wanted,
+    /// Why it is down and should not be.
+    #[schemars(with = "Option<BTreeMap<String, serde_json::Value>>")]
+    pub failure: Option<Failure>,
+    /// How often it was started by itself since an operator started it, or since it was last ready for ten minutes.
+    pub restarts: u32,
+    /// How often its guest rebooted since this `laird` watches it.
+    pub reboots: u64,
+    /// How its last stop went.
+    #[schemars(with = "Option<BTreeMap<String, serde_json::Value>>")]
+    pub last_stop: Option<StopReport>,
+    /// What came of looking for it when this `laird` started, if an earlier one had recorded it.
+    #[schemars(with = "Option<String>")]
+    pub adoption: Option<Verdict>,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Memory.
@@ -107,6 +125,12 @@ impl VmStatus {
             state: snapshot.state.word().into(),
             detail: detail(&snapshot.state),
             since: snapshot.since,
+            wanted: snapshot.wanted,
+            failure: snapshot.state.failure().cloned(),
+            restarts: snapshot.restarts,
+            reboots: snapshot.reboots,
+            last_stop: snapshot.last_stop,
+            adoption: snapshot.adoption,
             vcpus: vm.map_or(0, |vm| vm.vcpus),
             memory: vm.map_or(Size(0), |vm| vm.memory),
             view: generation.map(|generation| ViewStatus {
@@ -132,7 +156,11 @@ pub fn detail(state: &State) -> Option<String> {
     match state {
         State::Starting(step) => word(serde_json::to_value(step)),
         State::Stopping(stage) => word(serde_json::to_value(stage)),
-        State::Failed(reason) | State::Quarantined(reason) => Some(reason.clone()),
+        State::Waiting { failure, seconds } => {
+            Some(format!("{failure}; it is started again after {seconds} s"))
+        }
+        State::Failed(failure) => Some(failure.to_string()),
+        State::Quarantined(reason) => Some(reason.clone()),
         State::Stopped | State::Booting | State::Ready | State::Cleaning(_) => None,
     }
 }

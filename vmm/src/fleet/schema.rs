@@ -218,6 +218,22 @@ pub struct Vm {
     /// Whether `laird` starts the VM by itself.
     #[serde(default = "yes")]
     pub autostart: bool,
+    /// Whether it is started again when it fails or its guest powers off.
+    #[serde(default)]
+    pub restart: Restart,
+}
+
+/// Whether a VM is started again by itself: after a pause that doubles from 1 s to 5 min, at most 5 times in 10 minutes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    /// When it fails; a guest that powers itself off stays off.
+    #[default]
+    OnFailure,
+    /// Never.
+    Never,
+    /// When it fails, and when its guest powers itself off.
+    Always,
 }
 
 fn yes() -> bool {

@@ -30,6 +30,8 @@ pub struct Launch {
     pub program: PathBuf,
     /// Its arguments.
     pub arguments: Vec<String>,
+    /// Added to its environment.
+    pub environment: Vec<(&'static str, String)>,
     /// The file to which its standard output and error are appended.
     pub log: PathBuf,
 }
@@ -76,6 +78,7 @@ impl Process {
         let again = log.try_clone().map_err(|e| ProcessError::Log(launch.log.clone(), e))?;
         let child = Command::new(&launch.program)
             .args(&launch.arguments)
+            .envs(launch.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(again)
             .stderr(log)
@@ -113,6 +116,14 @@ impl Process {
         }
     }
 
+    /// Whether it has ended with status 0. An adopted process never tells.
+    pub fn succeeded(&self) -> bool {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        child
+            .as_mut()
+            .is_some_and(|child| child.try_wait().ok().flatten().is_some_and(|status| status.success()))
+    }
+
     /// Waits until the process has ended; says how, in words.
     pub async fn ended(&self) -> String {
         if self.pidfd.readable().await.is_err() {
@@ -146,7 +157,7 @@ fn open_pidfd(pid: i32) -> Result<AsyncFd<OwnedFd>, ProcessError> {
     AsyncFd::new(fd).map_err(watch)
 }
 
-fn start_time(pid: i32) -> Result<u64, ProcessError> {
+pub(crate) fn start_time(pid: i32) -> Result<u64, ProcessError> {
     let stat =
         std::fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|e| ProcessError::Stat(pid, e))?;
     parse_start_time(&stat).ok_or_else(|| ProcessError::Stat(pid, io::ErrorKind::InvalidData.into()))
@@ -172,6 +183,7 @@ mod tests {
         Launch {
             program: "/bin/sh".into(),
             arguments: vec!["-c".into(), script.into()],
+            environment: vec![],
             log: directory.join("log"),
         }
     }

@@ -6,10 +6,12 @@
 pub mod qemu;
 
 use crate::{fleet::units::Size, host::facts::Engine};
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// The hardware of one VM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Machine {
     /// The VM's name.
     pub name: String,
@@ -40,7 +42,8 @@ pub struct Machine {
 }
 
 /// A virtio-blk device on a raw image.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Disk {
     /// The serial number by which the guest finds it.
     pub serial: String,
@@ -48,13 +51,16 @@ pub struct Disk {
     pub image: PathBuf,
 }
 
-/// What the hypervisor reports by itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
+/// What the hypervisor has reported by itself since the control connection was made. It grows neither with time nor with a guest that
+/// reboots in a loop.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Heard {
+    /// How often the guest rebooted itself.
+    pub reboots: u64,
     /// The guest powered itself off.
-    GuestPowerOff,
-    /// The guest rebooted itself.
-    GuestReboot,
+    pub power_off: bool,
+    /// The guest's kernel panicked.
+    pub panic: bool,
     /// The control connection ended.
-    Lost,
+    pub lost: bool,
 }

@@ -22,7 +22,8 @@ pub struct Dirs {
 }
 
 /// One VM's directories.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VmDirs {
     /// Volumes and logs.
     pub state: PathBuf,
@@ -145,6 +146,11 @@ impl VmDirs {
     /// The runtime state: what runs, in this boot.
     pub fn record(&self) -> PathBuf {
         self.run.join("state.json")
+    }
+
+    /// What is wanted of it and what it has been through, which lasts.
+    pub fn lasting(&self) -> PathBuf {
+        self.state.join("life.json")
     }
 
     /// A log in the lasting directory.

@@ -51,6 +51,27 @@ pub fn replace(path: &Path, contents: &[u8], mode: u32) -> Result<(), WriteError
     written
 }
 
+/// Replaces `path` with `value` as JSON.
+pub fn replace_json(path: &Path, value: &impl serde::Serialize, mode: u32) -> Result<(), WriteError> {
+    let text = serde_json::to_vec_pretty(value).map_err(|e| WriteError {
+        path: path.to_owned(),
+        step: "encoding",
+        source: e.into(),
+    })?;
+    replace(path, &text, mode)
+}
+
+/// Removes what writes left in `directory` that were cut short. There must be none under way.
+pub fn remove_leftovers(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with('.') && name.ends_with(".new") {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,6 +87,20 @@ mod tests {
         assert_eq!(fs::read(&file).unwrap(), b"two");
         assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn sv4_leftovers_are_removed_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in [".state.json.new", "state.json", ".hidden", "disk.new"] {
+            fs::write(directory.path().join(name), "x").unwrap();
+        }
+        remove_leftovers(directory.path());
+        remove_leftovers(Path::new("/nonexistent"));
+        let mut left: Vec<_> =
+            fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, [".hidden", "disk.new", "state.json"]);
     }
 
     #[test]

@@ -1,375 +1,559 @@
-//! The executor of one VM's lifecycle: one task, one queue. It feeds the machine, performs what the machine says, and
-//! publishes what it sees.
+//! The executor of one VM's lifecycle: one task. It feeds the machine, performs what the machine says, and publishes what it sees.
+//!
+//! It never waits for an effect: a step, a stage of an end and a clean-up are tasks, of which there is one at a time. So a request is
+//! taken at any moment, and one that makes the present effect pointless cancels it.
 
 use super::{
-    machine::{self, Action, Input, Part, Patience, Refusal, Request, Stage, State},
+    adopt::Verdict,
+    checkpoint,
+    handle::{Handle, MAILBOX, Mail, Snapshot},
+    lasting,
+    machine::{Action, Input, Life, Now, Part, Patience, Refusal, Request, Stage, State, Step, Wanted},
+    orphan,
     plan::{self, Plan},
     record::Record,
-    steps::{Context, Instance, reload_links},
+    restart::Moment,
+    running::Running,
+    steps::{Context, Job, reload_links},
+    watch as watching,
 };
 use crate::{
     error::chain,
     fleet::{
-        schema::{Fleet, Vm},
+        schema::{Fleet, Restart},
         units::Size,
     },
     host::facts::Engine,
-    hypervisor::Event,
-    shim::{
-        client,
-        protocol::{AgentState, LinkCounters, ShimStatus},
+    hypervisor::Heard,
+    shim::protocol::{AgentState, ShimStatus},
+    state::{
+        dirs::{self, VmDirs},
+        file::WriteError,
     },
 };
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Notify, mpsc, watch},
     task::JoinHandle,
-    time::{sleep, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 
-/// How long the last words of a hypervisor may be on their way.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long a cancelled effect may take to let go of what it holds.
+const LET_GO: Duration = Duration::from_secs(10);
 
-/// What can be known of a VM without asking it.
-#[derive(Debug, Clone)]
-pub struct Snapshot {
-    /// Where it is in its life.
-    pub state: State,
-    /// Since when.
-    pub since: jiff::Timestamp,
-    /// The fleet file's words with which it was started, while it runs.
-    pub started: Option<Vm>,
-    /// Its plan, while it runs.
-    pub plan: Option<Arc<Plan>>,
-    /// Its processes, while it runs.
-    pub processes: Vec<(Part, i32)>,
-    /// What its shim said last.
-    pub shim: Option<ShimStatus>,
-}
-
-/// A VM's task, as the supervisor sees it.
-#[derive(Debug, Clone)]
-pub struct Handle {
-    queue: mpsc::UnboundedSender<Mail>,
-    snapshot: watch::Receiver<Snapshot>,
-}
-
-#[derive(Debug)]
-enum Mail {
-    Request(Request, oneshot::Sender<Result<(), Refusal>>),
-    Input(Input),
-    Deadline(u64),
-    Shim(ShimStatus),
-    FleetChanged,
-}
-
-impl Handle {
-    /// Asks for a change; the answer comes as soon as it is taken or refused, not when it is done.
-    pub async fn request(&self, request: Request) -> Result<(), Refusal> {
-        let (sender, receiver) = oneshot::channel();
-        let _ = self.queue.send(Mail::Request(request, sender));
-        // The task ends only with the supervisor.
-        receiver.await.unwrap_or(Ok(()))
-    }
-
-    /// Tells the VM that the fleet file has changed: its links follow at once, the rest with its next start.
-    pub fn fleet_changed(&self) {
-        let _ = self.queue.send(Mail::FleetChanged);
-    }
-
-    /// Tells the VM why it was not started by itself: it is failed then, unless it has been started meanwhile.
-    pub fn not_started(&self, reason: String) {
-        let _ = self.queue.send(Mail::Input(Input::NotStarted(reason)));
-    }
-
-    /// What is known of the VM now.
-    pub fn snapshot(&self) -> Snapshot {
-        self.snapshot.borrow().clone()
-    }
-
-    /// Changes of the VM.
-    pub fn watch(&self) -> watch::Receiver<Snapshot> {
-        self.snapshot.clone()
-    }
-}
+/// What is said of an effect that panicked.
+const LOST: &str = "Internal error: a task ended without a result";
 
 /// What an actor begins with.
 #[derive(Debug)]
 pub struct Beginning {
-    /// The state.
-    pub state: State,
-    /// Since when.
+    /// The life.
+    pub life: Life,
+    /// Since when it is in its state.
     pub since: jiff::Timestamp,
     /// What runs.
-    pub instance: Instance,
+    pub running: Running,
+    /// What is to be done first.
+    pub actions: Vec<Action>,
+    /// What came of looking for it.
+    pub verdict: Option<Verdict>,
 }
 
-/// Starts the task of one VM.
-pub fn spawn(context: Context, fleet: watch::Receiver<Arc<Fleet>>, beginning: Beginning) -> Handle {
-    let (queue, mailbox) = mpsc::unbounded_channel();
-    let (events, hypervisor_events) = mpsc::unbounded_channel();
-    let Beginning { state, since, instance } = beginning;
-    if let Some(memory) = has(&context.name, &state, &instance, &fleet.borrow()) {
+impl Beginning {
+    /// Of a VM of which nothing is known to run.
+    pub fn of(life: Life) -> Self {
+        let since = jiff::Timestamp::now();
+        Self { life, since, running: Running::default(), actions: vec![], verdict: None }
+    }
+
+    /// Of a VM that is stopped.
+    pub fn stopped(wanted: Wanted) -> Self {
+        Self::of(Life::stopped(wanted))
+    }
+}
+
+/// How an actor ended by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// The VM is no longer in the fleet, and nothing of it is left.
+    Removed,
+}
+
+/// Milliseconds on the host's monotonic clock.
+pub fn moment() -> Moment {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).map(Duration::from);
+    now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Starts the task of one VM. It ends by itself when the fleet no longer has the VM and nothing of it is left.
+pub fn spawn(
+    context: Context,
+    fleet: watch::Receiver<Arc<Fleet>>,
+    beginning: Beginning,
+) -> (Handle, JoinHandle<()>) {
+    let (queue, mailbox) = mpsc::channel(MAILBOX);
+    let (exit, exited) = watch::channel(None);
+    let Beginning { life, since, running, actions, verdict } = beginning;
+    if life.state.holds_memory()
+        && let Some(memory) = memory(&context.name, &running, &fleet.borrow())
+    {
         context.budget.adopt(&context.name, memory);
     }
-    let (snapshot, watcher) = watch::channel(Snapshot::of(&state, since, &instance, None));
+    let first = Snapshot { adoption: verdict, ..Snapshot::of(&life, since, &running) };
+    let (snapshot, watcher) = watch::channel(first);
+    // What is on disk is as the life is, unless the record led to more.
+    let kept = verdict.is_none().then(|| life.lasting());
     let actor = Actor {
         context,
         fleet,
-        state,
+        kept,
+        life,
         since,
-        instance,
+        running,
+        verdict,
+        mailbox,
         queue: queue.clone(),
-        events,
+        inputs: VecDeque::new(),
+        work: None,
         deadline: None,
-        epoch: 0,
+        heard: None,
+        known: Heard::default(),
+        reboots: watching::Reboots::default(),
+        started: Arc::default(),
         shim: None,
         shim_status: None,
+        withdrawn: false,
+        closing: false,
         snapshot,
     };
-    tokio::spawn(actor.run(mailbox, hypervisor_events));
-    Handle { queue, snapshot: watcher }
+    let task = tokio::spawn(async move {
+        actor.run(actions).await;
+        exit.send_replace(Some(Exit::Removed));
+    });
+    (Handle { queue, snapshot: watcher, exit: exited }, task)
 }
 
 /// The memory that a VM has from the beginning. Of one that is quarantined something may still run, as big as the fleet file says.
-fn has(name: &str, state: &State, instance: &Instance, fleet: &Fleet) -> Option<Size> {
-    if *state == State::Stopped {
-        return None;
-    }
-    instance.plan.as_ref().map(|plan| plan.vm.memory).or_else(|| Some(fleet.vms.get(name)?.memory))
+fn memory(name: &str, running: &Running, fleet: &Fleet) -> Option<Size> {
+    running.plan().map(|plan| plan.vm.memory).or_else(|| Some(fleet.vms.get(name)?.memory))
+}
+
+/// The effect that is being performed.
+struct Work {
+    cancel: watch::Sender<bool>,
+    task: JoinHandle<Option<Input>>,
+    /// What happens if the task panics.
+    lost: Option<Input>,
 }
 
 struct Actor {
     context: Context,
     fleet: watch::Receiver<Arc<Fleet>>,
-    state: State,
+    life: Life,
     since: jiff::Timestamp,
-    instance: Instance,
-    queue: mpsc::UnboundedSender<Mail>,
-    events: mpsc::UnboundedSender<Event>,
-    deadline: Option<JoinHandle<()>>,
-    /// Counts deadlines, so that one that has passed already but no longer counts is told apart.
-    epoch: u64,
+    running: Running,
+    verdict: Option<Verdict>,
+    /// What of the life is on disk.
+    kept: Option<Life>,
+    mailbox: mpsc::Receiver<Mail>,
+    queue: mpsc::Sender<Mail>,
+    /// What follows at once from what was done.
+    inputs: VecDeque<Input>,
+    work: Option<Work>,
+    deadline: Option<Instant>,
+    heard: Option<watch::Receiver<Heard>>,
+    /// As much of what the hypervisor said as was acted upon.
+    known: Heard,
+    reboots: watching::Reboots,
+    started: Arc<Notify>,
     shim: Option<JoinHandle<()>>,
     shim_status: Option<ShimStatus>,
+    /// The fleet had it no more at some time since it was last down.
+    withdrawn: bool,
+    /// The host shuts down.
+    closing: bool,
     snapshot: watch::Sender<Snapshot>,
 }
 
+impl Drop for Actor {
+    fn drop(&mut self) {
+        if let Some(shim) = &self.shim {
+            shim.abort();
+        }
+    }
+}
+
 impl Actor {
-    async fn run(
-        mut self,
-        mut mailbox: mpsc::UnboundedReceiver<Mail>,
-        mut hypervisor_events: mpsc::UnboundedReceiver<Event>,
-    ) {
-        self.adopt().await;
+    async fn run(mut self, actions: Vec<Action>) {
+        self.begin(actions).await;
         loop {
-            tokio::select! {
-                mail = mailbox.recv() => match mail {
-                    Some(mail) => {
-                        if matches!(mail, Mail::Input(Input::Ended(Part::Hypervisor, _))) {
-                            self.hear_out(&mut hypervisor_events).await;
-                        }
-                        self.receive(mail).await;
-                    }
-                    None => return,
-                },
-                Some(event) = hypervisor_events.recv() => self.hear(&event).await,
+            while let Some(input) = self.inputs.pop_front() {
+                self.step(input).await;
             }
-        }
-    }
-
-    async fn hear(&mut self, event: &Event) {
-        match event {
-            Event::GuestPowerOff => self.step(Input::GuestPowerOff).await,
-            Event::GuestReboot => tracing::info!(vm = self.context.name, "the guest reboots"),
-            // The hypervisor's own end is seen by its pidfd; a lost connection says nothing more.
-            Event::Lost => {}
-        }
-    }
-
-    /// Takes what the hypervisor said before it ended: whether the guest powered off tells a stop from a failure, and its end
-    /// may be seen before its words.
-    async fn hear_out(&mut self, events: &mut mpsc::UnboundedReceiver<Event>) {
-        while let Ok(Some(event)) = timeout(LAST_WORDS, events.recv()).await {
-            if event == Event::Lost {
+            if self.is_over().await {
                 return;
             }
-            self.hear(&event).await;
+            tokio::select! {
+                () = changed(&mut self.heard) => self.hear(),
+                input = finished(&mut self.work) => {
+                    self.attend();
+                    self.inputs.extend(input);
+                }
+                () = passed(self.deadline) => {
+                    self.deadline = None;
+                    self.inputs.push_back(Input::Deadline);
+                }
+                () = self.started.notified() => self.record_or_warn().await,
+                Ok(()) = self.fleet.changed() => self.follow_fleet(),
+                Some(mail) = self.mailbox.recv() => self.receive(mail).await,
+            }
         }
     }
 
-    /// Watches what was running before this `laird`.
-    async fn adopt(&mut self) {
-        let parts: Vec<_> = self.instance.processes.keys().copied().collect();
-        for part in parts {
+    /// Watches what was running before this actor.
+    async fn begin(&mut self, actions: Vec<Action>) {
+        for part in self.running.processes().into_keys() {
             self.watch_process(part);
         }
-        if let Some(plan) = self.instance.plan.clone() {
-            if let Err(error) = self.instance.connect_qmp(&plan, &self.events).await {
-                tracing::warn!(vm = plan.name, %error, "adopted, but its hypervisor does not answer");
-            }
-            if self.state == State::Booting {
-                self.perform(vec![Action::Expect(Patience::Boot)]).await;
-            }
-            self.follow_links().await;
+        self.follow_fleet();
+        if matches!(self.life.state, State::Booting | State::Ready | State::Stopping(_)) {
+            let job = self.job(watch::channel(false).1);
+            let (state, queue) = (self.life.state.clone(), self.queue.clone());
+            // Not the effect of the moment: a stage that is under way goes on beside it.
+            tokio::spawn(async move {
+                let connected = job.connect_qmp().await;
+                if let Err(error) = &connected {
+                    let name = &job.context.name;
+                    tracing::warn!(
+                        vm = name,
+                        error = chain(error),
+                        "adopted, but its hypervisor does not answer"
+                    );
+                }
+                // The agent of a guest that is ready answers for both.
+                let silent = connected.is_err() && state == State::Booting;
+                let _ = queue.send(if silent { Mail::Input(Input::Silent) } else { Mail::Connected }).await;
+            });
+        }
+        if !matches!(self.life.state, State::Quarantined(_)) {
+            let life = self.life.clone();
+            self.keep_or_warn(&life).await;
+            self.record_or_warn().await;
         }
         self.publish();
+        self.perform(actions).await;
+    }
+
+    fn present(&self) -> bool {
+        self.fleet.borrow().vms.contains_key(&self.context.name)
+    }
+
+    /// Whether the VM is down and no longer in the fleet. One that is back in the fleet starts with its new definition.
+    async fn is_over(&mut self) -> bool {
+        if self.life.state.holds_memory() || self.closing || !self.withdrawn {
+            return false;
+        }
+        if !self.present() {
+            if let Ok(dirs) = self.dirs() {
+                let _ = std::fs::remove_file(dirs.lasting());
+            }
+            return true;
+        }
+        self.withdrawn = false;
+        let autostart =
+            self.fleet.borrow().vms.get(&self.context.name).is_some_and(|configured| configured.autostart);
+        if autostart && let Err(refusal) = self.request(Request::Start).await {
+            self.inputs.push_back(Input::NotAdmitted(refusal.to_string()));
+            while let Some(input) = self.inputs.pop_front() {
+                self.step(input).await;
+            }
+        }
+        false
     }
 
     async fn receive(&mut self, mail: Mail) {
         match mail {
-            Mail::Request(request, answer) => match self.admit(request) {
-                Ok((state, actions)) => {
-                    let _ = answer.send(Ok(()));
-                    self.enter(state, actions).await;
+            Mail::Request(request, answer) => {
+                let outcome = self.request(request).await;
+                let _ = answer.send(outcome);
+            }
+            Mail::NotStarted(reason) => self.inputs.push_back(Input::NotAdmitted(reason)),
+            Mail::Close(from) => {
+                self.closing = true;
+                self.inputs.push_back(Input::Withdraw(from));
+            }
+            Mail::Ended(part, id, how) => {
+                // An earlier start's process says nothing about this one.
+                if self.running.process(part).is_some_and(|process| process.id() == id) {
+                    self.hear();
+                    self.inputs.push_back(Input::Ended(part, how));
                 }
-                Err(refusal) => {
-                    let _ = answer.send(Err(refusal));
-                }
-            },
-            Mail::Input(input) => self.step(input).await,
-            Mail::Deadline(epoch) if epoch == self.epoch => self.step(Input::Deadline).await,
-            Mail::Deadline(_) => {}
+            }
             Mail::Shim(status) => {
-                let input = match status.agent {
-                    AgentState::Ready { .. } => Input::AgentReady,
-                    AgentState::Absent | AgentState::Connected { .. } => Input::AgentLost,
-                };
+                self.inputs.push_back(agent(&status));
                 self.shim_status = Some(status);
-                self.step(input).await;
                 self.publish();
             }
-            Mail::FleetChanged => self.follow_links().await,
+            Mail::Input(input) => self.inputs.push_back(input),
+            Mail::Connected => self.attend(),
+            #[cfg(test)]
+            Mail::Panic => panic!("asked for by a test"),
         }
     }
 
-    /// What a request leads to. One that starts the VM takes its memory; where that or a program is missing it is refused before
-    /// anything is done.
-    fn admit(&self, request: Request) -> Result<(State, Vec<Action>), Refusal> {
-        let (state, actions) = machine::request(&self.state, request)?;
-        if state.is_active()
-            && !self.state.is_active()
-            && let Some(vm) = self.fleet.borrow().vms.get(&self.context.name)
-        {
-            self.context.host.tools.suffice_for(vm)?;
-            self.context.budget.admit(&self.context.name, vm.memory)?;
+    /// Takes a request, or refuses it before anything is done: where memory or a program is missing, where what is wanted cannot be
+    /// written down, or where the machine says so.
+    async fn request(&mut self, request: Request) -> Result<(), Refusal> {
+        let starts = matches!(request, Request::Start | Request::Restart);
+        if starts && (self.closing || !self.present()) {
+            return Err(Refusal::Withdrawn);
         }
-        Ok((state, actions))
+        if request == Request::Stop && matches!(self.life.state, State::Quarantined(_)) {
+            self.look_again().await?;
+        }
+        let (life, actions) = self.life.request(request, moment())?;
+        if life.state.is_active() && !self.life.state.is_active() && starts {
+            self.admit()?;
+        }
+        match self.keep(&life).await {
+            Err(error) if starts => {
+                if !self.life.state.holds_memory() {
+                    self.context.budget.release(&self.context.name);
+                }
+                return Err(Refusal::Storage(chain(&error)));
+            }
+            // What can be stopped is stopped, whatever a later laird will know of it.
+            Err(error) => self.not_kept(&error),
+            Ok(()) => {}
+        }
+        tracing::info!(vm = self.context.name, ?request, "asked for");
+        self.enter(life, actions).await;
+        Ok(())
+    }
+
+    /// Whether nothing of a quarantined VM runs.
+    async fn look_again(&self) -> Result<(), Refusal> {
+        let Ok(dirs) = self.dirs() else { return Ok(()) };
+        let found = tokio::task::spawn_blocking(move || orphan::tagged(&dirs.run)).await.unwrap_or_default();
+        if found.is_empty() {
+            return Ok(());
+        }
+        let processes: Vec<_> = found.iter().map(ToString::to_string).collect();
+        Err(Refusal::StillRuns(processes.join(", ")))
+    }
+
+    /// Takes the VM's memory from the host's budget, if there are its programs as well.
+    fn admit(&self) -> Result<(), Refusal> {
+        let fleet = self.fleet.borrow();
+        let Some(vm) = fleet.vms.get(&self.context.name) else { return Err(Refusal::Withdrawn) };
+        self.context.host.tools.suffice_for(vm)?;
+        self.context.budget.admit(&self.context.name, vm.memory)?;
+        Ok(())
     }
 
     async fn step(&mut self, input: Input) {
-        let (state, actions) = machine::step(&self.state, input);
-        self.enter(state, actions).await;
+        let policy = self.fleet.borrow().vms.get(&self.context.name).map_or(Restart::Never, |vm| vm.restart);
+        let resumed = input == Input::StepDone(Step::Resume);
+        if let Input::StepDone(step) = input {
+            self.step_done(step);
+        }
+        let (life, actions) = self.life.step(input, Now { moment: moment(), policy });
+        self.enter(life, actions).await;
+        // An agent that was faster than the step is not announced again.
+        if resumed && let Some(status) = &self.shim_status {
+            self.inputs.push_back(agent(status));
+        }
     }
 
-    async fn enter(&mut self, state: State, actions: Vec<Action>) {
-        if state != self.state {
-            if state.word() != self.state.word() {
+    /// Watches what a step has started.
+    fn step_done(&mut self, step: Step) {
+        if let Some(part) = step.part() {
+            self.watch_process(part);
+        }
+    }
+
+    /// Goes over to another life. What is wanted and where it is are on disk before anything is done that follows from it.
+    async fn enter(&mut self, life: Life, actions: Vec<Action>) {
+        // A clean-up that is under way removes the record; what else becomes of the VM is in the lasting state.
+        let cleans = |life: &Life| matches!(life.state, State::Cleaning(_));
+        let to_record = life != self.life && !(cleans(&life) && cleans(&self.life));
+        if life != self.life {
+            let moved = life.state.word() != self.life.state.word();
+            if moved {
                 self.since = jiff::Timestamp::now();
+                tell(&self.context.name, &life);
             }
-            match &state {
-                State::Failed(reason) => tracing::error!(vm = self.context.name, reason, "failed"),
-                _ if state.word() != self.state.word() => {
-                    tracing::info!(vm = self.context.name, state = state.word());
-                }
-                _ => {}
-            }
-            self.state = state;
-            if !self.state.is_active() {
+            self.keep_or_warn(&life).await;
+            self.life = life;
+            if !self.life.state.holds_memory() {
                 self.context.budget.release(&self.context.name);
             }
-            self.record();
             self.publish();
         }
-        self.perform(actions).await;
+        let recorded = if to_record { self.record().await } else { Ok(()) };
+        match recorded {
+            Ok(()) => self.perform(actions).await,
+            Err(error) => {
+                tracing::error!(
+                    vm = self.context.name,
+                    error = chain(&error),
+                    "cannot record the runtime state"
+                );
+                // A step whose traces might be lost is not taken; what runs, runs on, and what ends, ends.
+                match self.life.state {
+                    State::Starting(step) if actions.contains(&Action::Perform(step)) => {
+                        self.inputs.push_back(Input::StepFailed(step, chain(&error)));
+                    }
+                    _ => self.perform(actions).await,
+                }
+            }
+        }
     }
 
     async fn perform(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
                 Action::Perform(step) => {
-                    let fleet = Arc::clone(&self.fleet.borrow());
-                    let known: Vec<_> = self.instance.processes.keys().copied().collect();
-                    let outcome = self.instance.perform(step, &self.context, &fleet, &self.events).await;
-                    let started: Vec<_> = self
-                        .instance
-                        .processes
-                        .keys()
-                        .copied()
-                        .filter(|part| !known.contains(part))
-                        .collect();
-                    for part in started {
-                        self.watch_process(part);
+                    if step == Step::FIRST
+                        && let Err(refusal) = self.admit()
+                    {
+                        self.inputs.push_back(Input::NotAdmitted(refusal.to_string()));
+                        continue;
                     }
-                    self.record();
-                    let input = match outcome {
-                        Ok(()) => Input::StepDone(step),
-                        Err(error) => Input::StepFailed(step, chain(&error)),
-                    };
-                    let _ = self.queue.send(Mail::Input(input));
+                    let lost = Input::StepFailed(step, LOST.into());
+                    self.work(Some(lost), move |job| async move {
+                        match job.perform(step).await {
+                            Ok(()) => Some(Input::StepDone(step)),
+                            Err(error) => Some(Input::StepFailed(step, chain(&error))),
+                        }
+                    });
                 }
                 Action::End(stage) => {
-                    if let Err(error) = self.instance.end(stage).await {
+                    self.work(None, move |job| async move {
+                        let name = job.context.name.clone();
+                        let error = job.end(stage).await.err()?;
                         tracing::warn!(
-                            vm = self.context.name,
+                            vm = name,
                             ?stage,
                             error = chain(&error),
                             "cannot ask the guest to end"
                         );
-                        // The next stage need not wait for this one.
-                        let _ = self.queue.send(Mail::Deadline(self.epoch.wrapping_add(1)));
-                    }
+                        Some(Input::EndFailed(stage))
+                    });
                 }
-                Action::Expect(patience) => {
-                    self.relax();
-                    let (queue, epoch) = (self.queue.clone(), self.epoch);
-                    let patience = duration(patience, self.context.host.engine);
-                    self.deadline = Some(tokio::spawn(async move {
-                        sleep(patience).await;
-                        let _ = queue.send(Mail::Deadline(epoch));
-                    }));
+                Action::Probe => {
+                    self.work(None, |job| async move { (!job.probe().await).then_some(Input::Silent) });
                 }
-                Action::Relax => self.relax(),
-                Action::CleanUp => {
-                    if let Some(task) = self.shim.take() {
-                        task.abort();
-                    }
-                    self.instance.clean_up().await;
-                    self.shim_status = None;
-                    let _ = self.queue.send(Mail::Input(Input::Cleaned));
-                }
+                Action::Expect(patience) => self.deadline = Some(Instant::now() + self.duration(patience)),
+                Action::Relax => self.deadline = None,
+                Action::CleanUp => self.clean_up(),
             }
         }
     }
 
-    fn relax(&mut self) {
-        self.epoch = self.epoch.wrapping_add(1);
-        if let Some(task) = self.deadline.take() {
-            task.abort();
+    fn job(&self, cancel: watch::Receiver<bool>) -> Job {
+        Job {
+            context: self.context.clone(),
+            fleet: Arc::clone(&self.fleet.borrow()),
+            running: self.running.clone(),
+            started: Arc::clone(&self.started),
+            cancel,
+        }
+    }
+
+    /// Performs an effect in a task of its own. The one before it is not wanted any more.
+    fn work<F: Future<Output = Option<Input>> + Send + 'static>(
+        &mut self,
+        lost: Option<Input>,
+        effect: impl FnOnce(Job) -> F,
+    ) {
+        let (cancel, cancelled) = watch::channel(false);
+        let task = tokio::spawn(effect(self.job(cancelled)));
+        if let Some(before) = self.work.replace(Work { cancel, task, lost }) {
+            before.task.abort();
+        }
+    }
+
+    fn clean_up(&mut self) {
+        if let Some(shim) = self.shim.take() {
+            shim.abort();
+        }
+        self.heard = None;
+        self.shim_status = None;
+        let before = self.work.take();
+        let (running, dirs) = (self.running.clone(), self.dirs());
+        self.work(Some(Input::NotCleaned(LOST.into())), |_| async move {
+            if let Some(Work { cancel, task, .. }) = before {
+                cancel.send_replace(true);
+                let _ = timeout(LET_GO, task).await;
+            }
+            let Ok(dirs) = dirs else { return Some(Input::Cleaned) };
+            match running.clean_up(&dirs).await {
+                Ok(()) => Some(Input::Cleaned),
+                Err(reason) => Some(Input::NotCleaned(reason)),
+            }
+        });
+    }
+
+    /// Listens to a hypervisor that has been connected.
+    fn attend(&mut self) {
+        let heard = self.running.heard();
+        let same = match (&self.heard, &heard) {
+            (Some(before), Some(now)) => before.same_channel(now),
+            (None, None) => true,
+            _ => false,
+        };
+        if !same {
+            self.heard = heard;
+            self.known = Heard::default();
+            self.hear();
+        }
+    }
+
+    /// Takes what the hypervisor has said since.
+    fn hear(&mut self) {
+        let Some(heard) = &mut self.heard else { return };
+        let heard = *heard.borrow_and_update();
+        let before = std::mem::replace(&mut self.known, heard);
+        let more = heard.reboots.saturating_sub(before.reboots);
+        if let Some(count) = self.reboots.more(more, std::time::Instant::now()) {
+            tracing::info!(vm = self.context.name, count, "the guest rebooted");
+        }
+        // Before the other: a guest that panicked is powered off.
+        if heard.panic && !before.panic {
+            self.inputs.push_back(Input::GuestPanic);
+        }
+        if heard.power_off && !before.power_off {
+            self.inputs.push_back(Input::GuestPowerOff);
+        }
+        if more > 0 {
+            self.publish();
         }
     }
 
     fn watch_process(&mut self, part: Part) {
-        let Some(process) = self.instance.processes.get(&part).cloned() else { return };
-        let queue = self.queue.clone();
-        tokio::spawn(async move {
-            let how = process.ended().await;
-            let _ = queue.send(Mail::Input(Input::Ended(part, how)));
-        });
+        let Some(process) = self.running.process(part) else { return };
+        let heard = self.running.heard().filter(|_| part == Part::Hypervisor);
+        tokio::spawn(watching::process(part, process, heard, self.queue.clone()));
         if part == Part::Shim
-            && let Some(plan) = &self.instance.plan
+            && let Some(plan) = self.running.plan()
         {
-            let task = tokio::spawn(watch_shim(plan.shim.sockets.control.clone(), self.queue.clone()));
-            if let Some(earlier) = self.shim.replace(task) {
-                earlier.abort();
+            let control = plan.shim.sockets.control.clone();
+            if let Some(before) = self.shim.replace(tokio::spawn(watching::shim(control, self.queue.clone())))
+            {
+                before.abort();
             }
         }
     }
 
-    /// Brings the shim's links to what the fleet file says now.
-    async fn follow_links(&mut self) {
-        let Some(plan) = self.instance.plan.clone() else { return };
-        let fleet = Arc::clone(&self.fleet.borrow());
+    /// Follows the fleet file: out of the fleet, and with the links.
+    fn follow_fleet(&mut self) {
+        let fleet = Arc::clone(&self.fleet.borrow_and_update());
+        if !fleet.vms.contains_key(&self.context.name) && !self.withdrawn {
+            self.withdrawn = true;
+            self.inputs.push_back(Input::Withdraw(Stage::Agent));
+        }
+        let Some(plan) = self.running.plan() else { return };
         let shim = match plan::shim(&plan.name, &plan.vm, &fleet, &self.context.dirs, &plan.dirs) {
             Ok(shim) => shim,
             Err(error) => return tracing::warn!(vm = plan.name, %error, "its links stay as they are"),
@@ -378,80 +562,160 @@ impl Actor {
             return;
         }
         let plan = Arc::new(Plan { shim, ..(*plan).clone() });
-        self.instance.plan = Some(Arc::clone(&plan));
-        if self.instance.processes.contains_key(&Part::Shim)
-            && let Err(error) = reload_links(&plan).await
-        {
-            tracing::warn!(vm = plan.name, error = chain(&error), "its shim did not take the new links");
-        }
+        self.running.set_plan(Arc::clone(&plan));
         self.publish();
+        if self.running.process(Part::Shim).is_some() {
+            tokio::spawn(async move {
+                if let Err(error) = reload_links(&plan).await {
+                    tracing::warn!(
+                        vm = plan.name,
+                        error = chain(&error),
+                        "its shim did not take the new links"
+                    );
+                }
+            });
+        }
     }
 
-    /// Writes down what a later `laird` needs. A write that fails is reported and does not end the VM.
-    fn record(&self) {
-        let Some(plan) = &self.instance.plan else { return };
-        if !plan.dirs.run.exists() {
-            return;
+    fn dirs(&self) -> Result<VmDirs, dirs::DirsError> {
+        self.context.dirs.vm(&self.context.name)
+    }
+
+    /// Writes down what is wanted and what outlives the VM, if that has changed.
+    async fn keep(&mut self, life: &Life) -> Result<(), WriteError> {
+        let lasting = life.lasting();
+        if self.kept.as_ref() == Some(&lasting) {
+            return Ok(());
         }
-        let host = &self.context.host;
-        let mut record = Record::new(&host.boot_id, &plan.name, &plan.vm, &plan.generation, host.engine);
-        record.state = self.state.clone();
-        record.since = self.since;
+        let Ok(dirs) = self.dirs() else { return Ok(()) };
+        let boot_id = self.context.host.boot_id.clone();
+        checkpoint::reach("the lasting state: before it is written");
+        let kept = lasting.clone();
+        write(move || {
+            if let Err(error) = dirs::create(&dirs.state, 0o750) {
+                let source = io::Error::other(chain(&error));
+                return Err(WriteError { path: dirs.lasting(), step: "making its directory", source });
+            }
+            lasting::write(&dirs.lasting(), &boot_id, &kept)
+        })
+        .await?;
+        checkpoint::reach("the lasting state: written");
+        self.kept = Some(lasting);
+        Ok(())
+    }
+
+    async fn keep_or_warn(&mut self, life: &Life) {
+        if let Err(error) = self.keep(life).await {
+            self.not_kept(&error);
+        }
+    }
+
+    fn not_kept(&self, error: &WriteError) {
+        tracing::error!(
+            vm = self.context.name,
+            error = chain(error),
+            "cannot write down what is wanted of it"
+        );
+    }
+
+    /// Writes down what a later `laird` needs to find the VM again.
+    async fn record(&self) -> Result<(), WriteError> {
+        let Some(plan) = self.running.plan() else { return Ok(()) };
+        // The first steps leave nothing that has to be found.
+        if matches!(self.life.state, State::Starting(Step::View | Step::Directories))
+            || !plan.dirs.run.exists()
+        {
+            return Ok(());
+        }
+        let boot_id = &self.context.host.boot_id;
+        let mut record = Record::new(boot_id, &self.life, self.since, &plan);
         record.processes =
-            self.instance.processes.iter().map(|(part, process)| (*part, process.id())).collect();
-        if let Err(error) = record.write(&plan.dirs.record()) {
-            tracing::error!(vm = plan.name, error = chain(&error), "cannot record the runtime state");
+            self.running.processes().iter().map(|(part, process)| (*part, process.id())).collect();
+        checkpoint::reach(&format!("{}: before it is recorded", self.life.state.word()));
+        write(move || record.write(&plan.dirs.record())).await?;
+        checkpoint::reach(&format!("{}: recorded", self.life.state.word()));
+        Ok(())
+    }
+
+    async fn record_or_warn(&self) {
+        if let Err(error) = self.record().await {
+            tracing::error!(vm = self.context.name, error = chain(&error), "cannot record the runtime state");
         }
     }
 
     fn publish(&self) {
-        let shim = self.shim_status.clone();
-        self.snapshot.send_replace(Snapshot::of(&self.state, self.since, &self.instance, shim));
+        self.snapshot.send_replace(Snapshot {
+            adoption: self.verdict,
+            reboots: self.reboots.total(),
+            shim: self.shim_status.clone(),
+            ..Snapshot::of(&self.life, self.since, &self.running)
+        });
+    }
+
+    /// How long something may take. Emulation is many times slower, and this host may be busy with other guests.
+    fn duration(&self, patience: Patience) -> Duration {
+        let engine = self.running.plan().map_or(self.context.host.engine, |plan| plan.machine.engine);
+        let seconds = match (patience, engine) {
+            (Patience::Boot, Engine::Kvm) => 60,
+            (Patience::Boot, Engine::Tcg) => 300,
+            (Patience::Stop(Stage::Agent), _) => 20,
+            (Patience::Stop(Stage::PowerButton), _) => 5,
+            (Patience::Stop(Stage::Terminate | Stage::Kill), _) => 10,
+            (Patience::Pause(seconds), _) => seconds,
+        };
+        Duration::from_secs(seconds)
     }
 }
 
-impl Snapshot {
-    fn of(state: &State, since: jiff::Timestamp, instance: &Instance, shim: Option<ShimStatus>) -> Self {
-        Self {
-            state: state.clone(),
-            since,
-            started: instance.plan.as_ref().map(|plan| plan.vm.clone()),
-            plan: instance.plan.clone(),
-            processes: instance.processes.iter().map(|(part, process)| (*part, process.id().pid)).collect(),
-            shim,
+fn tell(vm: &str, life: &Life) {
+    match &life.state {
+        State::Failed(failure) => {
+            tracing::error!(vm, kind = failure.word(), reason = %failure, "failed");
         }
-    }
-
-    /// The counters of the VM's links.
-    pub fn links(&self) -> &[LinkCounters] {
-        self.shim.as_ref().map_or(&[], |shim| &shim.links)
-    }
-}
-
-async fn watch_shim(control: PathBuf, queue: mpsc::UnboundedSender<Mail>) {
-    loop {
-        if let Ok(mut changes) = client::watch(&control).await {
-            while let Ok(Some(status)) = changes.next().await {
-                if queue.send(Mail::Shim(status)).is_err() {
-                    return;
-                }
-            }
+        State::Waiting { failure, seconds } => {
+            tracing::warn!(vm, kind = failure.word(), reason = %failure, seconds, "failed; it is started again");
         }
-        sleep(Duration::from_millis(200)).await;
+        State::Quarantined(reason) => tracing::error!(vm, reason, "quarantined"),
+        state => tracing::info!(vm, state = state.word()),
     }
 }
 
-/// How long something may take. Emulation is many times slower, and this host may be busy with other guests.
-fn duration(patience: Patience, engine: Engine) -> Duration {
-    let seconds = match patience {
-        Patience::Boot => 60,
-        Patience::Stop(Stage::Agent) => 20,
-        Patience::Stop(Stage::PowerButton) => 5,
-        Patience::Stop(Stage::Terminate | Stage::Kill) => 10,
-    };
-    let factor = match (engine, patience) {
-        (Engine::Tcg, Patience::Boot) => 5,
-        _ => 1,
-    };
-    Duration::from_secs(seconds * factor)
+fn agent(status: &ShimStatus) -> Input {
+    match status.agent {
+        AgentState::Ready { .. } => Input::AgentReady,
+        AgentState::Absent | AgentState::Connected { .. } => Input::AgentLost,
+    }
+}
+
+/// Writes on a thread: a disk that hangs stops this VM's task only.
+async fn write(work: impl FnOnce() -> Result<(), WriteError> + Send + 'static) -> Result<(), WriteError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or(Ok(()))
+}
+
+async fn changed(heard: &mut Option<watch::Receiver<Heard>>) {
+    if let Some(receiver) = heard
+        && receiver.changed().await.is_ok()
+    {
+        return;
+    }
+    // There is no connection, or its last word has been heard.
+    std::future::pending().await
+}
+
+async fn finished(work: &mut Option<Work>) -> Option<Input> {
+    let Some(current) = work else { return std::future::pending().await };
+    let outcome = (&mut current.task).await;
+    let lost = current.lost.take();
+    *work = None;
+    match outcome {
+        Ok(input) => input,
+        Err(_) => lost,
+    }
+}
+
+async fn passed(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
 }

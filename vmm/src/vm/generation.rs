@@ -19,6 +19,7 @@ use lair_virtiofs::{
 use std::{
     collections::HashSet,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
 };
 
 /// Why a generation cannot be made.
@@ -47,6 +48,9 @@ pub enum GenerationError {
     Write(#[from] WriteError),
 }
 
+/// Held while the files of a view are written.
+static WRITING: Mutex<()> = Mutex::new(());
+
 /// Computes the view of `vm` and writes it below `directory`. The same view has the same id, so it is there only once.
 pub fn make(vm: &Vm, sources: &[Source], directory: &Path) -> Result<Generation, GenerationError> {
     let root = |root: &PathBuf| {
@@ -65,6 +69,8 @@ pub fn make(vm: &Vm, sources: &[Source], directory: &Path) -> Result<Generation,
     let view = View::new(closure.iter().map(|info| info.path.clone())).map_err(in_memory)?;
     let id = view.id();
     let directory = directory.join(&id);
+    // VMs with the same view may start at once.
+    let _writing = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
     dirs::create(&directory, 0o750)?;
     let generation = Generation {
         id,

@@ -3,8 +3,17 @@
 pub mod actor;
 pub mod adopt;
 pub mod budget;
+mod checkpoint;
+pub mod failure;
 pub mod generation;
+pub mod handle;
+pub mod lasting;
 pub mod machine;
+pub mod orphan;
+pub mod part;
 pub mod plan;
 pub mod record;
+pub mod restart;
+pub mod running;
 pub mod steps;
+mod watch;

@@ -36,7 +36,8 @@ pub struct Generation {
 }
 
 /// What one VM is to be.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Plan {
     /// The VM's name.
     pub name: String,
@@ -225,5 +226,32 @@ pub fn sockets(dirs: &VmDirs) -> ShimSockets {
         control: dirs.socket("control.sock"),
         session: dirs.socket("session.sock"),
         dial: dirs.socket("dial.sock"),
+    }
+}
+
+/// A plan for tests, of a VM with nothing special.
+#[cfg(test)]
+pub(super) fn example(name: &str) -> Plan {
+    let vm: Vm = serde_json::from_value(serde_json::json!({
+        "vcpus": 1, "memory": "512MiB", "kernel": "/k", "modules": "/m", "roots": [],
+    }))
+    .unwrap();
+    let fleet = serde_json::from_value(serde_json::json!({ "schema": 1, "store": { "sources": [] } }));
+    let fleet: Fleet = fleet.unwrap();
+    let dirs = Dirs { state: "/s".into(), run: "/r".into() };
+    let vm_dirs = dirs.vm(name).unwrap();
+    let generation =
+        Generation { id: "g".into(), view: "/v".into(), registration: "/r".into(), paths: 1, bytes: 2 };
+    Plan {
+        name: name.into(),
+        machine: machine(name, &vm, &vm_dirs, Engine::Tcg, "/k".into()),
+        boot: boot_config(name, &vm),
+        shim: shim(name, &vm, &fleet, &dirs, &vm_dirs).unwrap(),
+        stores: vec![],
+        index: dirs.index(),
+        dirs: vm_dirs,
+        vm,
+        generation,
+        modules: "/m".into(),
     }
 }

@@ -1,12 +1,19 @@
-//! The steps of a start: the effects behind [`super::machine::Step`]. Each may be repeated; [`Instance::clean_up`] undoes them.
+//! The steps of a start and the stages of an end: the effects behind [`super::machine::Step`] and [`super::machine::Stage`]. Each step may
+//! be repeated; [`Running::clean_up`] undoes them.
+//!
+//! A step runs in a task of its own and may be dropped at any await: what it started by then is in [`Running`].
 
 use super::{
     budget::Budget,
+    checkpoint,
     generation::{self, GenerationError},
     machine::{Part, Stage, Step},
+    orphan,
     plan::{Plan, PlanError, plan},
+    running::Running,
 };
 use crate::{
+    error::chain,
     fleet::schema::Fleet,
     host::{
         Host,
@@ -14,7 +21,7 @@ use crate::{
         tools::{self, Missing},
     },
     hypervisor::{
-        Event,
+        Heard,
         qemu::{
             command,
             qmp::{Qmp, QmpError},
@@ -29,16 +36,14 @@ use crate::{
 use lair_guest::{initramfs, wire::message::Ask};
 use nix::sys::signal::Signal;
 use std::{
-    collections::BTreeMap,
     fs, io,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
-    process::Stdio,
     sync::Arc,
     time::Duration,
 };
 use tokio::{
-    sync::mpsc,
+    sync::{Notify, watch},
     time::{sleep, timeout},
 };
 
@@ -47,6 +52,12 @@ const PROMPT: Duration = Duration::from_secs(10);
 
 /// How often a condition is looked at while it is waited for.
 const POLL: Duration = Duration::from_millis(10);
+
+/// How long a step may take that does much work: closures, indexing and formatting, on a disk that others use as well.
+const WORK: Duration = Duration::from_secs(15 * 60);
+
+/// How long any other step may take.
+const STEP: Duration = Duration::from_secs(60);
 
 /// Why a step failed.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +121,12 @@ pub enum StepError {
     /// The shim does not obey.
     #[error(transparent)]
     Shim(#[from] ClientError),
+    /// It takes too long.
+    #[error("It was not done within {0:?}, and was given up")]
+    Overdue(Duration),
+    /// Something else was asked for meanwhile.
+    #[error("It was cancelled")]
+    Cancelled,
     /// A task of ours was lost.
     #[error("Internal error: a task ended without a result")]
     Lost,
@@ -128,91 +145,159 @@ pub struct Context {
     pub budget: Arc<Budget>,
 }
 
-/// A VM that is being started, runs, or ends.
-#[derive(Debug, Default)]
-pub struct Instance {
-    /// What it is to be, once the first step has found out.
-    pub plan: Option<Arc<Plan>>,
-    /// What runs of it.
-    pub processes: BTreeMap<Part, Arc<Process>>,
-    qmp: Option<Qmp>,
+/// One effect on a VM: a step of its start, or a stage of its end.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// What it may use.
+    pub context: Context,
+    /// The fleet.
+    pub fleet: Arc<Fleet>,
+    /// What runs of the VM.
+    pub running: Running,
+    /// Told when a process has been started, so that it is written down.
+    pub started: Arc<Notify>,
+    /// Becomes true when the effect is no longer wanted.
+    pub cancel: watch::Receiver<bool>,
 }
 
-impl Instance {
-    /// An instance that runs already.
-    pub fn adopted(plan: Plan, processes: BTreeMap<Part, Arc<Process>>) -> Self {
-        Self { plan: Some(Arc::new(plan)), processes, qmp: None }
+impl Job {
+    /// Performs a step, within its deadline and unless it is cancelled.
+    pub async fn perform(self, step: Step) -> Result<(), StepError> {
+        let deadline = match step {
+            Step::View | Step::Index | Step::Volumes => WORK,
+            _ => STEP,
+        };
+        let mut cancel = self.cancel.clone();
+        tokio::select! {
+            outcome = timeout(deadline, self.step(step)) => {
+                outcome.unwrap_or(Err(StepError::Overdue(deadline)))?;
+                checkpoint::reach(&format!("{step:?}: done"));
+                Ok(())
+            }
+            _ = cancel.wait_for(|cancelled| *cancelled) => Err(StepError::Cancelled),
+        }
     }
 
-    /// Performs a step. The hypervisor's events go to `events`.
-    pub async fn perform(
-        &mut self,
-        step: Step,
-        context: &Context,
-        fleet: &Arc<Fleet>,
-        events: &mpsc::UnboundedSender<Event>,
-    ) -> Result<(), StepError> {
+    async fn step(&self, step: Step) -> Result<(), StepError> {
         if step == Step::View {
-            let (context, fleet) = (context.clone(), Arc::clone(fleet));
-            let plan = blocking(move || view(&context, &fleet)).await?;
-            self.plan = Some(Arc::new(plan));
+            let (context, fleet) = (self.context.clone(), Arc::clone(&self.fleet));
+            let plan = self.blocking(move || view(&context, &fleet)).await?;
+            self.running.set_plan(Arc::new(plan));
             return Ok(());
         }
-        let plan = self.plan.clone().ok_or(StepError::Lost)?;
-        let find = |tool| context.host.tools.find(tool);
+        let plan = self.running.plan().ok_or(StepError::Lost)?;
+        let find = |tool| self.context.host.tools.find(tool);
         match step {
             Step::View => Ok(()),
-            Step::Directories => Ok(plan.dirs.create()?),
-            Step::Index => index(&plan, &find(tools::VIRTIOFS)?).await,
+            Step::Directories => self.blocking(move || Ok(plan.dirs.create()?)).await,
+            Step::Index => self.index(&plan, find(tools::VIRTIOFS)?).await,
             Step::Volumes if plan.vm.volumes.is_empty() => Ok(()),
-            Step::Volumes => {
-                let mkfs = find(tools::MKFS)?;
-                blocking(move || volumes(&plan, &mkfs)).await
-            }
+            Step::Volumes => self.volumes(&plan, &find(tools::MKFS)?).await,
             Step::Initramfs => {
                 let guest = find(tools::GUEST)?;
-                blocking(move || write_initramfs(&plan, &guest)).await
+                self.blocking(move || write_initramfs(&plan, &guest)).await
             }
             Step::StoreBackend => {
                 let socket = &plan.machine.store_socket;
-                self.spawn(Part::StoreBackend, &plan, find(tools::VIRTIOFS)?, virtiofs_arguments(&plan))
-                    .await?;
+                self.spawn(Part::StoreBackend, &plan, find(tools::VIRTIOFS)?, virtiofs_arguments(&plan))?;
                 self.await_socket(Part::StoreBackend, &plan, socket).await
             }
             Step::VsockDevice => {
                 let arguments = vsock_arguments(&plan.machine.vsock_socket, &plan.shim.vsock);
-                self.spawn(Part::VsockDevice, &plan, find(tools::VHOST_DEVICE_VSOCK)?, arguments).await?;
+                self.spawn(Part::VsockDevice, &plan, find(tools::VHOST_DEVICE_VSOCK)?, arguments)?;
                 self.await_socket(Part::VsockDevice, &plan, &plan.machine.vsock_socket).await
             }
             Step::Hypervisor => {
                 let arguments = command::arguments(&plan.machine);
-                self.spawn(Part::Hypervisor, &plan, find(tools::QEMU)?, arguments).await?;
-                self.connect_qmp(&plan, events).await
+                self.spawn(Part::Hypervisor, &plan, find(tools::QEMU)?, arguments)?;
+                self.connect_qmp().await
             }
             Step::Shim => {
                 let config = plan.dirs.run.join("shim.json");
-                write_json(&config, &plan.shim)?;
+                file::replace_json(&config, &plan.shim, 0o600)?;
                 let arguments = vec!["--config".into(), text(&config)];
-                self.spawn(Part::Shim, &plan, find(tools::SHIM)?, arguments).await?;
+                self.spawn(Part::Shim, &plan, find(tools::SHIM)?, arguments)?;
                 self.await_socket(Part::Shim, &plan, &plan.shim.sockets.control).await
             }
             Step::Resume => self.resume(&plan).await,
         }
     }
 
-    async fn spawn(
-        &mut self,
+    fn launch(&self, plan: &Plan, word: &str, program: PathBuf, arguments: Vec<String>) -> Launch {
+        let log = plan.dirs.log(word);
+        // One start's output explains that start; an earlier one's would only mislead.
+        let _ = fs::remove_file(&log);
+        let environment = orphan::tags(&plan.name, &plan.dirs.run, word);
+        tracing::debug!(vm = plan.name, program = %program.display(), ?arguments, "starting");
+        Launch { program, arguments, environment, log }
+    }
+
+    /// Starts a part. It is known from then on, whatever becomes of the step.
+    fn spawn(
+        &self,
         part: Part,
         plan: &Plan,
         program: PathBuf,
         arguments: Vec<String>,
     ) -> Result<(), StepError> {
-        let log = plan.dirs.log(log_name(part));
-        // One start's output explains that start; an earlier one's would only mislead.
-        let _ = fs::remove_file(&log);
-        let launch = Launch { program, arguments, log };
-        tracing::debug!(vm = plan.name, program = %launch.program.display(), arguments = ?launch.arguments, "starting");
-        self.processes.insert(part, Arc::new(Process::spawn(&launch)?));
+        checkpoint::reach(&format!("{part:?}: before its start"));
+        let process = Process::spawn(&self.launch(plan, part.word(), program, arguments))?;
+        checkpoint::reach(&format!("{part:?}: started, not recorded"));
+        self.running.add(part, Arc::new(process));
+        self.started.notify_one();
+        Ok(())
+    }
+
+    /// Runs a program to its end; the error is what it said.
+    async fn tool(
+        &self,
+        plan: &Plan,
+        word: &str,
+        program: PathBuf,
+        arguments: Vec<String>,
+    ) -> Result<(), String> {
+        let launch = self.launch(plan, word, program, arguments);
+        let log = launch.log.clone();
+        let process = Arc::new(Process::spawn(&launch).map_err(|error| chain(&error))?);
+        // A clean-up ends it, should this be dropped.
+        self.running.set_tool(Some(Arc::clone(&process)));
+        checkpoint::reach(&format!("{word}: runs"));
+        let how = process.ended().await;
+        self.running.set_tool(None);
+        if process.succeeded() { Ok(()) } else { Err(format!("it {how}{}", tail(&log))) }
+    }
+
+    /// Brings the index up to date. Runs for several VMs wait for each other.
+    async fn index(&self, plan: &Plan, program: PathBuf) -> Result<(), StepError> {
+        let arguments = std::iter::once("index".into()).chain(store_arguments(plan)).collect();
+        let view = plan.generation.view.clone();
+        let indexed = self.tool(plan, "index", program, arguments).await;
+        indexed.map_err(|reason| StepError::Index { view, reason })
+    }
+
+    async fn volumes(&self, plan: &Plan, mkfs: &Path) -> Result<(), StepError> {
+        for (volume, disk) in plan.vm.volumes.iter().zip(&plan.machine.disks) {
+            if disk.image.exists() {
+                continue;
+            }
+            let failed = |reason: String| StepError::Volume { path: disk.image.clone(), reason };
+            // Made beside and renamed: an interrupted format is never taken for a volume.
+            let beside = disk.image.with_extension("new");
+            let (path, size) = (beside.clone(), volume.size.0);
+            let made = move || Ok(fs::File::create(&path).and_then(|file| file.set_len(size)));
+            self.blocking(made).await?.map_err(|error| failed(error.to_string()))?;
+            let label = volume.name.chars().take(16).collect::<String>();
+            let mut arguments = ["-q", "-F", "-m", "0", "-L", &label].map(String::from).to_vec();
+            arguments.push(text(&beside));
+            self.tool(plan, "mkfs", mkfs.into(), arguments).await.map_err(failed)?;
+            let image = disk.image.clone();
+            let kept = move || {
+                let synced = fs::File::open(&beside).and_then(|file| file.sync_all());
+                Ok(synced.and_then(|()| fs::rename(&beside, &image)))
+            };
+            self.blocking(kept).await?.map_err(|error| failed(error.to_string()))?;
+            checkpoint::reach("a volume is made");
+        }
         Ok(())
     }
 
@@ -236,28 +321,30 @@ impl Instance {
         patience: Duration,
         wait: impl Future<Output = T>,
     ) -> Result<Option<T>, StepError> {
-        let process = self.processes.get(&part).cloned().ok_or(StepError::Lost)?;
+        let process = self.running.process(part).ok_or(StepError::Lost)?;
         tokio::select! {
             how = process.ended() => Err(not_up(part, plan, format!("it {how}"))),
             outcome = timeout(patience, wait) => Ok(outcome.ok()),
         }
     }
 
-    /// Connects to the hypervisor's control socket.
-    pub async fn connect_qmp(
-        &mut self,
-        plan: &Plan,
-        events: &mpsc::UnboundedSender<Event>,
-    ) -> Result<(), StepError> {
-        let connect = Qmp::connect(&plan.machine.control_socket, PROMPT, events.clone());
-        let qmp = self.unless_it_ends(Part::Hypervisor, plan, PROMPT * 2, connect).await?;
+    /// Connects to the hypervisor's control socket, unless that is done.
+    pub async fn connect_qmp(&self) -> Result<(), StepError> {
+        let _connecting = self.running.connecting.lock().await;
+        if self.running.qmp().is_some() {
+            return Ok(());
+        }
+        let plan = self.running.plan().ok_or(StepError::Lost)?;
+        let (sender, heard) = watch::channel(Heard::default());
+        let connect = Qmp::connect(&plan.machine.control_socket, PROMPT, sender);
+        let qmp = self.unless_it_ends(Part::Hypervisor, &plan, PROMPT * 2, connect).await?;
         let qmp =
-            qmp.ok_or_else(|| not_up(Part::Hypervisor, plan, "no answer on its control socket".into()))?;
-        self.qmp = Some(qmp?);
+            qmp.ok_or_else(|| not_up(Part::Hypervisor, &plan, "no answer on its control socket".into()))?;
+        self.running.set_qmp(qmp?, heard);
         Ok(())
     }
 
-    async fn resume(&mut self, plan: &Plan) -> Result<(), StepError> {
+    async fn resume(&self, plan: &Plan) -> Result<(), StepError> {
         let control = &plan.shim.sockets.control;
         let connected = async {
             loop {
@@ -270,95 +357,58 @@ impl Instance {
         self.unless_it_ends(Part::Shim, plan, PROMPT, connected).await?.ok_or_else(|| {
             not_up(Part::Shim, plan, format!("it did not connect to the console within {PROMPT:?}"))
         })?;
-        self.qmp.as_mut().ok_or(StepError::Lost)?.execute("cont").await?;
+        checkpoint::reach("Resume: before it");
+        self.running.qmp().ok_or(StepError::Lost)?.execute("cont").await?;
         Ok(())
     }
 
     /// Asks the guest to end, as hard as `stage` says.
-    pub async fn end(&mut self, stage: Stage) -> Result<(), StepError> {
+    pub async fn end(self, stage: Stage) -> Result<(), StepError> {
         match stage {
             Stage::Agent => {
-                let plan = self.plan.clone().ok_or(StepError::Lost)?;
+                let plan = self.running.plan().ok_or(StepError::Lost)?;
                 client::ask(&plan.shim.sockets.control, Ask::PowerOff).await?;
             }
             Stage::PowerButton => {
-                self.qmp.as_mut().ok_or(StepError::Lost)?.execute("system_powerdown").await?;
+                self.connect_qmp().await?;
+                self.running.qmp().ok_or(StepError::Lost)?.execute("system_powerdown").await?;
             }
-            Stage::Terminate => self.signal(Part::Hypervisor, Signal::SIGTERM),
-            Stage::Kill => self.signal(Part::Hypervisor, Signal::SIGKILL),
+            Stage::Terminate => self.running.signal(Part::Hypervisor, Signal::SIGTERM),
+            Stage::Kill => self.running.signal(Part::Hypervisor, Signal::SIGKILL),
         }
+        checkpoint::reach(&format!("{stage:?}: asked"));
         Ok(())
     }
 
-    fn signal(&self, part: Part, signal: Signal) {
-        if let Some(process) = self.processes.get(&part) {
-            process.signal(signal);
+    /// Whether the hypervisor answers.
+    pub async fn probe(self) -> bool {
+        if self.connect_qmp().await.is_err() {
+            return false;
+        }
+        match self.running.qmp() {
+            Some(qmp) => qmp.execute("query-status").await.is_ok(),
+            None => false,
         }
     }
 
-    /// Ends every process, the hypervisor first, and removes the runtime files.
-    pub async fn clean_up(&mut self) {
-        self.qmp = None;
-        for part in [Part::Hypervisor, Part::VsockDevice, Part::StoreBackend, Part::Shim] {
-            let Some(process) = self.processes.remove(&part) else { continue };
-            process.signal(Signal::SIGTERM);
-            if timeout(PROMPT, process.ended()).await.is_err() {
-                process.signal(Signal::SIGKILL);
-                let _ = timeout(PROMPT, process.ended()).await;
-            }
-        }
-        if let Some(plan) = self.plan.take()
-            && let Err(error) = fs::remove_dir_all(&plan.dirs.run)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(vm = plan.name, directory = %plan.dirs.run.display(), %error, "cannot remove the run directory");
-        }
+    /// Does work that blocks on a thread. It cannot be cancelled, so a clean-up waits for its end.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
+    ) -> Result<T, StepError> {
+        let permit = self.running.thread().await;
+        let task = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work()
+        });
+        task.await.unwrap_or(Err(StepError::Lost))
     }
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
-) -> Result<T, StepError> {
-    tokio::task::spawn_blocking(work).await.unwrap_or(Err(StepError::Lost))
 }
 
 fn view(context: &Context, fleet: &Fleet) -> Result<Plan, StepError> {
     let vm = fleet.vms.get(&context.name).ok_or(StepError::NotInFleet)?;
     let generation = generation::make(vm, &fleet.store.sources, &context.dirs.generations())?;
     Ok(plan(&context.name, vm, fleet, &context.dirs, context.host.engine, generation)?)
-}
-
-/// Brings the index up to date. Runs for several VMs wait for each other.
-async fn index(plan: &Plan, program: &Path) -> Result<(), StepError> {
-    let failed = |reason: String| StepError::Index { view: plan.generation.view.clone(), reason };
-    let mut command = tokio::process::Command::new(program);
-    command.arg("index").args(store_arguments(plan)).stdin(Stdio::null()).kill_on_drop(true);
-    let output = command.output().await.map_err(|e| failed(e.to_string()))?;
-    if output.status.success() { Ok(()) } else { Err(failed(last_lines(&output.stderr))) }
-}
-
-fn volumes(plan: &Plan, mkfs: &Path) -> Result<(), StepError> {
-    for (volume, disk) in plan.vm.volumes.iter().zip(&plan.machine.disks) {
-        if disk.image.exists() {
-            continue;
-        }
-        let failed = |reason: String| StepError::Volume { path: disk.image.clone(), reason };
-        // Made beside and renamed: an interrupted format is never taken for a volume.
-        let beside = disk.image.with_extension("new");
-        let file = fs::File::create(&beside).map_err(|e| failed(e.to_string()))?;
-        file.set_len(volume.size.0).map_err(|e| failed(e.to_string()))?;
-        let output = std::process::Command::new(mkfs)
-            .args(["-q", "-F", "-m", "0", "-L", &volume.name.chars().take(16).collect::<String>()])
-            .arg(&beside)
-            .output()
-            .map_err(|e| failed(e.to_string()))?;
-        if !output.status.success() {
-            return Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
-        }
-        file.sync_all().map_err(|e| failed(e.to_string()))?;
-        fs::rename(&beside, &disk.image).map_err(|e| failed(e.to_string()))?;
-    }
-    Ok(())
 }
 
 fn write_initramfs(plan: &Plan, guest: &Path) -> Result<(), StepError> {
@@ -401,18 +451,9 @@ fn vsock_arguments(socket: &Path, hybrid: &Path) -> Vec<String> {
     options.into_iter().flat_map(|(option, value)| [option.into(), value]).collect()
 }
 
-fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(), StepError> {
-    let text = serde_json::to_vec_pretty(value).map_err(|e| WriteError {
-        path: path.to_owned(),
-        step: "encoding",
-        source: e.into(),
-    })?;
-    Ok(file::replace(path, &text, 0o600)?)
-}
-
 /// Writes a VM's links again and has its shim read them.
 pub async fn reload_links(plan: &Plan) -> Result<(), StepError> {
-    write_json(&plan.dirs.run.join("shim.json"), &plan.shim)?;
+    file::replace_json(&plan.dirs.run.join("shim.json"), &plan.shim, 0o600)?;
     Ok(client::reload(&plan.shim.sockets.control).await?)
 }
 
@@ -420,26 +461,26 @@ fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
 
-fn log_name(part: Part) -> &'static str {
-    match part {
-        Part::Hypervisor => "hypervisor",
-        Part::StoreBackend => "store",
-        Part::VsockDevice => "vsock",
-        Part::Shim => "shim",
-    }
+fn not_up(part: Part, plan: &Plan, reason: String) -> StepError {
+    StepError::NotUp { part, reason, log: tail(&plan.dirs.log(part.word())) }
 }
 
-fn not_up(part: Part, plan: &Plan, reason: String) -> StepError {
-    StepError::NotUp { part, reason, log: tail(&plan.dirs.log(log_name(part))) }
-}
+/// As much of a log's end as is shown, in bytes.
+const TAIL: u64 = 8 << 10;
 
 /// The last lines of a log, indented below the message that they explain; at most 50 lines and 8 KiB.
 fn tail(log: &Path) -> String {
-    last_lines(&fs::read(log).unwrap_or_default())
+    use std::io::{Read, Seek, SeekFrom};
+    let mut bytes = Vec::new();
+    if let Ok(mut file) = fs::File::open(log) {
+        let length = file.metadata().map_or(0, |metadata| metadata.len());
+        let _ = file.seek(SeekFrom::Start(length.saturating_sub(TAIL)));
+        let _ = file.take(TAIL).read_to_end(&mut bytes);
+    }
+    last_lines(&bytes)
 }
 
 fn last_lines(bytes: &[u8]) -> String {
-    let bytes = &bytes[bytes.len().saturating_sub(8 << 10)..];
     let text = String::from_utf8_lossy(bytes);
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(50)..].iter().map(|line| format!("\n  {line}")).collect()

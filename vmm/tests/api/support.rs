@@ -18,8 +18,8 @@ use lair_vmm::{
     state::dirs::Dirs,
     supervisor::Supervisor,
     vm::{
-        machine::{Part, State},
-        plan::Generation,
+        machine::{Life, Part, State, Wanted},
+        plan::{self, Generation},
         record::Record,
     },
 };
@@ -104,16 +104,18 @@ impl Host {
 
     /// Leaves behind what an earlier `laird` would have of a VM of `fleet` that is ready.
     pub(crate) fn running(&mut self, name: &str, fleet: &str) {
-        let vm = &load(fleet).fleet.vms[name];
+        let fleet = load(fleet).fleet;
         let view = self.path("view");
         let generation =
             Generation { id: "g".into(), view: view.clone(), registration: view, paths: 1, bytes: 1 };
-        let mut record = Record::new(BOOT, name, vm, &generation, Engine::Tcg);
-        record.state = State::Ready;
+        let plan = plan::plan(name, &fleet.vms[name], &fleet, &self.dirs(), Engine::Tcg, generation).unwrap();
+        let life = Life { state: State::Ready, ..Life::stopped(Wanted::Running) };
+        let mut record = Record::new(BOOT, &life, jiff::Timestamp::now(), &plan);
         for part in [Part::Hypervisor, Part::StoreBackend, Part::VsockDevice, Part::Shim] {
             let launch = Launch {
                 program: "/bin/sleep".into(),
                 arguments: vec!["600".into()],
+                environment: vec![],
                 log: self.path("sleep.log"),
             };
             let process = Process::spawn(&launch).unwrap();

@@ -7,10 +7,15 @@ use lair_vmm::{
     fleet::{self, Loaded, limits::HostFacts},
     host::{Host, facts, process, tools::Tools},
     state::{dirs::Dirs, lock},
-    supervisor::Supervisor,
+    supervisor::{Supervisor, shutdown},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use std::{os::unix::fs::PermissionsExt, path::PathBuf, process::ExitCode};
+use std::{
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 use tokio::{
     net::UnixListener,
     signal::unix::{SignalKind, signal},
@@ -19,7 +24,7 @@ use tokio::{
 /// Runs the microVMs of this host, as its fleet file says.
 ///
 /// It may be killed and started again at any moment: VMs, their builds and their links go on without it, and it finds them
-/// again. SIGTERM ends it alone; `vmctl stop` ends VMs.
+/// again. SIGTERM ends it alone, unless systemd says that the host shuts down: then the VMs are ended first. `vmctl stop` ends VMs.
 ///
 /// It logs to stderr; LAIR_LOG says how much: error, warn, info (the default), debug.
 #[derive(Debug, Parser)]
@@ -94,10 +99,15 @@ async fn serve(dirs: Dirs, host: Host, fleet_file: PathBuf, loaded: Loaded) -> R
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!("ready");
     tokio::select! {
-        served = api::server::serve(listener, supervisor) => served.context("The API ended"),
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
+        served = api::server::serve(listener, Arc::clone(&supervisor)) => return served.context("The API ended"),
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => return Ok(()),
     }
+    if shutdown::host_stops(Path::new("systemctl")).await {
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+        supervisor.shut_down(shutdown::LIMIT).await;
+    }
+    Ok(())
 }
 
 /// Binds the API socket. The lock is held, so a socket that is there is of a `laird` that is gone.

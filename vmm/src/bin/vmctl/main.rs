@@ -56,8 +56,10 @@ enum Verb {
     /// Show the VMs, or one VM with its processes and links
     ///
     /// A VM is `stopped`, `starting`, `booting` (the guest runs, its services are not up), `ready`, `stopping`, `cleaning` (what is left
-    /// of it is being removed), `failed` (it is down and should not be; the reason is below the table) or `quarantined` (an operator
-    /// has to look). A `*` behind it: the fleet file has changed, and it follows when it is restarted.
+    /// of it is being removed), `waiting` (it failed, and is started again after a pause), `failed` (it is down and should not be, and is
+    /// not started again by itself; the reason is below the table) or `quarantined` (what was recorded of it is not to be trusted, so
+    /// nothing of it is touched; stop it, which looks again). A `*` behind it: the fleet file has changed, and it follows when it is
+    /// restarted.
     ///
     /// In LINKS, `NAME>` is a link by which the VM connects, `>NAME` one by which it is reached.
     Status(status::Arguments),

@@ -6,7 +6,13 @@ use crate::{
     output::{bytes, duration, harmless, print_table, state_cell, table},
 };
 use comfy_table::Cell;
-use lair_vmm::api::types::{HostStatus, VmStatus};
+use lair_vmm::{
+    api::types::{HostStatus, VmStatus},
+    vm::{
+        adopt::Verdict,
+        machine::{Ender, Wanted},
+    },
+};
 use std::process::ExitCode;
 
 #[derive(Debug, clap::Args)]
@@ -63,7 +69,7 @@ fn print_host(host: &HostStatus, now: jiff::Timestamp) -> Result<(), CommandErro
         ]);
     }
     print_table(&vms)?;
-    for vm in host.vms.iter().filter(|vm| matches!(vm.state.as_str(), "failed" | "quarantined")) {
+    for vm in host.vms.iter().filter(|vm| matches!(vm.state.as_str(), "failed" | "quarantined" | "waiting")) {
         println!(
             "\n{} {}: {}",
             vm.name,
@@ -113,6 +119,7 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
     if let Some(detail) = &vm.detail {
         facts.push(("detail", harmless(detail).into_owned()));
     }
+    facts.extend(past(vm).into_iter().map(|(key, value)| (key, harmless(&value).into_owned())));
     facts.push(("vcpus", vm.vcpus.to_string()));
     facts.push(("memory", vm.memory.to_string()));
     if let Some(view) = &vm.view {
@@ -137,6 +144,48 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
         print_links(std::slice::from_ref(vm))?;
     }
     Ok(())
+}
+
+/// What the VM has been through.
+fn past(vm: &VmStatus) -> Vec<(&'static str, String)> {
+    let mut facts = vec![(
+        "wanted",
+        match vm.wanted {
+            Wanted::Running => "running".into(),
+            Wanted::Stopped => "stopped".into(),
+        },
+    )];
+    if vm.restarts > 0 {
+        facts.push(("restarts", format!("{} by itself", vm.restarts)));
+    }
+    if vm.reboots > 0 {
+        facts.push(("reboots", format!("{} by the guest", vm.reboots)));
+    }
+    if let Some(stop) = vm.last_stop {
+        let by = match stop.by {
+            Ender::Guest => "the guest, by itself",
+            Ender::Agent => "the agent",
+            Ender::PowerButton => "the power button",
+            Ender::Terminate => "SIGTERM to the hypervisor",
+            Ender::Kill => "SIGKILL to the hypervisor",
+        };
+        facts.push((
+            "last stop",
+            format!("by {by}, in {}.{} s", stop.took_ms / 1000, stop.took_ms % 1000 / 100),
+        ));
+    }
+    if let Some(verdict) = vm.adoption {
+        facts.push((
+            "adoption",
+            match verdict {
+                Verdict::Adopt => "adopted: all of it ran when laird started".into(),
+                Verdict::Missing => "missing: some or all of it had ended when laird started".into(),
+                Verdict::Quarantine => "quarantined when laird started".into(),
+                Verdict::Unparseable => "unparseable: its recorded state was not understood".into(),
+            },
+        ));
+    }
+    facts
 }
 
 /// Prints what went over the links of some VMs.

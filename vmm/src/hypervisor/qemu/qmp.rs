@@ -3,20 +3,23 @@
 //! The peer is a hypervisor that its guest may have taken over: every line is bounded, every answer has a
 //! deadline, an answer that nobody asked for is dropped.
 
-use crate::hypervisor::Event;
+use crate::hypervisor::Heard;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::{
     collections::HashMap,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 use tokio::{
     io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{UnixStream, unix::OwnedWriteHalf},
-    sync::{mpsc, oneshot},
+    sync::{oneshot, watch},
     task::JoinHandle,
     time::{sleep, timeout},
 };
@@ -52,9 +55,9 @@ type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<Value, String>>>>>;
 /// A connection to one QEMU.
 #[derive(Debug)]
 pub struct Qmp {
-    writer: OwnedWriteHalf,
+    writer: tokio::sync::Mutex<OwnedWriteHalf>,
     waiting: Waiting,
-    next: u64,
+    next: AtomicU64,
     reader: JoinHandle<()>,
 }
 
@@ -75,21 +78,18 @@ struct Refusal {
 }
 
 impl Qmp {
-    /// Connects, waiting until `deadline` for QEMU to listen. Events go to `events` until the connection ends.
+    /// Connects, waiting until `deadline` for QEMU to listen. Events show in `heard` until the connection ends.
     pub async fn connect(
         socket: &Path,
         deadline: Duration,
-        events: mpsc::UnboundedSender<Event>,
+        heard: watch::Sender<Heard>,
     ) -> Result<Self, QmpError> {
-        timeout(deadline, Self::connect_patiently(socket, events))
+        timeout(deadline, Self::connect_patiently(socket, heard))
             .await
             .unwrap_or_else(|_| Err(QmpError::NoGreeting(socket.to_owned(), deadline)))
     }
 
-    async fn connect_patiently(
-        socket: &Path,
-        events: mpsc::UnboundedSender<Event>,
-    ) -> Result<Self, QmpError> {
+    async fn connect_patiently(socket: &Path, heard: watch::Sender<Heard>) -> Result<Self, QmpError> {
         let stream = loop {
             match UnixStream::connect(socket).await {
                 Ok(stream) => break stream,
@@ -104,22 +104,22 @@ impl Qmp {
             return Err(QmpError::Malformed);
         }
         let waiting = Waiting::default();
-        let reader = tokio::spawn(read_lines(lines, Arc::clone(&waiting), events));
-        let mut qmp = Self { writer, waiting, next: 0, reader };
+        let reader = tokio::spawn(read_lines(lines, Arc::clone(&waiting), heard));
+        let writer = tokio::sync::Mutex::new(writer);
+        let qmp = Self { writer, waiting, next: AtomicU64::new(0), reader };
         qmp.execute("qmp_capabilities").await?;
         Ok(qmp)
     }
 
     /// Sends a command without arguments and returns its answer.
-    pub async fn execute(&mut self, command: &'static str) -> Result<Value, QmpError> {
-        let id = self.next;
-        self.next = id.wrapping_add(1);
+    pub async fn execute(&self, command: &'static str) -> Result<Value, QmpError> {
+        let id = self.next.fetch_add(1, Relaxed);
         let (sender, receiver) = oneshot::channel();
         lock(&self.waiting).insert(id, sender);
         let mut line = json!({ "execute": command, "id": id }).to_string();
         line.push('\n');
         let answer = async {
-            self.writer.write_all(line.as_bytes()).await?;
+            self.writer.lock().await.write_all(line.as_bytes()).await?;
             receiver.await.map_err(|_| QmpError::Io(io::ErrorKind::ConnectionReset.into()))
         };
         let answer = timeout(ANSWER, answer).await;
@@ -148,17 +148,11 @@ async fn read_line(from: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Option<
     }
 }
 
-async fn read_lines(
-    mut lines: impl AsyncBufRead + Unpin,
-    waiting: Waiting,
-    events: mpsc::UnboundedSender<Event>,
-) {
+async fn read_lines(mut lines: impl AsyncBufRead + Unpin, waiting: Waiting, heard: watch::Sender<Heard>) {
     while let Ok(Some(line)) = read_line(&mut lines).await {
         let Ok(line) = serde_json::from_slice::<Line>(&line) else { break };
         if let Some(event) = line.event {
-            if let Some(event) = event_of(&event, &line.data) {
-                let _ = events.send(event);
-            }
+            heard.send_modify(|heard| note(heard, &event, &line.data));
         } else if let Some(sender) = line.id.and_then(|id| lock(&waiting).remove(&id)) {
             let answer = match line.error {
                 Some(refusal) => Err(refusal.desc),
@@ -168,15 +162,19 @@ async fn read_lines(
         }
     }
     lock(&waiting).clear();
-    let _ = events.send(Event::Lost);
+    heard.send_modify(|heard| heard.lost = true);
 }
 
-fn event_of(name: &str, data: &Value) -> Option<Event> {
+/// What an event says about the guest. One that says nothing wakes nobody, but is seen as a change to the same.
+fn note(heard: &mut Heard, event: &str, data: &Value) {
     let by_guest = data.get("guest").and_then(Value::as_bool).unwrap_or(false);
-    match name {
-        "SHUTDOWN" if by_guest => Some(Event::GuestPowerOff),
-        "RESET" if by_guest => Some(Event::GuestReboot),
-        _ => None,
+    match event {
+        // QEMU powers off a guest that panicked.
+        "GUEST_PANICKED" => heard.panic = true,
+        "SHUTDOWN" if data.get("reason").and_then(Value::as_str) == Some("guest-panic") => heard.panic = true,
+        "SHUTDOWN" if by_guest => heard.power_off = true,
+        "RESET" if by_guest => heard.reboots = heard.reboots.saturating_add(1),
+        _ => {}
     }
 }
 
@@ -217,20 +215,35 @@ mod tests {
             "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}, \"id\": 2}\n",
         ];
         let (_directory, socket) = qemu(GREETING, answers).await;
-        let (sender, mut events) = mpsc::unbounded_channel();
-        let mut qmp = Qmp::connect(&socket, Duration::from_secs(5), sender).await.unwrap();
+        let (sender, mut heard) = watch::channel(Heard::default());
+        let qmp = Qmp::connect(&socket, Duration::from_secs(5), sender).await.unwrap();
         assert_eq!(qmp.execute("query-status").await.unwrap()["status"], "running");
         assert_eq!(qmp.execute("cont").await.unwrap_err().to_string(), "QEMU refused cont: no");
-        assert_eq!(events.recv().await, Some(Event::GuestReboot));
+        assert_eq!(*heard.borrow(), Heard { reboots: 1, ..Heard::default() });
         assert!(qmp.execute("quit").await.is_err());
-        assert_eq!(events.recv().await, Some(Event::Lost));
+        heard.wait_for(|heard| heard.lost).await.unwrap();
+    }
+
+    #[test]
+    fn hv7_a_reboot_loop_is_a_number() {
+        let mut heard = Heard::default();
+        for _ in 0..100 {
+            note(&mut heard, "RESET", &json!({ "guest": true }));
+        }
+        assert_eq!(heard, Heard { reboots: 100, ..Heard::default() });
+        note(&mut heard, "SHUTDOWN", &json!({ "guest": true, "reason": "guest-panic" }));
+        assert!(heard.panic && !heard.power_off);
+        note(&mut heard, "SHUTDOWN", &json!({ "guest": false, "reason": "host-signal" }));
+        assert!(!heard.power_off);
+        note(&mut heard, "SHUTDOWN", &json!({ "guest": true, "reason": "guest-shutdown" }));
+        assert!(heard.power_off);
     }
 
     #[tokio::test]
     async fn hv5_what_is_not_qmp_is_an_error_in_bounded_time() {
         for greeting in ["", "HTTP/1.1 500\n", "{\"QMP\"", "[]\n", "{}\n"] {
             let (_directory, socket) = qemu(greeting, vec![]).await;
-            let (sender, _events) = mpsc::unbounded_channel();
+            let (sender, _heard) = watch::channel(Heard::default());
             let outcome = Qmp::connect(&socket, Duration::from_millis(300), sender).await;
             assert!(outcome.is_err(), "{greeting}");
         }
@@ -245,7 +258,7 @@ mod tests {
 
     #[tokio::test]
     async fn hv2_a_socket_that_never_appears_is_an_error_by_the_deadline() {
-        let (sender, _events) = mpsc::unbounded_channel();
+        let (sender, _heard) = watch::channel(Heard::default());
         let error =
             Qmp::connect(Path::new("/nonexistent/qmp"), Duration::from_millis(50), sender).await.unwrap_err();
         assert_eq!(error.to_string(), "QEMU does not answer on /nonexistent/qmp within 50ms");

@@ -1,0 +1,141 @@
+//! A VM as the rest of `laird` sees it: what is known of it, and how to ask for a change.
+
+use super::{
+    actor::Exit,
+    adopt::Verdict,
+    machine::{Input, Life, Part, Refusal, Request, Stage, State, StopReport, Wanted},
+    plan::Plan,
+    running::Running,
+};
+use crate::{
+    fleet::schema::Vm,
+    host::process::ProcessId,
+    shim::protocol::{LinkCounters, ShimStatus},
+};
+use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// How many things may wait for a VM's task. Whoever has more waits.
+pub(super) const MAILBOX: usize = 64;
+
+/// What can be known of a VM without asking it.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Where it is in its life.
+    pub state: State,
+    /// Since when.
+    pub since: jiff::Timestamp,
+    /// What is wanted of it.
+    pub wanted: Wanted,
+    /// How often it was started by itself since an operator started it, or since it was last ready for long.
+    pub restarts: u32,
+    /// How its last stop went.
+    pub last_stop: Option<StopReport>,
+    /// What came of looking for it when this `laird` started, if an earlier one had recorded it.
+    pub adoption: Option<Verdict>,
+    /// How often its guest rebooted since this `laird` watches it.
+    pub reboots: u64,
+    /// The fleet file's words with which it was started, while it runs.
+    pub started: Option<Vm>,
+    /// Its plan, while it runs.
+    pub plan: Option<Arc<Plan>>,
+    /// Its processes, while it runs.
+    pub processes: Vec<(Part, i32)>,
+    /// What its shim said last.
+    pub shim: Option<ShimStatus>,
+}
+
+impl Snapshot {
+    pub(super) fn of(life: &Life, since: jiff::Timestamp, running: &Running) -> Self {
+        let plan = running.plan();
+        Self {
+            state: life.state.clone(),
+            since,
+            wanted: life.wanted,
+            restarts: life.history.restarts(),
+            last_stop: life.last_stop,
+            adoption: None,
+            reboots: 0,
+            started: plan.as_ref().map(|plan| plan.vm.clone()),
+            plan,
+            processes: running.processes().iter().map(|(part, process)| (*part, process.id().pid)).collect(),
+            shim: None,
+        }
+    }
+
+    /// The counters of the VM's links.
+    pub fn links(&self) -> &[LinkCounters] {
+        self.shim.as_ref().map_or(&[], |shim| &shim.links)
+    }
+}
+
+/// A VM's task, as the supervisor sees it.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    pub(super) queue: mpsc::Sender<Mail>,
+    pub(super) snapshot: watch::Receiver<Snapshot>,
+    pub(super) exit: watch::Receiver<Option<Exit>>,
+}
+
+#[derive(Debug)]
+pub(super) enum Mail {
+    Request(Request, oneshot::Sender<Result<(), Refusal>>),
+    /// It should have started by itself.
+    NotStarted(String),
+    /// The host shuts down: it is to end and stays down.
+    Close(Stage),
+    Ended(Part, ProcessId, String),
+    Shim(ShimStatus),
+    Input(Input),
+    /// The hypervisor is connected again.
+    Connected,
+    #[cfg(test)]
+    Panic,
+}
+
+impl Handle {
+    /// Asks for a change; the answer comes as soon as it is taken or refused, not when it is done.
+    pub async fn request(&self, request: Request) -> Result<(), Refusal> {
+        let (sender, receiver) = oneshot::channel();
+        self.queue.send(Mail::Request(request, sender)).await.map_err(|_| Refusal::Lost)?;
+        receiver.await.unwrap_or(Err(Refusal::Lost))
+    }
+
+    /// Tells the VM why it was not started by itself: it is failed then, unless it has been started meanwhile.
+    pub async fn not_started(&self, reason: String) {
+        let _ = self.queue.send(Mail::NotStarted(reason)).await;
+    }
+
+    /// Ends the VM, beginning with this stage, without a change of what is wanted of it: the host shuts down.
+    pub async fn close(&self, from: Stage) {
+        let _ = self.queue.send(Mail::Close(from)).await;
+    }
+
+    /// Has the VM's task panic.
+    #[cfg(test)]
+    pub(crate) async fn panic(&self) {
+        let _ = self.queue.send(Mail::Panic).await;
+    }
+
+    /// What is known of the VM now.
+    pub fn snapshot(&self) -> Snapshot {
+        self.snapshot.borrow().clone()
+    }
+
+    /// Changes of the VM.
+    pub fn watch(&self) -> watch::Receiver<Snapshot> {
+        self.snapshot.clone()
+    }
+
+    /// Waits until nothing of the VM runs, as far as `laird` knows, or its task has ended.
+    pub async fn down(&self) {
+        let mut changes = self.watch();
+        let _ = changes.wait_for(|snapshot| !snapshot.state.is_active()).await;
+    }
+
+    /// Waits until the task has ended; says how. `None` if it was lost.
+    pub async fn exit(&self) -> Option<Exit> {
+        let mut exit = self.exit.clone();
+        exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit)
+    }
+}

@@ -1,0 +1,136 @@
+//! `laird` is killed at every point that it reaches during an operation, and started again: the end is that of an undisturbed run, and
+//! nothing is left over.
+
+use crate::host::{Host, Traces};
+use lair_vmm::api::client::ClientError;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+/// A volume makes the step that formats it count.
+const ASKED_FOR: &str = "autostart = false\nvolumes = [{ name = \"v\", size = \"16MiB\", mount = \"/v\" }]";
+const BY_ITSELF: &str = "volumes = [{ name = \"v\", size = \"16MiB\", mount = \"/v\" }]";
+
+/// One operation.
+struct Operation {
+    /// Brings the host where the operation begins; `laird` runs then.
+    before: fn(&mut Host),
+    /// The operation, as an operator asks for it.
+    ask: fn(&mut Host) -> Result<(), ClientError>,
+    /// The states in the end.
+    after: &'static [(&'static str, &'static str)],
+}
+
+impl Operation {
+    /// Performs it once; `laird` is killed at a point, and started again. What is there in the end.
+    fn run(&self, kill_at: Option<usize>) -> (Traces, Vec<String>) {
+        let mut host = Host::new();
+        (self.before)(&mut host);
+        host.kill();
+        host.checkpoints();
+        // Adoption is a part of it.
+        host.laird(kill_at);
+        let taken = match (self.ask)(&mut host) {
+            Ok(()) => true,
+            Err(ClientError::Api(error)) => panic!("{error}"),
+            // It ended before its answer.
+            Err(_) => false,
+        };
+        let settled = taken && host.settled(self.after).is_some();
+        // It may be killed while it writes down what can be seen already.
+        if !settled || !host.is_quiet() {
+            host.await_death();
+            host.laird(None);
+            // An operator who had no answer asks again. One who had one does not have to.
+            if !taken {
+                match (self.ask)(&mut host) {
+                    Ok(()) | Err(ClientError::Api(_)) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            host.settled(self.after).expect("laird does not end");
+            assert!(host.is_quiet());
+        }
+        let points = host.checkpoints();
+        // All that runs is known.
+        let vms = host.status().unwrap();
+        let known: usize = vms.values().map(|vm| vm.processes.len()).sum();
+        let traces = host.traces();
+        assert_eq!(traces.processes.len(), known, "{traces:?}");
+        (traces, points)
+    }
+
+    fn killed_at_every_step(&self) {
+        let (undisturbed, points) = self.run(None);
+        assert!(points.len() > 3, "{points:?}");
+        // Half of each run is waiting.
+        let next = AtomicUsize::new(1);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    loop {
+                        let at = next.fetch_add(1, Relaxed);
+                        let Some(point) = points.get(at - 1) else { return };
+                        let (traces, _) = self.run(Some(at));
+                        assert_eq!(traces, undisturbed, "killed at point {at}: {point}");
+                    }
+                });
+            }
+        });
+    }
+}
+
+fn ready(host: &mut Host) {
+    host.fleet(&[("a", ASKED_FOR)]);
+    host.laird(None);
+    host.start("a").unwrap();
+    host.settled(&[("a", "ready")]).unwrap();
+}
+
+#[test]
+fn sv1_start() {
+    let operation = Operation {
+        before: |host| {
+            host.fleet(&[("a", ASKED_FOR)]);
+            host.laird(None);
+            host.settled(&[("a", "stopped")]).unwrap();
+        },
+        ask: |host| host.start("a"),
+        after: &[("a", "ready")],
+    };
+    operation.killed_at_every_step();
+}
+
+#[test]
+fn sv1_stop() {
+    let operation = Operation { before: ready, ask: |host| host.stop("a"), after: &[("a", "stopped")] };
+    operation.killed_at_every_step();
+}
+
+#[test]
+fn sv1_apply_adds_and_removes() {
+    let operation = Operation {
+        before: |host| {
+            host.fleet(&[("a", BY_ITSELF)]);
+            host.laird(None);
+            host.settled(&[("a", "ready")]).unwrap();
+        },
+        ask: |host| {
+            host.fleet(&[("b", BY_ITSELF)]);
+            host.apply()
+        },
+        after: &[("b", "ready")],
+    };
+    operation.killed_at_every_step();
+}
+
+#[test]
+fn sv1_remove() {
+    let operation = Operation {
+        before: ready,
+        ask: |host| {
+            host.fleet(&[]);
+            host.apply()
+        },
+        after: &[],
+    };
+    operation.killed_at_every_step();
+}

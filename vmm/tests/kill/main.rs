@@ -1,0 +1,13 @@
+//! A real `laird` with real child processes, killed at every point of every operation. The programs that it starts are stand-ins: this
+//! test itself, executed again, with the sockets and protocols of the real ones and no guest.
+
+// Clippy lets test functions panic; these are their helpers.
+#![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
+
+mod every_step;
+mod faults;
+mod host;
+mod lifecycle;
+mod stand_in;
+#[path = "../common/store.rs"]
+mod store;

@@ -1,0 +1,187 @@
+//! The programs that `laird` starts, as far as it can tell.
+//!
+//! The hypervisor's "guest" is up when it is told to `cont`, which it says on its console, and powers off when the console or the power
+//! button tells it to. The shim listens to that console and tells `laird` on its control socket.
+
+use lair_guest::wire::{
+    frame,
+    message::{Answer, Ask},
+};
+use lair_vmm::shim::{
+    config::ShimConfig,
+    protocol::{AgentState, Control, ControlReply, ShimStatus},
+};
+use std::path::Path;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
+    net::{UnixListener, UnixStream},
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+/// The variable that names the program, and the one with its arguments, a line each.
+pub(crate) const PROGRAM: &str = "LAIR_STAND_IN";
+pub(crate) const ARGUMENTS: &str = "LAIR_STAND_IN_ARGUMENTS";
+
+/// Not a test: the body of all stand-ins.
+#[test]
+#[ignore = "it is executed by the other tests in place of the programs that laird starts"]
+fn stand_in() {
+    let program = std::env::var(PROGRAM).expect("it is for the other tests");
+    let arguments = std::env::var(ARGUMENTS).unwrap();
+    let arguments: Vec<&str> = arguments.lines().collect();
+    let after = |flag: &str| {
+        let at = arguments.iter().position(|argument| *argument == flag).expect(flag);
+        arguments[at + 1]
+    };
+    let chardev = |id: &str| {
+        let wanted = format!("id={id},");
+        let options = arguments.iter().find(|argument| argument.contains(&wanted)).unwrap();
+        options.rsplit_once("path=").unwrap().1.to_owned()
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        match program.as_str() {
+            "lair-virtiofs" if arguments[0] == "index" => {}
+            "lair-virtiofs" => listen_for_ever(&[after("--socket"), after("--control")]).await,
+            "vhost-device-vsock" => listen_for_ever(&[after("--socket")]).await,
+            "qemu-system-x86_64" => hypervisor(&chardev("console"), &chardev("qmp")).await,
+            "lair-shim" => shim(&ShimConfig::load(Path::new(after("--config"))).unwrap()).await,
+            other => panic!("{other}"),
+        }
+    });
+}
+
+async fn listen_for_ever(sockets: &[&str]) {
+    let _listeners: Vec<_> = sockets.iter().map(|socket| UnixListener::bind(socket).unwrap()).collect();
+    std::future::pending().await
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Guest {
+    Paused,
+    Up,
+    Off,
+}
+
+async fn hypervisor(console: &str, qmp: &str) {
+    let (guest, _) = watch::channel(Guest::Paused);
+    let (console, qmp) = (UnixListener::bind(console).unwrap(), UnixListener::bind(qmp).unwrap());
+    loop {
+        tokio::select! {
+            Ok((stream, _)) = console.accept() => { tokio::spawn(serve_console(stream, guest.clone())); }
+            Ok((stream, _)) = qmp.accept() => { tokio::spawn(serve_qmp(stream, guest.clone())); }
+        }
+    }
+}
+
+async fn serve_console(stream: UnixStream, guest: watch::Sender<Guest>) {
+    let (reader, mut writer) = stream.into_split();
+    let (mut lines, mut changes) = (BufReader::new(reader).lines(), guest.subscribe());
+    loop {
+        let now = *changes.borrow_and_update();
+        if now == Guest::Up && writer.write_all(b"ready\n").await.is_err() {
+            return;
+        }
+        tokio::select! {
+            _ = changes.changed() => {}
+            line = lines.next_line() => match line {
+                Ok(Some(line)) if line == "poweroff" => drop(guest.send_replace(Guest::Off)),
+                Ok(Some(_)) => {}
+                _ => return,
+            }
+        }
+    }
+}
+
+async fn serve_qmp(stream: UnixStream, guest: watch::Sender<Guest>) {
+    let (reader, mut writer) = stream.into_split();
+    let (mut lines, mut changes) = (BufReader::new(reader).lines(), guest.subscribe());
+    writer.write_all(b"{\"QMP\": {\"version\": {}}}\n").await.unwrap();
+    loop {
+        tokio::select! {
+            _ = changes.changed() => {
+                if *changes.borrow_and_update() == Guest::Off {
+                    let event = "{\"event\": \"SHUTDOWN\", \"data\": {\"guest\": true, \"reason\": \"guest-shutdown\"}}\n";
+                    let _ = writer.write_all(event.as_bytes()).await;
+                    std::process::exit(0);
+                }
+            }
+            line = lines.next_line() => {
+                let Ok(Some(line)) = line else { return };
+                let command: serde_json::Value = serde_json::from_str(&line).unwrap();
+                match command["execute"].as_str().unwrap() {
+                    "cont" => drop(guest.send_replace(Guest::Up)),
+                    "system_powerdown" | "quit" => drop(guest.send_replace(Guest::Off)),
+                    "qmp_capabilities" | "query-status" => {}
+                    other => panic!("{other}"),
+                }
+                let answer = format!("{}\n", serde_json::json!({ "return": {}, "id": command["id"] }));
+                let _ = writer.write_all(answer.as_bytes()).await;
+            }
+        }
+    }
+}
+
+async fn shim(config: &ShimConfig) {
+    let status = ShimStatus {
+        vm: config.vm.clone(),
+        agent: AgentState::Absent,
+        console: true,
+        console_bytes: 0,
+        links: vec![],
+    };
+    let console = UnixStream::connect(&config.console).await.unwrap();
+    let (reader, mut console) = console.into_split();
+    let (status, _) = watch::channel(status);
+    let told = status.clone();
+    tokio::spawn(async move {
+        let mut lines = BufReader::new(reader).lines();
+        while let Ok(Some(_)) = lines.next_line().await {
+            told.send_modify(|status| {
+                status.agent = AgentState::Ready { boot_id: "guest".into(), uptime_ms: 1 };
+            });
+        }
+    });
+    let mut lose = signal(SignalKind::user_defined1()).unwrap();
+    let (ask, mut asked) = tokio::sync::mpsc::channel::<()>(1);
+    let controls = UnixListener::bind(&config.sockets.control).unwrap();
+    loop {
+        tokio::select! {
+            Ok((stream, _)) = controls.accept() => { tokio::spawn(serve_control(stream, status.clone(), ask.clone())); }
+            // As if the agent did not answer any more.
+            _ = lose.recv() => status.send_modify(|status| status.agent = AgentState::Absent),
+            Some(()) = asked.recv() => console.write_all(b"poweroff\n").await.unwrap(),
+        }
+    }
+}
+
+async fn serve_control(
+    mut stream: UnixStream,
+    status: watch::Sender<ShimStatus>,
+    ask: tokio::sync::mpsc::Sender<()>,
+) {
+    let mut changes = status.subscribe();
+    while let Ok(control) = frame::read_message::<Control, _>(&mut stream).await {
+        let reply = match control {
+            Control::Status => ControlReply::Status(status.borrow().clone()),
+            Control::Watch => loop {
+                let now = changes.borrow_and_update().clone();
+                if frame::write_message(&mut stream, &ControlReply::Status(now)).await.is_err()
+                    || changes.changed().await.is_err()
+                {
+                    return;
+                }
+            },
+            Control::Ask { ask: Ask::PowerOff } => {
+                ask.send(()).await.unwrap();
+                ControlReply::Answer { answer: Answer::Done }
+            }
+            Control::Stop => std::process::exit(0),
+            _ => ControlReply::Done,
+        };
+        if frame::write_message(&mut stream, &reply).await.is_err() {
+            return;
+        }
+    }
+}
