@@ -319,9 +319,11 @@ impl Supervisor {
             omitted_warnings: warnings.omitted,
             ..ApplyReply::default()
         };
-        // Those that are gone see that themselves.
         let gone = known.iter().filter(|(name, _)| !fleet.vms.contains_key(*name));
         let gone: Vec<_> = gone.map(|(name, handle)| (name.clone(), handle.clone())).collect();
+        for (_, handle) in &gone {
+            handle.removed().await;
+        }
         reply.removed = gone.iter().map(|(name, _)| name.clone()).collect();
         for (name, vm) in &fleet.vms {
             let Some(handle) = known.get(name) else {

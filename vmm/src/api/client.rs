@@ -89,6 +89,16 @@ impl Client {
         self.change(vm, "stop", None).await.map(drop)
     }
 
+    /// Stops a VM and starts it again; returns when the request is taken.
+    pub async fn restart(&self, vm: &str) -> Result<(), ClientError> {
+        self.change(vm, "restart", None).await.map(drop)
+    }
+
+    /// Ends a VM without asking its guest; returns when the request is taken.
+    pub async fn kill(&self, vm: &str) -> Result<(), ClientError> {
+        self.change(vm, "kill", None).await.map(drop)
+    }
+
     /// Asks a VM to `start`, `stop`, `restart` or be `kill`ed. It returns when the request is taken; how far the VM is comes then, for as
     /// many seconds as `wait` says, or once.
     pub async fn change(

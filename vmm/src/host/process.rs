@@ -56,6 +56,19 @@ pub enum ProcessError {
     Gone(ProcessId),
 }
 
+impl ProcessError {
+    /// Whether it means that there is no such process any more, and not that it cannot be looked at.
+    pub fn is_end(&self) -> bool {
+        match self {
+            Self::Gone(_) => true,
+            Self::Watch(_, error) | Self::Stat(_, error) => {
+                error.raw_os_error() == Some(nix::libc::ESRCH) || error.kind() == io::ErrorKind::NotFound
+            }
+            Self::Log(..) | Self::Spawn(..) => false,
+        }
+    }
+}
+
 /// A running process that is ours, as a child or by adoption.
 #[derive(Debug)]
 pub struct Process {

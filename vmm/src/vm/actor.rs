@@ -3,18 +3,18 @@
 //! It never waits for an effect: a step, a stage of an end and a clean-up are tasks, of which there is one at a time. So a request is
 //! taken at any moment, and one that makes the present effect pointless cancels it.
 
+mod disk;
+mod effects;
+mod follow;
+
 use super::{
     adopt::Verdict,
-    checkpoint,
     handle::{Handle, MAILBOX, Mail, Snapshot},
-    lasting,
-    machine::{Action, Input, Life, Now, Part, Patience, Refusal, Request, Stage, State, Step, Wanted},
+    machine::{Action, Input, Life, Now, Refusal, Request, State, Step, Wanted},
     orphan,
-    plan::{self, Plan},
-    record::Record,
     restart::Moment,
     running::Running,
-    steps::{Context, Job, reload_links},
+    steps::Context,
     watch as watching,
 };
 use crate::{
@@ -23,19 +23,14 @@ use crate::{
         schema::{Fleet, Restart},
         units::Size,
     },
-    host::facts::Engine,
     hypervisor::Heard,
     shim::protocol::{AgentState, ShimStatus},
-    state::{
-        dirs::{self, VmDirs},
-        file::WriteError,
-    },
 };
-use std::{collections::VecDeque, io, sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 use tokio::{
     sync::{Notify, mpsc, watch},
     task::JoinHandle,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until},
 };
 
 /// How long a cancelled effect may take to let go of what it holds.
@@ -278,6 +273,7 @@ impl Actor {
                 let _ = answer.send(outcome);
             }
             Mail::NotStarted(reason) => self.inputs.push_back(Input::NotAdmitted(reason)),
+            Mail::Removed => self.withdraw(),
             Mail::Close(from) => {
                 self.closing = true;
                 self.inputs.push_back(Input::Withdraw(from));
@@ -409,262 +405,6 @@ impl Actor {
             }
         }
     }
-
-    async fn perform(&mut self, actions: Vec<Action>) {
-        for action in actions {
-            match action {
-                Action::Perform(step) => {
-                    if step == Step::FIRST
-                        && let Err(refusal) = self.admit()
-                    {
-                        self.inputs.push_back(Input::NotAdmitted(refusal.to_string()));
-                        continue;
-                    }
-                    let lost = Input::StepFailed(step, LOST.into());
-                    self.work(Some(lost), move |job| async move {
-                        match job.perform(step).await {
-                            Ok(()) => Some(Input::StepDone(step)),
-                            Err(error) => Some(Input::StepFailed(step, chain(&error))),
-                        }
-                    });
-                }
-                Action::End(stage) => {
-                    self.work(None, move |job| async move {
-                        let name = job.context.name.clone();
-                        let error = job.end(stage).await.err()?;
-                        tracing::warn!(
-                            vm = name,
-                            ?stage,
-                            error = chain(&error),
-                            "cannot ask the guest to end"
-                        );
-                        Some(Input::EndFailed(stage))
-                    });
-                }
-                Action::Probe => {
-                    self.work(None, |job| async move { (!job.probe().await).then_some(Input::Silent) });
-                }
-                Action::Expect(patience) => self.deadline = Some(Instant::now() + self.duration(patience)),
-                Action::Relax => self.deadline = None,
-                Action::CleanUp => self.clean_up(),
-            }
-        }
-    }
-
-    fn job(&self, cancel: watch::Receiver<bool>) -> Job {
-        Job {
-            context: self.context.clone(),
-            fleet: Arc::clone(&self.fleet.borrow()),
-            running: self.running.clone(),
-            started: Arc::clone(&self.started),
-            cancel,
-        }
-    }
-
-    /// Performs an effect in a task of its own. The one before it is not wanted any more.
-    fn work<F: Future<Output = Option<Input>> + Send + 'static>(
-        &mut self,
-        lost: Option<Input>,
-        effect: impl FnOnce(Job) -> F,
-    ) {
-        let (cancel, cancelled) = watch::channel(false);
-        let task = tokio::spawn(effect(self.job(cancelled)));
-        if let Some(before) = self.work.replace(Work { cancel, task, lost }) {
-            before.task.abort();
-        }
-    }
-
-    fn clean_up(&mut self) {
-        if let Some(shim) = self.shim.take() {
-            shim.abort();
-        }
-        self.heard = None;
-        self.shim_status = None;
-        let before = self.work.take();
-        let (running, dirs) = (self.running.clone(), self.dirs());
-        self.work(Some(Input::NotCleaned(LOST.into())), |_| async move {
-            if let Some(Work { cancel, task, .. }) = before {
-                cancel.send_replace(true);
-                let _ = timeout(LET_GO, task).await;
-            }
-            let Ok(dirs) = dirs else { return Some(Input::Cleaned) };
-            match running.clean_up(&dirs).await {
-                Ok(()) => Some(Input::Cleaned),
-                Err(reason) => Some(Input::NotCleaned(reason)),
-            }
-        });
-    }
-
-    /// Listens to a hypervisor that has been connected.
-    fn attend(&mut self) {
-        let heard = self.running.heard();
-        let same = match (&self.heard, &heard) {
-            (Some(before), Some(now)) => before.same_channel(now),
-            (None, None) => true,
-            _ => false,
-        };
-        if !same {
-            self.heard = heard;
-            self.known = Heard::default();
-            self.hear();
-        }
-    }
-
-    /// Takes what the hypervisor has said since.
-    fn hear(&mut self) {
-        let Some(heard) = &mut self.heard else { return };
-        let heard = *heard.borrow_and_update();
-        let before = std::mem::replace(&mut self.known, heard);
-        let more = heard.reboots.saturating_sub(before.reboots);
-        if let Some(count) = self.reboots.more(more, std::time::Instant::now()) {
-            tracing::info!(vm = self.context.name, count, "the guest rebooted");
-        }
-        // Before the other: a guest that panicked is powered off.
-        if heard.panic && !before.panic {
-            self.inputs.push_back(Input::GuestPanic);
-        }
-        if heard.power_off && !before.power_off {
-            self.inputs.push_back(Input::GuestPowerOff);
-        }
-        if more > 0 {
-            self.publish();
-        }
-    }
-
-    fn watch_process(&mut self, part: Part) {
-        let Some(process) = self.running.process(part) else { return };
-        let heard = self.running.heard().filter(|_| part == Part::Hypervisor);
-        tokio::spawn(watching::process(part, process, heard, self.queue.clone()));
-        if part == Part::Shim
-            && let Some(plan) = self.running.plan()
-        {
-            let control = plan.shim.sockets.control.clone();
-            if let Some(before) = self.shim.replace(tokio::spawn(watching::shim(control, self.queue.clone())))
-            {
-                before.abort();
-            }
-        }
-    }
-
-    /// Follows the fleet file: out of the fleet, and with the links.
-    fn follow_fleet(&mut self) {
-        let fleet = Arc::clone(&self.fleet.borrow_and_update());
-        if !fleet.vms.contains_key(&self.context.name) && !self.withdrawn {
-            self.withdrawn = true;
-            self.inputs.push_back(Input::Withdraw(Stage::Agent));
-        }
-        let Some(plan) = self.running.plan() else { return };
-        let shim = match plan::shim(&plan.name, &plan.vm, &fleet, &self.context.dirs, &plan.dirs) {
-            Ok(shim) => shim,
-            Err(error) => return tracing::warn!(vm = plan.name, %error, "its links stay as they are"),
-        };
-        if shim == plan.shim {
-            return;
-        }
-        let plan = Arc::new(Plan { shim, ..(*plan).clone() });
-        self.running.set_plan(Arc::clone(&plan));
-        self.publish();
-        if self.running.process(Part::Shim).is_some() {
-            tokio::spawn(async move {
-                if let Err(error) = reload_links(&plan).await {
-                    tracing::warn!(
-                        vm = plan.name,
-                        error = chain(&error),
-                        "its shim did not take the new links"
-                    );
-                }
-            });
-        }
-    }
-
-    fn dirs(&self) -> Result<VmDirs, dirs::DirsError> {
-        self.context.dirs.vm(&self.context.name)
-    }
-
-    /// Writes down what is wanted and what outlives the VM, if that has changed.
-    async fn keep(&mut self, life: &Life) -> Result<(), WriteError> {
-        let lasting = life.lasting();
-        if self.kept.as_ref() == Some(&lasting) {
-            return Ok(());
-        }
-        let Ok(dirs) = self.dirs() else { return Ok(()) };
-        let boot_id = self.context.host.boot_id.clone();
-        checkpoint::reach("the lasting state: before it is written");
-        let kept = lasting.clone();
-        write(move || {
-            if let Err(error) = dirs::create(&dirs.state, 0o750) {
-                let source = io::Error::other(chain(&error));
-                return Err(WriteError { path: dirs.lasting(), step: "making its directory", source });
-            }
-            lasting::write(&dirs.lasting(), &boot_id, &kept)
-        })
-        .await?;
-        checkpoint::reach("the lasting state: written");
-        self.kept = Some(lasting);
-        Ok(())
-    }
-
-    async fn keep_or_warn(&mut self, life: &Life) {
-        if let Err(error) = self.keep(life).await {
-            self.not_kept(&error);
-        }
-    }
-
-    fn not_kept(&self, error: &WriteError) {
-        tracing::error!(
-            vm = self.context.name,
-            error = chain(error),
-            "cannot write down what is wanted of it"
-        );
-    }
-
-    /// Writes down what a later `laird` needs to find the VM again.
-    async fn record(&self) -> Result<(), WriteError> {
-        let Some(plan) = self.running.plan() else { return Ok(()) };
-        // The first steps leave nothing that has to be found.
-        if matches!(self.life.state, State::Starting(Step::View | Step::Directories))
-            || !plan.dirs.run.exists()
-        {
-            return Ok(());
-        }
-        let boot_id = &self.context.host.boot_id;
-        let mut record = Record::new(boot_id, &self.life, self.since, &plan);
-        record.processes =
-            self.running.processes().iter().map(|(part, process)| (*part, process.id())).collect();
-        checkpoint::reach(&format!("{}: before it is recorded", self.life.state.word()));
-        write(move || record.write(&plan.dirs.record())).await?;
-        checkpoint::reach(&format!("{}: recorded", self.life.state.word()));
-        Ok(())
-    }
-
-    async fn record_or_warn(&self) {
-        if let Err(error) = self.record().await {
-            tracing::error!(vm = self.context.name, error = chain(&error), "cannot record the runtime state");
-        }
-    }
-
-    fn publish(&self) {
-        self.snapshot.send_replace(Snapshot {
-            adoption: self.verdict,
-            reboots: self.reboots.total(),
-            shim: self.shim_status.clone(),
-            ..Snapshot::of(&self.life, self.since, &self.running)
-        });
-    }
-
-    /// How long something may take. Emulation is many times slower, and this host may be busy with other guests.
-    fn duration(&self, patience: Patience) -> Duration {
-        let engine = self.running.plan().map_or(self.context.host.engine, |plan| plan.machine.engine);
-        let seconds = match (patience, engine) {
-            (Patience::Boot, Engine::Kvm) => 60,
-            (Patience::Boot, Engine::Tcg) => 300,
-            (Patience::Stop(Stage::Agent), _) => 20,
-            (Patience::Stop(Stage::PowerButton), _) => 5,
-            (Patience::Stop(Stage::Terminate | Stage::Kill), _) => 10,
-            (Patience::Pause(seconds), _) => seconds,
-        };
-        Duration::from_secs(seconds)
-    }
 }
 
 fn tell(vm: &str, life: &Life) {
@@ -685,11 +425,6 @@ fn agent(status: &ShimStatus) -> Input {
         AgentState::Ready { .. } => Input::AgentReady,
         AgentState::Absent | AgentState::Connected { .. } => Input::AgentLost,
     }
-}
-
-/// Writes on a thread: a disk that hangs stops this VM's task only.
-async fn write(work: impl FnOnce() -> Result<(), WriteError> + Send + 'static) -> Result<(), WriteError> {
-    tokio::task::spawn_blocking(work).await.unwrap_or(Ok(()))
 }
 
 async fn changed(heard: &mut Option<watch::Receiver<Heard>>) {

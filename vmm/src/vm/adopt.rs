@@ -12,6 +12,7 @@ use super::{
     running::Running,
 };
 use crate::{
+    error::chain,
     host::process::{Process, ProcessError, ProcessId},
     state::dirs::{Dirs, VmDirs},
 };
@@ -131,7 +132,12 @@ fn from_record(name: &str, record: Record, lasting: Option<&Lasting>, moment: Mo
                 );
                 return quarantine(name, Verdict::Quarantine, reason);
             }
-            Err(_) => {}
+            Err(error) if error.is_end() => {}
+            // It may well run: for want of descriptors, say, nobody can tell.
+            Err(error) => {
+                let reason = format!("{part} cannot be looked at: {}", chain(&error));
+                return quarantine(name, Verdict::Quarantine, reason);
+            }
         }
     }
     let missing: Vec<_> = Part::ALL.into_iter().filter(|part| !processes.contains_key(part)).collect();

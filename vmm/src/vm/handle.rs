@@ -82,6 +82,8 @@ pub(super) enum Mail {
     Request(Request, oneshot::Sender<Result<(), Refusal>>),
     /// It should have started by itself.
     NotStarted(String),
+    /// It was taken out of the fleet, of which a look at the fleet may come too late.
+    Removed,
     /// The host shuts down: it is to end and stays down.
     Close(Stage),
     Ended(Part, ProcessId, String),
@@ -104,6 +106,11 @@ impl Handle {
     /// Tells the VM why it was not started by itself: it is failed then, unless it has been started meanwhile.
     pub async fn not_started(&self, reason: String) {
         let _ = self.queue.send(Mail::NotStarted(reason)).await;
+    }
+
+    /// Tells the VM that it was taken out of the fleet. Should it be back already, it starts anew.
+    pub async fn removed(&self) {
+        let _ = self.queue.send(Mail::Removed).await;
     }
 
     /// Ends the VM, beginning with this stage, without a change of what is wanted of it: the host shuts down.

@@ -3,13 +3,18 @@
 //!
 //! A step runs in a task of its own and may be dropped at any await: what it started by then is in [`Running`].
 
+mod arguments;
+mod error;
+
+pub use error::StepError;
+
+use self::arguments::{store_arguments, virtiofs_arguments, vsock_arguments};
 use super::{
     budget::Budget,
-    checkpoint,
-    generation::{self, GenerationError},
+    checkpoint, generation,
     machine::{Part, Stage, Step},
     orphan,
-    plan::{Plan, PlanError, plan},
+    plan::{Plan, plan},
     running::Running,
 };
 use crate::{
@@ -17,26 +22,20 @@ use crate::{
     fleet::schema::Fleet,
     host::{
         Host,
-        process::{Launch, Process, ProcessError},
-        tools::{self, Missing},
+        process::{Launch, Process},
+        tools,
     },
     hypervisor::{
         Heard,
-        qemu::{
-            command,
-            qmp::{Qmp, QmpError},
-        },
+        qemu::{command, qmp::Qmp},
     },
-    shim::client::{self, ClientError},
-    state::{
-        dirs::{Dirs, DirsError},
-        file::{self, WriteError},
-    },
+    shim::client,
+    state::{dirs::Dirs, file},
 };
 use lair_guest::{initramfs, wire::message::Ask};
 use nix::sys::signal::Signal;
 use std::{
-    fs, io,
+    fs,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -58,79 +57,6 @@ const WORK: Duration = Duration::from_secs(15 * 60);
 
 /// How long any other step may take.
 const STEP: Duration = Duration::from_secs(60);
-
-/// Why a step failed.
-#[derive(Debug, thiserror::Error)]
-pub enum StepError {
-    /// The fleet file has no such VM any more.
-    #[error("The fleet file has no VM of this name")]
-    NotInFleet,
-    /// The view cannot be made.
-    #[error(transparent)]
-    Generation(#[from] GenerationError),
-    /// The plan cannot be made.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// A directory cannot be used.
-    #[error(transparent)]
-    Dirs(#[from] DirsError),
-    /// A program is missing.
-    #[error(transparent)]
-    Missing(#[from] Missing),
-    /// A volume cannot be made.
-    #[error("Cannot make the volume {path}: {reason}")]
-    Volume {
-        /// The image.
-        path: PathBuf,
-        /// Why.
-        reason: String,
-    },
-    /// The view's metadata cannot be indexed.
-    #[error("Cannot index the view {view}: {reason}")]
-    Index {
-        /// The view file.
-        view: PathBuf,
-        /// What was said about it.
-        reason: String,
-    },
-    /// The initramfs cannot be made.
-    #[error("Cannot make the initramfs")]
-    Initramfs(#[from] initramfs::InitramfsError),
-    /// A file cannot be written.
-    #[error(transparent)]
-    Write(#[from] WriteError),
-    /// A file cannot be read.
-    #[error("Cannot read {0}")]
-    Read(PathBuf, #[source] io::Error),
-    /// A process cannot be started.
-    #[error(transparent)]
-    Process(#[from] ProcessError),
-    /// A process ended at once, or does not do what it is for.
-    #[error("{part} did not start: {reason}{log}")]
-    NotUp {
-        /// Which.
-        part: Part,
-        /// What was seen.
-        reason: String,
-        /// The end of its log, on lines of its own.
-        log: String,
-    },
-    /// QEMU does not obey.
-    #[error(transparent)]
-    Qmp(#[from] QmpError),
-    /// The shim does not obey.
-    #[error(transparent)]
-    Shim(#[from] ClientError),
-    /// It takes too long.
-    #[error("It was not done within {0:?}, and was given up")]
-    Overdue(Duration),
-    /// Something else was asked for meanwhile.
-    #[error("It was cancelled")]
-    Cancelled,
-    /// A task of ours was lost.
-    #[error("Internal error: a task ended without a result")]
-    Lost,
-}
 
 /// What the steps may use.
 #[derive(Debug, Clone)]
@@ -419,38 +345,6 @@ fn write_initramfs(plan: &Plan, guest: &Path) -> Result<(), StepError> {
     Ok(file::replace(&plan.machine.initramfs, &archive, 0o600)?)
 }
 
-/// What indexing and serving have in common.
-fn store_arguments(plan: &Plan) -> Vec<String> {
-    let mut arguments = vec!["--index".into(), text(&plan.index)];
-    for store in &plan.stores {
-        arguments.extend(["--source".into(), text(store)]);
-    }
-    arguments.extend(["--view".into(), text(&plan.generation.view)]);
-    arguments
-}
-
-fn virtiofs_arguments(plan: &Plan) -> Vec<String> {
-    let mut arguments = vec!["--socket".into(), text(&plan.machine.store_socket)];
-    arguments.extend(store_arguments(plan));
-    arguments.extend(["--queues".into(), plan.machine.store_queues.to_string()]);
-    arguments.extend(["--control".into(), text(&plan.dirs.socket("store-control.sock"))]);
-    arguments
-}
-
-/// `socket` is for the hypervisor, `hybrid` for the shim.
-fn vsock_arguments(socket: &Path, hybrid: &Path) -> Vec<String> {
-    // Not by its `--vm KEY=VALUE,...`, in which a comma cannot be escaped.
-    let options = [
-        // The guest's own number; it is not seen outside this device, so all VMs may have the same.
-        ("--guest-cid", "3".into()),
-        ("--socket", text(socket)),
-        ("--uds-path", text(hybrid)),
-        // The device drops packets of about 32 KiB and more, and so hangs the connection; a guest sends none larger than this.
-        ("--tx-buffer-size", "16384".into()),
-    ];
-    options.into_iter().flat_map(|(option, value)| [option.into(), value]).collect()
-}
-
 /// Writes a VM's links again and has its shim read them.
 pub async fn reload_links(plan: &Plan) -> Result<(), StepError> {
     file::replace_json(&plan.dirs.run.join("shim.json"), &plan.shim, 0o600)?;
@@ -484,19 +378,4 @@ fn last_lines(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(50)..].iter().map(|line| format!("\n  {line}")).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cf12_paths_are_arguments_of_their_own() {
-        for c in [",uds-path=", "=", " ", "+", "--config=", "%", "\""] {
-            let (socket, hybrid) = (format!("/run/a{c}b/vsock.sock"), format!("/run/a{c}b/vsock"));
-            let arguments = vsock_arguments(Path::new(&socket), Path::new(&hybrid));
-            assert_eq!(arguments[2..6], ["--socket", &socket, "--uds-path", &hybrid]);
-            assert_eq!(arguments.len(), 8);
-        }
-    }
 }

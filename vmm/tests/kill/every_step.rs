@@ -21,9 +21,10 @@ struct Operation {
 
 impl Operation {
     /// Performs it once; `laird` is killed at a point, and started again. What is there in the end.
-    fn run(&self, kill_at: Option<usize>) -> (Traces, Vec<String>) {
+    fn run(&self, kill_at: Option<usize>, and: fn(&mut Host)) -> (Traces, Vec<String>) {
         let mut host = Host::new();
         (self.before)(&mut host);
+        assert!(host.is_quiet());
         host.kill();
         host.checkpoints();
         // Adoption is a part of it.
@@ -50,6 +51,7 @@ impl Operation {
             assert!(host.is_quiet());
         }
         let points = host.checkpoints();
+        and(&mut host);
         // All that runs is known.
         let vms = host.status().unwrap();
         let known: usize = vms.values().map(|vm| vm.processes.len()).sum();
@@ -59,7 +61,12 @@ impl Operation {
     }
 
     fn killed_at_every_step(&self) {
-        let (undisturbed, points) = self.run(None);
+        self.killed_at_every_step_and(|_| {});
+    }
+
+    /// As well, what is asserted in the end of each run.
+    fn killed_at_every_step_and(&self, and: fn(&mut Host)) {
+        let (undisturbed, points) = self.run(None, and);
         assert!(points.len() > 3, "{points:?}");
         // Half of each run is waiting.
         let next = AtomicUsize::new(1);
@@ -69,7 +76,7 @@ impl Operation {
                     loop {
                         let at = next.fetch_add(1, Relaxed);
                         let Some(point) = points.get(at - 1) else { return };
-                        let (traces, _) = self.run(Some(at));
+                        let (traces, _) = self.run(Some(at), and);
                         assert_eq!(traces, undisturbed, "killed at point {at}: {point}");
                     }
                 });
@@ -133,4 +140,21 @@ fn sv1_remove() {
         after: &[],
     };
     operation.killed_at_every_step();
+}
+
+#[test]
+fn sv1_restart() {
+    let operation = Operation {
+        before: ready,
+        ask: |host| {
+            // One that is on its way counts as taken: it is not restarted twice.
+            let before = host.status()?["a"].clone();
+            let runs = matches!(before.state.as_str(), "ready" | "booting");
+            if runs && before.last_stop.is_none() { host.restart("a") } else { Ok(()) }
+        },
+        after: &[("a", "ready")],
+    };
+    operation.killed_at_every_step_and(|host| {
+        assert!(host.status().unwrap()["a"].last_stop.is_some(), "it was restarted");
+    });
 }

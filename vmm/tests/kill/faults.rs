@@ -110,6 +110,15 @@ fn sv3_a_damaged_record_quarantines_its_vm_and_an_operator_leads_it_out() {
     host.settled(&[("a", "stopped"), ("b", "ready")]).unwrap();
     host.start("a").unwrap();
     host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    // The shorter way out: what carries its tag is ended.
+    host.kill();
+    fs::write(&record, "").unwrap();
+    host.laird(None);
+    host.settled(&[("a", "quarantined"), ("b", "ready")]).unwrap();
+    host.kill_vm("a").unwrap();
+    let vms = host.settled(&[("a", "stopped"), ("b", "ready")]).unwrap();
+    assert_eq!(before["b"].processes, vms["b"].processes);
+    assert_eq!(host.traces().processes.len(), 4);
 }
 
 #[test]

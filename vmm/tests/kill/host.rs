@@ -207,6 +207,14 @@ impl Host {
         self.ask(async |client| client.stop(vm).await)
     }
 
+    pub(crate) fn restart(&mut self, vm: &str) -> Result<(), ClientError> {
+        self.ask(async |client| client.restart(vm).await)
+    }
+
+    pub(crate) fn kill_vm(&mut self, vm: &str) -> Result<(), ClientError> {
+        self.ask(async |client| client.kill(vm).await)
+    }
+
     pub(crate) fn apply(&mut self) -> Result<(), ClientError> {
         self.ask(async |client| client.apply(&ApplyRequest::default()).await.map(drop))
     }

@@ -49,6 +49,8 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
     arguments.device(json!({ "driver": "virtio-serial-pci" }));
     arguments.device(json!({ "driver": "virtconsole", "chardev": "console" }));
     arguments.device(json!({ "driver": "virtio-rng-pci" }));
+    // By it a kernel that panics says so, where it has the driver.
+    arguments.device(json!({ "driver": "pvpanic-pci" }));
     for (index, disk) in machine.disks.iter().enumerate() {
         arguments.disk(index, disk);
     }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::fleet::schema::Restart;
 use proptest::prelude::*;
 
 const FAILS: Restart = Restart::OnFailure;
@@ -265,7 +266,10 @@ fn sv12_a_vm_that_is_withdrawn_ends_and_is_wanted_as_before() {
         }
     }
     let (life, actions) = ready().step(Input::Withdraw(Stage::Kill), now());
-    assert_eq!((life.state, actions), (State::Stopping(Stage::Kill), stage(Stage::Kill)));
+    assert_eq!((&life.state, actions), (&State::Stopping(Stage::Kill), stage(Stage::Kill)));
+    // An operator's kill is noted, though there is nothing more to do.
+    let (life, actions) = life.request(Request::Kill, 0).unwrap();
+    assert_eq!((life.wanted, actions), (Wanted::Stopped, vec![]));
 }
 
 #[test]

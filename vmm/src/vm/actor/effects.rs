@@ -1,0 +1,117 @@
+//! Performing what the machine says, in tasks of which there is one at a time.
+
+use super::{Actor, LET_GO, LOST, Work};
+use crate::{
+    error::chain,
+    host::facts::Engine,
+    vm::{
+        machine::{Action, Input, Patience, Stage, Step},
+        steps::Job,
+    },
+};
+use std::{sync::Arc, time::Duration};
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
+
+impl Actor {
+    pub(super) async fn perform(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Perform(step) => {
+                    if step == Step::FIRST
+                        && let Err(refusal) = self.admit()
+                    {
+                        self.inputs.push_back(Input::NotAdmitted(refusal.to_string()));
+                        continue;
+                    }
+                    let lost = Input::StepFailed(step, LOST.into());
+                    self.work(Some(lost), move |job| async move {
+                        match job.perform(step).await {
+                            Ok(()) => Some(Input::StepDone(step)),
+                            Err(error) => Some(Input::StepFailed(step, chain(&error))),
+                        }
+                    });
+                }
+                Action::End(stage) => {
+                    self.work(None, move |job| async move {
+                        let name = job.context.name.clone();
+                        let error = job.end(stage).await.err()?;
+                        tracing::warn!(
+                            vm = name,
+                            ?stage,
+                            error = chain(&error),
+                            "cannot ask the guest to end"
+                        );
+                        Some(Input::EndFailed(stage))
+                    });
+                }
+                Action::Probe => {
+                    self.work(None, |job| async move { (!job.probe().await).then_some(Input::Silent) });
+                }
+                Action::Expect(patience) => self.deadline = Some(Instant::now() + self.duration(patience)),
+                Action::Relax => self.deadline = None,
+                Action::CleanUp => self.clean_up(),
+            }
+        }
+    }
+
+    pub(super) fn job(&self, cancel: watch::Receiver<bool>) -> Job {
+        Job {
+            context: self.context.clone(),
+            fleet: Arc::clone(&self.fleet.borrow()),
+            running: self.running.clone(),
+            started: Arc::clone(&self.started),
+            cancel,
+        }
+    }
+
+    /// Performs an effect in a task of its own. The one before it is not wanted any more.
+    fn work<F: Future<Output = Option<Input>> + Send + 'static>(
+        &mut self,
+        lost: Option<Input>,
+        effect: impl FnOnce(Job) -> F,
+    ) {
+        let (cancel, cancelled) = watch::channel(false);
+        let task = tokio::spawn(effect(self.job(cancelled)));
+        if let Some(before) = self.work.replace(Work { cancel, task, lost }) {
+            before.task.abort();
+        }
+    }
+
+    fn clean_up(&mut self) {
+        if let Some(shim) = self.shim.take() {
+            shim.abort();
+        }
+        self.heard = None;
+        self.shim_status = None;
+        let before = self.work.take();
+        let (running, dirs) = (self.running.clone(), self.dirs());
+        self.work(Some(Input::NotCleaned(LOST.into())), |_| async move {
+            if let Some(Work { cancel, task, .. }) = before {
+                cancel.send_replace(true);
+                let _ = timeout(LET_GO, task).await;
+            }
+            let Ok(dirs) = dirs else { return Some(Input::Cleaned) };
+            match running.clean_up(&dirs).await {
+                Ok(()) => Some(Input::Cleaned),
+                Err(reason) => Some(Input::NotCleaned(reason)),
+            }
+        });
+    }
+
+    /// How long something may take. Emulation is many times slower, and this host may be busy with other guests.
+    fn duration(&self, patience: Patience) -> Duration {
+        let engine = self.running.plan().map_or(self.context.host.engine, |plan| plan.machine.engine);
+        let seconds = match (patience, engine) {
+            (Patience::Boot, Engine::Kvm) => 60,
+            (Patience::Boot, Engine::Tcg) => 300,
+            (Patience::Stop(Stage::Agent), _) => 20,
+            (Patience::Stop(Stage::PowerButton), _) => 5,
+            (Patience::Stop(Stage::Terminate | Stage::Kill), _) => 10,
+            (Patience::Pause(seconds), _) => seconds,
+        };
+        Duration::from_secs(seconds)
+    }
+}
