@@ -88,11 +88,15 @@ in
         RestartSec = 1;
         # A stop or a crash ends laird alone, never a guest.
         KillMode = "process";
+        # VMs get cgroups below this one, beside that of laird itself.
+        Delegate = "cpu io memory pids";
+        DelegateSubgroup = "supervisor";
         OOMScoreAdjust = -900;
         RuntimeDirectory = "lair";
         RuntimeDirectoryPreserve = true;
         StateDirectory = "lair";
-        StateDirectoryMode = "0750";
+        # Users of VMs go through to their volumes; what is in it is not for others to read.
+        StateDirectoryMode = "0751";
         LimitNOFILE = 65536;
         LockPersonality = true;
         NoNewPrivileges = true;

@@ -132,6 +132,8 @@ fn init_log() {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
+        // Where nobody reads what is said any more, that is not to be said either: it would end the program.
+        .log_internal_errors(false)
         .init();
 }
 

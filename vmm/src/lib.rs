@@ -3,6 +3,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`api`] | `laird`'s API on a unix socket: types, server, client, audit |
+//! | [`cgroup`] | cgroup v2: limits of a VM, its end as a whole, what happens to it |
 //! | [`error`] | how errors are told |
 //! | [`fleet`] | the fleet file: schema, loading, validation |
 //! | [`host`] | the host: processes, programs, facts |
@@ -13,6 +14,7 @@
 //! | [`vm`] | one VM: plan, lifecycle (a pure state machine), steps, executor |
 
 pub mod api;
+pub mod cgroup;
 pub mod error;
 pub mod fleet;
 pub mod host;

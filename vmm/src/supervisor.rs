@@ -5,7 +5,10 @@ use crate::{
         observe::Observed,
         types::{ApplyReply, EventKind, HostStatus, VmStatus},
     },
-    fleet::{Loaded, Place, Problem, Problems, diff, schema::Fleet},
+    fleet::{
+        Loaded, Place, Problem, Problems, diff,
+        schema::{Fleet, Limits, Users},
+    },
     host::Host,
     shim::client,
     state::dirs::Dirs,
@@ -104,6 +107,7 @@ impl Supervisor {
             vms: Mutex::new(BTreeMap::new()),
             observed: Observed::default(),
         });
+        supervisor.observed.listen(supervisor.host.happened.subscribe());
         let fleet = supervisor.fleet();
         leftovers::remove(&supervisor.dirs, &fleet).await;
         let names: BTreeSet<_> =
@@ -279,7 +283,7 @@ impl Supervisor {
     pub fn preview(&self, loaded: Loaded, other_file: Option<String>) -> ApplyReply {
         let Loaded { fleet, mut warnings } = loaded;
         if fleet.host != self.fleet().host {
-            warnings.problems.push(self.accel_stays(other_file.as_deref()));
+            warnings.problems.push(self.host_stays(other_file.as_deref()));
         }
         let changes = self.changes(&fleet);
         let vms = |actions: &[diff::Action]| {
@@ -305,7 +309,7 @@ impl Supervisor {
         let _applying = self.applying.lock().await;
         let Loaded { fleet, mut warnings } = loaded;
         if fleet.host != self.fleet().host {
-            warnings.problems.push(self.accel_stays(other_file.as_deref()));
+            warnings.problems.push(self.host_stays(other_file.as_deref()));
         }
         log(&warnings);
         let changes = self.changes(&fleet);
@@ -355,11 +359,11 @@ impl Supervisor {
         reply
     }
 
-    /// The one thing that an apply does not change.
-    fn accel_stays(&self, other_file: Option<&str>) -> Problem {
+    /// What an apply does not change.
+    fn host_stays(&self, other_file: Option<&str>) -> Problem {
         let file = other_file.map_or_else(|| self.fleet_file.display().to_string(), Into::into);
-        let place = Place { file, line: None, column: None, path: Some("host.accel".into()) };
-        let message = "is read when laird starts; until then guests run as before".into();
+        let place = Place { file, line: None, column: None, path: Some("host".into()) };
+        let message = "is read when laird starts; until then all is as before".into();
         Problem { place, message, hint: None, other: None }
     }
 
@@ -391,6 +395,8 @@ impl Supervisor {
             applied: self.differs.lock().unwrap_or_else(PoisonError::into_inner).clone(),
             engine: self.host.engine,
             root: crate::state::dirs::is_root(),
+            users: if self.host.ids.is_some() { Users::Own } else { Users::Shared },
+            limits: if self.host.cgroups.is_some() { Limits::Cgroup } else { Limits::None },
             vms,
         }
     }

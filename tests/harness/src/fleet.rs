@@ -4,8 +4,8 @@ use crate::testbed::Testbed;
 use anyhow::Result;
 use lair_vmm::fleet::{
     schema::{
-        Accel, Access, Fleet, Host, Link, Metrics, Overlay, Role, RootSource, SCHEMA, Service, Source, Store,
-        Target, Vm, VmTarget,
+        Accel, Access, Fleet, Host, Limits, Link, Metrics, Overlay, Role, RootSource, SCHEMA, Service,
+        Source, Store, Target, Users, Vm, VmTarget,
     },
     units::Size,
 };
@@ -20,7 +20,8 @@ pub const fn mib(number: u64) -> Size {
 pub fn empty(testbed: &Testbed) -> Fleet {
     Fleet {
         schema: SCHEMA,
-        host: Host { accel: Accel::Auto },
+        // The machines that run the tests have no usable cgroups, and their directories are not for other users to enter.
+        host: Host { accel: Accel::Auto, limits: Limits::None, users: Users::Shared, ids: None },
         store: Store { sources: vec![Source::Root(RootSource { root: testbed.store_root.clone() })] },
         vms: BTreeMap::new(),
         links: BTreeMap::new(),
@@ -49,6 +50,7 @@ pub fn vm(testbed: &Testbed, roots: &[&str]) -> Result<Vm> {
         network: Default::default(),
         credentials: BTreeMap::new(),
         services: vec![],
+        limits: Default::default(),
         autostart: true,
         restart: Default::default(),
     })

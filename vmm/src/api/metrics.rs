@@ -263,7 +263,10 @@ mod tests {
     use super::*;
     use crate::{
         api::types::VmStatus,
-        fleet::{schema::Role, units::Size},
+        fleet::{
+            schema::{Limits, Role, Users},
+            units::Size,
+        },
         host::facts::Engine,
         vm::machine::Wanted,
     };
@@ -308,6 +311,8 @@ mod tests {
             applied: None,
             engine: Engine::Tcg,
             root: false,
+            users: Users::Shared,
+            limits: Limits::None,
             vms: vec![vm],
         };
         let stats = Stats::default();

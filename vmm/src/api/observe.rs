@@ -5,9 +5,15 @@ use super::{
     metrics::Stats,
     types::{EventKind, detail},
 };
-use crate::vm::{handle::Snapshot, machine::State};
+use crate::{
+    cgroup::Event,
+    vm::{handle::Snapshot, limits::Happened, machine::State},
+};
 use std::{sync::Arc, time::Instant};
-use tokio::sync::watch;
+use tokio::sync::{
+    broadcast::{self, error::RecvError},
+    watch,
+};
 
 /// What is told, and what is counted, of all VMs.
 #[derive(Debug, Clone, Default)]
@@ -49,6 +55,20 @@ impl Observed {
         });
     }
 
+    /// Tells what happens to the cgroups of VMs.
+    pub fn listen(&self, mut happened: broadcast::Receiver<Happened>) {
+        let events = Arc::clone(&self.events);
+        tokio::spawn(async move {
+            loop {
+                match happened.recv().await {
+                    Ok(happened) => events.publish(told(happened)),
+                    Err(RecvError::Lagged(count)) => events.publish(EventKind::Dropped { count }),
+                    Err(RecvError::Closed) => return,
+                }
+            }
+        });
+    }
+
     fn count(&self, vm: &str, from: &State, to: &State, started: &mut Option<Instant>) {
         match (from, to) {
             (State::Starting(_), State::Starting(_)) => {}
@@ -71,5 +91,37 @@ impl Observed {
     pub fn forget(&self, vm: &str) {
         self.stats.forget(vm);
         self.events.publish(EventKind::Forgotten { vm: vm.to_owned() });
+    }
+}
+
+fn told(Happened { vm, event }: Happened) -> EventKind {
+    match event {
+        Event::Oom { killed } => EventKind::Oom { vm, killed },
+        Event::Pressure(pressure) => {
+            EventKind::Pressure { vm, percent: u64::from(pressure.full.avg10) / 100 }
+        }
+        Event::Empty => {
+            EventKind::Unlimited { vm, reason: "there is no process in its cgroup any more".into() }
+        }
+        Event::Gone => EventKind::Unlimited { vm, reason: "its cgroup was removed by somebody else".into() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_happens_to_a_cgroup_is_an_event_with_the_vm_s_name() {
+        let (observed, happened) = (Observed::default(), crate::host::happenings());
+        observed.listen(happened.subscribe());
+        let mut reader = observed.events.reader(None);
+        for event in [Event::Oom { killed: 3 }, Event::Gone] {
+            happened.send(Happened { vm: "builder".into(), event }).unwrap();
+        }
+        let vm = || "builder".to_owned();
+        assert_eq!(reader.next().await.kind, EventKind::Oom { vm: vm(), killed: 3 });
+        let reason = "its cgroup was removed by somebody else".to_owned();
+        assert_eq!(reader.next().await.kind, EventKind::Unlimited { vm: vm(), reason });
     }
 }

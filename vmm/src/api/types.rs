@@ -4,7 +4,7 @@ use crate::{
     fleet::{
         Problem,
         diff::Change,
-        schema::{Fleet, Role},
+        schema::{Fleet, Limits, Role, Users},
         units::Size,
     },
     host::facts::Engine,
@@ -47,8 +47,12 @@ pub struct HostStatus {
     /// What executes guests.
     #[schemars(with = "String")]
     pub engine: Engine,
-    /// Whether `laird` is root. Otherwise all processes share its uid.
+    /// Whether `laird` is root.
     pub root: bool,
+    /// Whom the processes of VMs run as.
+    pub users: Users,
+    /// What holds VMs to what they may take of the host.
+    pub limits: Limits,
     /// The VMs, by name.
     pub vms: Vec<VmStatus>,
 }
@@ -399,6 +403,27 @@ pub enum EventKind {
         pending_restart: Vec<String>,
         /// Whether links changed.
         links_changed: bool,
+    },
+    /// A VM ran out of memory, and processes of it were killed.
+    Oom {
+        /// The VM.
+        vm: String,
+        /// How many processes.
+        killed: u64,
+    },
+    /// All of a VM waits for memory.
+    Pressure {
+        /// The VM.
+        vm: String,
+        /// The share of the last ten seconds, in percent.
+        percent: u64,
+    },
+    /// A VM runs, and is not limited as it should be.
+    Unlimited {
+        /// The VM.
+        vm: String,
+        /// Why.
+        reason: String,
     },
     /// Events are missing here, because this reader was too slow or came too late.
     Dropped {

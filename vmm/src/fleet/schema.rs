@@ -1,6 +1,9 @@
 //! The types of the fleet file, schema 1. Unknown keys are refused everywhere.
 
-use super::{limits::VCPUS_MAX, units::Size};
+use super::{
+    limits::{CPU_PERCENT_MAX, CPU_WEIGHT_MAX, PIDS_MAX, PIDS_MIN, VCPUS_MAX},
+    units::Size,
+};
 use lair_guest::wire::AGENT_PORT;
 use lair_virtiofs::store;
 use schemars::JsonSchema;
@@ -84,6 +87,45 @@ pub struct Metrics {
 pub struct Host {
     /// Hardware acceleration.
     pub accel: Accel,
+    /// What holds VMs to what they may take of the host.
+    pub limits: Limits,
+    /// Whom the processes of VMs run as, where `laird` is root. Otherwise all share its user.
+    pub users: Users,
+    /// The numbers from which VMs get their users and groups. Without it, 65536 from 2100000000 on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ids: Option<IdRange>,
+}
+
+/// What holds VMs to what they may take of the host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Limits {
+    /// cgroup v2, with the controllers cpu, memory and pids (and io, where a VM has limits for its disks), or do not start.
+    #[default]
+    Cgroup,
+    /// Nothing: a VM can take all that the host has. Said by `vmctl status` and `vmctl doctor`.
+    None,
+}
+
+/// Whom the processes of VMs run as.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Users {
+    /// Users of their own, and a group for each VM. They have to reach kernels and the directories of `laird`.
+    #[default]
+    Own,
+    /// The user of `laird`. Said by `vmctl status`.
+    Shared,
+}
+
+/// A range of numbers for users and groups that nobody else on the host uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct IdRange {
+    /// The first number.
+    pub first: u32,
+    /// How many there are; each VM takes eight.
+    pub count: u32,
 }
 
 /// Hardware acceleration.
@@ -215,6 +257,9 @@ pub struct Vm {
     /// Programs that the agent keeps running; for VMs without `init`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<Service>,
+    /// What its processes may take of the host, where the defaults do not fit.
+    #[serde(default, skip_serializing_if = "VmLimits::is_default")]
+    pub limits: VmLimits,
     /// Whether `laird` starts the VM by itself.
     #[serde(default = "yes")]
     pub autostart: bool,
@@ -238,6 +283,66 @@ pub enum Restart {
 
 fn yes() -> bool {
     true
+}
+
+/// What the processes of a VM may take of the host together. Memory needs no number: it is that of the guest, what its processes
+/// need besides, and `store_cache`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmLimits {
+    /// Time on the host's processors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<CpuLimits>,
+    /// The most processes and threads on the host, 1024 and one for each virtual CPU if not given.
+    #[schemars(range(min = PIDS_MIN, max = PIDS_MAX))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pids: Option<u32>,
+    /// Reads and writes on the disk that holds the VM's volumes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub io: Option<IoLimits>,
+    /// How much of the store the host may keep in its page cache for this VM, 512MiB if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store_cache: Option<Size>,
+}
+
+impl VmLimits {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// Time on the host's processors.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct CpuLimits {
+    /// At most this much, in percent of one processor: 250 is two and a half of them. No bound if not given.
+    #[schemars(range(min = 1, max = CPU_PERCENT_MAX))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub percent: Option<u32>,
+    /// The share beside other VMs where there is not enough for all, 100 if not given.
+    #[schemars(range(min = 1, max = CPU_WEIGHT_MAX))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u32>,
+}
+
+/// Reads and writes a second; no bound for what is not given.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct IoLimits {
+    /// Bytes read a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read: Option<Size>,
+    /// Bytes written a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub write: Option<Size>,
+    /// Reads a second.
+    #[schemars(range(min = 1))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub read_ops: Option<u32>,
+    /// Writes a second.
+    #[schemars(range(min = 1))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub write_ops: Option<u32>,
 }
 
 /// What makes a guest's `/nix/store` writable.

@@ -1,11 +1,17 @@
 //! What the host is and has: its processes, its programs, its facts.
 
+mod child;
+pub mod confine;
 pub mod facts;
+pub mod ids;
+pub mod listen;
 pub mod logging;
 pub mod process;
 pub mod tools;
 
-use crate::fleet::limits::HostFacts;
+use crate::{cgroup::Hierarchy, fleet::limits::HostFacts, vm::limits::Happened};
+use std::sync::Arc;
+use tokio::sync::broadcast;
 
 /// The host as `laird` found it when it started.
 #[derive(Debug, Clone)]
@@ -18,4 +24,15 @@ pub struct Host {
     pub tools: tools::Tools,
     /// The kernel's id of this boot.
     pub boot_id: String,
+    /// Where VMs get their cgroups; none where the fleet file does without limits.
+    pub cgroups: Option<Hierarchy>,
+    /// Users and groups of VMs' processes; none where all share the user of `laird`, since that is not root.
+    pub ids: Option<Arc<ids::Ids>>,
+    /// What happens to VMs' cgroups.
+    pub happened: broadcast::Sender<Happened>,
+}
+
+/// A way for [`Host::happened`]: whoever listens too slowly misses the oldest.
+pub fn happenings() -> broadcast::Sender<Happened> {
+    broadcast::channel(64).0
 }

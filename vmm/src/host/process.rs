@@ -1,7 +1,12 @@
 //! Processes that outlive `laird`: spawned into their own process group, watched by pidfd, found again by
 //! process id and start time. A process id alone names nothing: the kernel gives it out again.
 
-use nix::sys::signal::Signal;
+use super::{child, confine::Confinement};
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::signal::Signal,
+};
 use rustix::process::{PidfdFlags, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -23,8 +28,12 @@ pub struct ProcessId {
     pub start_time: u64,
 }
 
-/// A program to start and where its output goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What of `laird`'s environment its programs get: where programs are, the language and time of what they say, how much they say. Nothing
+/// else: there may be secrets in it, and systemd's own sockets.
+const ENVIRONMENT: [&str; 7] = ["PATH", "LANG", "LC_ALL", "TZ", "LAIR_LOG", "RUST_LOG", "RUST_BACKTRACE"];
+
+/// A program to start, where its output goes, and what it is left with.
+#[derive(Debug)]
 pub struct Launch {
     /// The program's path.
     pub program: PathBuf,
@@ -32,8 +41,43 @@ pub struct Launch {
     pub arguments: Vec<String>,
     /// Added to its environment.
     pub environment: Vec<(&'static str, String)>,
-    /// The file to which its standard output and error are appended.
-    pub log: PathBuf,
+    /// Where its standard output and error go.
+    pub output: Sink,
+    /// What it is left with.
+    pub confinement: Confinement,
+}
+
+/// Where what a program says goes.
+#[derive(Debug)]
+pub enum Sink {
+    /// It is appended to this file.
+    File(PathBuf),
+    /// Into this pipe.
+    Pipe(OwnedFd),
+}
+
+impl Sink {
+    /// Two handles of it.
+    fn open(&self) -> Result<(OwnedFd, OwnedFd), ProcessError> {
+        let (first, path) = match self {
+            Self::File(path) => {
+                let log = OpenOptions::new().append(true).create(true).mode(0o640).open(path);
+                (log.map(OwnedFd::from), path.clone())
+            }
+            Self::Pipe(pipe) => (pipe.try_clone(), "pipe".into()),
+        };
+        let both = first.and_then(|first| Ok((first.try_clone()?, first)));
+        both.map_err(|e| ProcessError::Log(path, e))
+    }
+}
+
+/// A pipe for what a program says until somebody reads it, with as much room as is allowed without rights: reading end and writing end.
+pub fn pipe() -> std::io::Result<(OwnedFd, OwnedFd)> {
+    const ROOM: i32 = 1 << 20;
+    let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    // With less room it works as well.
+    let _ = fcntl(&writer, FcntlArg::F_SETPIPE_SZ(ROOM));
+    Ok((reader, writer))
 }
 
 /// Why a process could not be started or found again.
@@ -43,7 +87,7 @@ pub enum ProcessError {
     #[error("Cannot open the log {0}")]
     Log(PathBuf, #[source] io::Error),
     /// The program could not be executed.
-    #[error("Cannot start {0}")]
+    #[error("Cannot start {0}{hint}", hint = hint(.1))]
     Spawn(PathBuf, #[source] io::Error),
     /// The process ended before it could be watched.
     #[error("Process {0} cannot be watched")]
@@ -69,6 +113,20 @@ impl ProcessError {
     }
 }
 
+/// What to do about it.
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::EMFILE) => " (laird may open no more files: LimitNOFILE= of its unit, ulimit -n)",
+        Some(Errno::ENFILE) => " (the host may open no more files: fs.file-max)",
+        Some(Errno::EAGAIN) => {
+            " (there may be no more processes: TasksMax= of laird's unit, ulimit -u, kernel.pid_max)"
+        }
+        Some(Errno::EACCES) => " (whom it runs as must be able to reach it and what it is made of)",
+        Some(Errno::ENOMEM) => " (the host has no memory left)",
+        _ => "",
+    }
+}
+
 /// A running process that is ours, as a child or by adoption.
 #[derive(Debug)]
 pub struct Process {
@@ -79,26 +137,24 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts a program in a process group of its own with no standard input.
+    /// Starts a program in a process group of its own with no standard input, confined before it runs.
     pub fn spawn(launch: &Launch) -> Result<Self, ProcessError> {
         use std::os::unix::process::CommandExt;
-        let log = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o640)
-            .open(&launch.log)
-            .map_err(|e| ProcessError::Log(launch.log.clone(), e))?;
-        let again = log.try_clone().map_err(|e| ProcessError::Log(launch.log.clone(), e))?;
-        let child = Command::new(&launch.program)
+        let (output, error) = launch.output.open()?;
+        let mut command = Command::new(&launch.program);
+        let passed = ENVIRONMENT.iter().filter_map(|name| Some((name, std::env::var_os(name)?)));
+        command
             .args(&launch.arguments)
+            .env_clear()
+            .envs(passed)
             .envs(launch.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
-            .stdout(again)
-            .stderr(log)
+            .stdout(output)
+            .stderr(error)
             .current_dir("/")
-            .process_group(0)
-            .spawn()
-            .map_err(|e| ProcessError::Spawn(launch.program.clone(), e))?;
+            .process_group(0);
+        child::confine(&mut command, &launch.confinement);
+        let child = command.spawn().map_err(|e| ProcessError::Spawn(launch.program.clone(), e))?;
         // A child that is not yet waited for keeps its process id, so the pidfd is the child's.
         let pid = child.id().cast_signed();
         let pidfd = open_pidfd(pid)?;
@@ -191,14 +247,156 @@ pub fn boot_id() -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::confine::{Identity, Rlimits};
 
     fn shell(script: &str, directory: &Path) -> Launch {
         Launch {
             program: "/bin/sh".into(),
             arguments: vec!["-c".into(), script.into()],
             environment: vec![],
-            log: directory.join("log"),
+            output: Sink::File(directory.join("log")),
+            confinement: Confinement::default(),
         }
+    }
+
+    fn log(launch: &Launch) -> &Path {
+        match &launch.output {
+            Sink::File(path) => path,
+            Sink::Pipe(_) => panic!("a pipe"),
+        }
+    }
+
+    async fn said(launch: &Launch) -> String {
+        let process = Process::spawn(launch).unwrap();
+        let how = process.ended().await;
+        let text = std::fs::read_to_string(log(launch)).unwrap();
+        assert_eq!(how, "exited with status 0", "{text}");
+        text
+    }
+
+    #[tokio::test]
+    async fn a_child_has_no_more_than_it_was_given() {
+        let directory = tempfile::tempdir().unwrap();
+        // Open in this process, and would be passed on.
+        let (leaked, kept) =
+            (std::fs::File::open("/dev/null").unwrap(), std::fs::File::open("/dev/zero").unwrap());
+        nix::fcntl::fcntl(&leaked, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty())).unwrap();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&kept);
+        let script = format!(
+            "echo core $(ulimit -c) files $(ulimit -n) umask $(umask); grep NoNewPrivs: /proc/self/status; \
+             cat /proc/self/oom_score_adj; readlink /proc/self/fd/{number}; env; ls /proc/self/fd"
+        );
+        let launch = Launch {
+            environment: vec![("LAIR_VM", "a b".into())],
+            confinement: Confinement {
+                keep: vec![kept.into()],
+                limits: Rlimits { file_size: Some(1 << 20), locked: Some(0), ..Rlimits::default() }
+                    .with_files(77),
+                ..Confinement::default()
+            },
+            ..shell(&script, directory.path())
+        };
+        let text = said(&launch).await;
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[..4], ["core 0 files 77 umask 0007", "NoNewPrivs:\t1", "0", "/dev/zero"], "{text}");
+        assert!(lines.contains(&"LAIR_VM=a b"), "{text}");
+        let names: Vec<_> =
+            lines.iter().filter_map(|line| line.split_once('=')).map(|(name, _)| name).collect();
+        let of_the_shell = ["PWD", "SHLVL", "_", "OLDPWD", "LAIR_VM"];
+        assert!(names.iter().all(|name| ENVIRONMENT.contains(name) || of_the_shell.contains(name)), "{text}");
+        // Standard input, output and error, what was kept, and the directory that ls reads.
+        let open: Vec<i32> = lines.iter().filter_map(|line| line.parse().ok()).skip(1).collect();
+        assert_eq!(open.len(), 5, "{text}");
+        assert!(!open.contains(&std::os::fd::AsRawFd::as_raw_fd(&leaked)), "{text}");
+    }
+
+    #[tokio::test]
+    async fn cf2_a_child_becomes_its_own_user_with_no_way_back() {
+        if !nix::unistd::geteuid().is_root() {
+            return println!("SKIPPED: only root can start processes of other users");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let script = "echo $(id -u) $(id -g) $(id -G); grep ^Cap[IPEA] /proc/self/status; touch /root/lair-was-here; \
+                      touch mine 2>/dev/null || true; kill -0 1 && echo signalled";
+        let identity = Identity { uid: 70_001, gid: 70_000, groups: vec![70_009] };
+        let launch = Launch {
+            confinement: Confinement { identity: Some(identity), ..Confinement::default() },
+            ..shell(&format!("{script}; true"), directory.path())
+        };
+        let text = said(&launch).await;
+        let (ids, rest) = text.split_once('\n').unwrap();
+        assert_eq!(ids, "70001 70000 70000 70009");
+        let capabilities: Vec<_> = rest.lines().filter(|line| line.starts_with("Cap")).collect();
+        assert_eq!(capabilities.len(), 4, "{text}");
+        assert!(capabilities.iter().all(|line| line.ends_with("0000000000000000")), "{text}");
+        assert!(rest.contains("Permission denied") && !rest.contains("signalled"), "{text}");
+        assert!(!Path::new("/root/lair-was-here").exists());
+    }
+
+    #[tokio::test]
+    async fn cf2_a_child_listens_on_what_it_could_not_have_made() {
+        if !nix::unistd::geteuid().is_root() {
+            return println!("SKIPPED: only root can start processes of other users");
+        }
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("handed.sock");
+        let listener = super::super::listen::listen(&path, 0o600, None).unwrap();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&listener);
+        let identity = Identity { uid: 70_001, gid: 70_000, groups: vec![] };
+        let launch = Launch {
+            confinement: Confinement {
+                identity: Some(identity),
+                keep: vec![listener.into()],
+                ..Confinement::default()
+            },
+            ..shell(&format!("readlink /proc/self/fd/{number}; exec sleep 600"), directory.path())
+        };
+        let process = Process::spawn(&launch).unwrap();
+        // The socket is the child's alone now, and still there.
+        let log = log(&launch).to_owned();
+        drop(launch);
+        while std::fs::read_to_string(&log).unwrap().is_empty() {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        std::os::unix::net::UnixStream::connect(&path).unwrap();
+        process.signal(Signal::SIGKILL);
+        assert_eq!(process.ended().await, "killed by SIGKILL");
+        assert!(std::os::unix::net::UnixStream::connect(&path).is_err());
+        assert!(std::fs::read_to_string(directory.path().join("log")).unwrap().starts_with("socket:"));
+    }
+
+    #[tokio::test]
+    async fn a_child_that_cannot_enter_its_cgroup_does_not_run() {
+        let directory = tempfile::tempdir().unwrap();
+        let refuses = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let launch = Launch {
+            confinement: Confinement { cgroup: Some(refuses), ..Confinement::default() },
+            ..shell("echo ran", directory.path())
+        };
+        let error = Process::spawn(&launch).unwrap_err();
+        assert!(
+            matches!(&error, ProcessError::Spawn(_, cause) if cause.raw_os_error() == Some(Errno::ENOSPC as i32)),
+            "{error}"
+        );
+        assert_eq!(std::fs::read_to_string(log(&launch)).unwrap(), "");
+        // What is taken is one word, the kernel's for "this process".
+        let taken = directory.path().join("cgroup.procs");
+        let launch = Launch {
+            confinement: Confinement {
+                cgroup: Some(std::fs::File::create(&taken).unwrap()),
+                ..Confinement::default()
+            },
+            ..shell("echo ran", directory.path())
+        };
+        assert_eq!(said(&launch).await, "ran\n");
+        assert_eq!(std::fs::read_to_string(&taken).unwrap(), "0");
+    }
+
+    #[test]
+    fn hv8_a_program_that_cannot_be_started_is_told_with_what_to_do() {
+        let told = |errno: Errno| crate::error::chain(&ProcessError::Spawn("/bin/qemu".into(), errno.into()));
+        let all = [Errno::EMFILE, Errno::ENFILE, Errno::EAGAIN, Errno::ENOMEM, Errno::EACCES].map(told);
+        insta::assert_snapshot!(all.join("\n"));
     }
 
     #[test]

@@ -5,16 +5,61 @@
 
 use super::limits;
 use lair_guest::wire::frame::{self, FrameError, HEADER, Kind};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::{
+    fcntl::{FcntlArg, FdFlag, OFlag, fcntl},
+    sys::{
+        socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg},
+        stat::{SFlag, fstat},
+    },
+};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     io::{self, IoSlice, IoSliceMut},
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 use tokio::{
     io::{AsyncWriteExt, Interest},
     net::UnixStream,
 };
+
+/// Why a pipe that was handed over cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PipeError {
+    /// Standard input, output and error are not for this.
+    #[error("Descriptor {0} is a standard stream; 3 and above can be handed over")]
+    Standard(RawFd),
+    /// It is something else, or not open.
+    #[error("Descriptor {0} is not the reading end of a pipe")]
+    NotAPipe(RawFd),
+    /// It was named before.
+    #[error("Descriptor {0} was handed over twice")]
+    Twice(RawFd),
+}
+
+/// Takes over the reading ends of pipes that the parent process left open under these numbers. Once in a process, before anything else
+/// is opened.
+pub(super) fn inherited_pipes(numbers: &[RawFd]) -> Result<Vec<OwnedFd>, PipeError> {
+    for (index, number) in numbers.iter().enumerate() {
+        if *number < 3 {
+            return Err(PipeError::Standard(*number));
+        }
+        if numbers.iter().take(index).any(|other| other == number) {
+            return Err(PipeError::Twice(*number));
+        }
+        // SAFETY: A number that is not open is an error to these calls, and nothing closes it meanwhile.
+        let borrowed = unsafe { BorrowedFd::borrow_raw(*number) };
+        let not_a_pipe = |_| PipeError::NotAPipe(*number);
+        let kind =
+            SFlag::from_bits_truncate(fstat(borrowed).map_err(not_a_pipe)?.st_mode & SFlag::S_IFMT.bits());
+        let flags = fcntl(borrowed, FcntlArg::F_GETFL).map_err(not_a_pipe)?;
+        if kind != SFlag::S_IFIFO || flags & OFlag::O_ACCMODE.bits() != OFlag::O_RDONLY.bits() {
+            return Err(PipeError::NotAPipe(*number));
+        }
+        fcntl(borrowed, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(not_a_pipe)?;
+    }
+    // SAFETY: Each is open, as was just seen, the parent left it to this process by number, and it is taken once.
+    Ok(numbers.iter().map(|number| unsafe { OwnedFd::from_raw_fd(*number) }).collect())
+}
 
 /// The most descriptors in one message (unix(7)).
 const SCM_MAX_FD: usize = 253;

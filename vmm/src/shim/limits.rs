@@ -71,6 +71,12 @@ pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Between two replies to one watcher.
 pub(super) const WATCH_PAUSE: Duration = Duration::from_millis(50);
 
+/// Each of the two files in which the end of another program's output is kept, in bytes.
+pub(super) const OUTPUT_FILE: u64 = 1 << 20;
+
+/// How much of another program's output waits for the disk, in bytes.
+pub(super) const OUTPUT_BACKLOG: usize = 256 << 10;
+
 /// How long a stop waits for connections to end and logs to be written.
 pub(super) const STOP: Duration = Duration::from_secs(2);
 

@@ -9,12 +9,13 @@
 //! | `outgoing`, `target`, `incoming`, `links`, `carry` | links: opened by the guest, reached, ended in the guest; counters; the relay |
 //! | `session`, `frames` | operators' sessions |
 //! | `agent`, `ticket`, `vsock` | the control channel to the guest's agent |
-//! | `console`, `ring` | the console log |
+//! | `console`, `output`, `ring`, `backlog` | the console log, and what the VM's other programs say |
 //! | `audit`, `note`, `rate`, `worker` | the audit log and standard error, at a bounded rate, off the relay's thread |
 //! | `socket`, `fd`, `message`, `files` | sockets by path, descriptors, first messages, small files |
 
 mod agent;
 mod audit;
+mod backlog;
 mod carry;
 pub mod client;
 pub mod config;
@@ -29,6 +30,7 @@ mod links;
 mod message;
 mod note;
 mod outgoing;
+pub mod output;
 pub mod protocol;
 pub(crate) mod rate;
 mod ring;

@@ -6,7 +6,9 @@ use super::{
     console::{self, ConsoleLog},
     control,
     incoming::{self, ListenError},
-    limits, outgoing, session, socket,
+    limits, outgoing,
+    output::{Log, LogError, Logs},
+    session, socket,
     state::Shim,
 };
 use crate::shim::SocketError;
@@ -26,6 +28,9 @@ pub enum ServeError {
     /// Its configuration cannot be used.
     #[error("The shim has no usable configuration")]
     Config(#[from] ConfigError),
+    /// It cannot keep the logs of others.
+    #[error("The shim cannot keep the logs of others")]
+    Logs(#[from] LogError),
     /// It cannot listen.
     #[error("The shim cannot listen")]
     Socket(#[from] SocketError),
@@ -46,7 +51,10 @@ const GROUP: u32 = 0o660;
 /// Serves one VM until it is told to stop, by [`super::protocol::Control::Stop`], SIGTERM or SIGINT.
 ///
 /// The control socket appears last: once it is there, all of the shim is.
-pub async fn serve(config_path: &Path) -> Result<(), ServeError> {
+///
+/// `logs` are pipes that were handed over. They are read from the beginning.
+pub async fn serve(config_path: &Path, logs: &[Log]) -> Result<(), ServeError> {
+    let mut logs = Logs::start(logs)?;
     let config = ShimConfig::load(config_path)?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut sockets = Sockets::default();
@@ -66,6 +74,7 @@ pub async fn serve(config_path: &Path) -> Result<(), ServeError> {
         () = control::serve(shim.clone(), controls) => {}
         () = agent::keep(&shim) => {}
         () = console::follow(&shim, &config.console, &log) => {}
+        () = logs.follow() => {}
         () = shim.stopped() => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
@@ -76,6 +85,7 @@ pub async fn serve(config_path: &Path) -> Result<(), ServeError> {
     // Connections end by themselves now; one that hangs must not hold up the rest.
     let _ = timeout(limits::STOP, shim.quiet()).await;
     log.finish();
+    logs.finish();
     shim.audit.finish(limits::STOP);
     shim.notes.finish(limits::STOP);
     Ok(())

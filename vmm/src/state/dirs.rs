@@ -2,7 +2,7 @@
 
 use std::{
     env, fs, io,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -10,7 +10,7 @@ use std::{
 pub const SOCKET_PATH_MAX: usize = 107;
 
 /// The longest name of a socket below [`VmDirs::run`], with the `/` before it.
-const LONGEST_SOCKET: usize = "/vsock_4294967295".len();
+const LONGEST_SOCKET: usize = "/device/vsock_4294967295".len();
 
 /// `laird`'s two directories.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -137,10 +137,11 @@ impl Dirs {
 }
 
 impl VmDirs {
-    /// Makes both.
+    /// Makes all of them.
     pub fn create(&self) -> Result<(), DirsError> {
         create(&self.state, 0o750)?;
-        create(&self.run, 0o755)
+        create(&self.run, 0o755)?;
+        [self.hypervisor(), self.device()].iter().try_for_each(|path| make(path, 0o750))
     }
 
     /// The runtime state: what runs, in this boot.
@@ -163,10 +164,39 @@ impl VmDirs {
         self.state.join(format!("{name}.img"))
     }
 
+    /// Where the hypervisor makes its sockets. Nobody else of the VM may enter: who speaks to it rules the VM.
+    pub fn hypervisor(&self) -> PathBuf {
+        self.run.join("hypervisor")
+    }
+
+    /// Where the vsock device makes its sockets, and the shim the one that the device connects to.
+    pub fn device(&self) -> PathBuf {
+        self.run.join("device")
+    }
+
     /// A socket.
     pub fn socket(&self, name: &str) -> PathBuf {
         self.run.join(name)
     }
+}
+
+/// Makes a directory, which may be somebody else's, in one of ours.
+fn make(path: &Path, mode: u32) -> Result<(), DirsError> {
+    match fs::DirBuilder::new().mode(mode).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(DirsError::Io(path.to_owned(), error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Gives a directory or a file that is no link a user, a group and rights.
+pub fn give(path: &Path, uid: u32, gid: u32, mode: u32) -> Result<(), DirsError> {
+    let failed = |e| DirsError::Io(path.to_owned(), e);
+    let flags = nix::fcntl::OFlag::O_NOFOLLOW | nix::fcntl::OFlag::O_NONBLOCK;
+    let file = fs::OpenOptions::new().read(true).custom_flags(flags.bits()).open(path).map_err(failed)?;
+    std::os::unix::fs::fchown(&file, Some(uid), Some(gid)).map_err(failed)?;
+    file.set_permissions(fs::Permissions::from_mode(mode)).map_err(failed)
 }
 
 /// Makes a directory and those above it, if they are missing, and checks that nobody else can write to it.
@@ -192,7 +222,7 @@ mod tests {
         let dirs = Dirs { state: "/s".into(), run: format!("/{}", "r".repeat(80)).into() };
         assert_eq!(
             dirs.vm("builder").unwrap_err().to_string().split("VM").nth(1).unwrap(),
-            " builder: 110 bytes, at most 107; choose a shorter --run-dir"
+            " builder: 117 bytes, at most 107; choose a shorter --run-dir"
         );
         let dirs = Dirs { state: "/s".into(), run: "/run/lair".into() };
         assert_eq!(dirs.vm("builder").unwrap().socket("vsock"), Path::new("/run/lair/vms/builder/vsock"));

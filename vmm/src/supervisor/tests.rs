@@ -16,6 +16,9 @@ async fn supervisor(directory: &Path, vms: usize) -> Arc<Supervisor> {
         engine: Engine::Tcg,
         tools: Tools { directories: vec![] },
         boot_id: "boot".into(),
+        cgroups: None,
+        ids: None,
+        happened: crate::host::happenings(),
     };
     Supervisor::start(dirs, host, "fleet.toml".into(), fleet_of(vms)).await
 }

@@ -10,6 +10,7 @@ mod follow;
 use super::{
     adopt::Verdict,
     handle::{Handle, MAILBOX, Mail, Snapshot},
+    limits,
     machine::{Action, Input, Life, Now, Refusal, Request, State, Step, Wanted},
     orphan,
     restart::Moment,
@@ -20,8 +21,8 @@ use super::{
 use crate::{
     error::chain,
     fleet::{
+        limits::Need,
         schema::{Fleet, Restart},
-        units::Size,
     },
     hypervisor::Heard,
     shim::protocol::{AgentState, ShimStatus},
@@ -129,8 +130,8 @@ pub fn spawn(
 }
 
 /// The memory that a VM has from the beginning. Of one that is quarantined something may still run, as big as the fleet file says.
-fn memory(name: &str, running: &Running, fleet: &Fleet) -> Option<Size> {
-    running.plan().map(|plan| plan.vm.memory).or_else(|| Some(fleet.vms.get(name)?.memory))
+fn memory(name: &str, running: &Running, fleet: &Fleet) -> Option<Need> {
+    running.plan().map(|plan| Need::of(&plan.vm)).or_else(|| Some(Need::of(fleet.vms.get(name)?)))
 }
 
 /// The effect that is being performed.
@@ -211,6 +212,12 @@ impl Actor {
             self.watch_process(part);
         }
         self.follow_fleet();
+        if let (Some(cgroup), Some(plan)) = (self.context.cgroup(), self.running.plan())
+            && !self.running.processes().is_empty()
+        {
+            limits::look(&cgroup, &plan);
+            self.running.watch_cgroup(cgroup, &self.context.host.happened);
+        }
         if matches!(self.life.state, State::Booting | State::Ready | State::Stopping(_)) {
             let job = self.job(watch::channel(false).1);
             let (state, queue) = (self.life.state.clone(), self.queue.clone());
@@ -282,6 +289,8 @@ impl Actor {
                 // An earlier start's process says nothing about this one.
                 if self.running.process(part).is_some_and(|process| process.id() == id) {
                     self.hear();
+                    let out_of_memory = self.context.cgroup().is_some_and(|cgroup| limits::ran_out(&cgroup));
+                    let how = if out_of_memory { format!("{how}, as the VM ran out of memory") } else { how };
                     self.inputs.push_back(Input::Ended(part, how));
                 }
             }
@@ -343,7 +352,7 @@ impl Actor {
         let fleet = self.fleet.borrow();
         let Some(vm) = fleet.vms.get(&self.context.name) else { return Err(Refusal::Withdrawn) };
         self.context.host.tools.suffice_for(vm)?;
-        self.context.budget.admit(&self.context.name, vm.memory)?;
+        self.context.budget.admit(&self.context.name, Need::of(vm))?;
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! The memory of this host, and which VMs have taken how much of it: those that run or are being started.
 
 use crate::fleet::{
-    limits::{HostFacts, OverBudget},
+    limits::{HostFacts, Need, OverBudget},
     units::Size,
 };
 use std::{
@@ -25,18 +25,18 @@ impl Budget {
     /// Takes memory for a VM that is to start, or says why there is not enough.
     ///
     /// Looking and taking are one step, so of two VMs for which there is room once, one starts.
-    pub fn admit(&self, vm: &str, wanted: Size) -> Result<(), OverBudget> {
+    pub fn admit(&self, vm: &str, wanted: Need) -> Result<(), OverBudget> {
         let mut taken = self.taken();
         let others = taken.iter().filter(|(name, _)| *name != vm);
         let others = others.fold(0_u64, |sum, (_, size)| sum.saturating_add(size.0));
         self.host.admit(wanted, Size(others))?;
-        taken.insert(vm.into(), wanted);
+        taken.insert(vm.into(), wanted.sum());
         Ok(())
     }
 
     /// Takes memory for a VM that has it already.
-    pub fn adopt(&self, vm: &str, has: Size) {
-        self.taken().insert(vm.into(), has);
+    pub fn adopt(&self, vm: &str, has: Need) {
+        self.taken().insert(vm.into(), has.sum());
     }
 
     /// Gives back what a VM has taken, if anything.
@@ -55,6 +55,12 @@ mod tests {
 
     const GIB: u64 = 1 << 30;
 
+    /// A gibibyte of it is not the guest's: that counts like the rest.
+    fn need(sum: u64) -> Need {
+        let overhead = sum.min(GIB);
+        Need { guest: Size(sum - overhead), overhead: Size(overhead) }
+    }
+
     /// 14 GiB for VMs.
     fn budget() -> Budget {
         let budget = Budget::new(HostFacts { cpus: 4, memory: Size(15 * GIB) });
@@ -65,33 +71,33 @@ mod tests {
     #[test]
     fn cf5_what_runs_counts_until_it_has_ended() {
         let budget = budget();
-        budget.admit("a", Size(8 * GIB)).unwrap();
-        let refused = budget.admit("b", Size(7 * GIB)).unwrap_err();
+        budget.admit("a", need(8 * GIB)).unwrap();
+        let refused = budget.admit("b", need(7 * GIB)).unwrap_err();
         assert_eq!(
             (refused.wanted, refused.taken, refused.sum),
-            (Size(7 * GIB), Size(8 * GIB), Size(15 * GIB))
+            (need(7 * GIB), Size(8 * GIB), Size(15 * GIB))
         );
-        budget.admit("c", Size(6 * GIB)).unwrap();
+        budget.admit("c", need(6 * GIB)).unwrap();
         budget.release("a");
-        budget.admit("b", Size(7 * GIB)).unwrap();
-        assert!(budget.admit("a", Size(2 * GIB)).is_err());
+        budget.admit("b", need(7 * GIB)).unwrap();
+        assert!(budget.admit("a", need(2 * GIB)).is_err());
     }
 
     #[test]
     fn cf5_a_refusal_takes_nothing_and_a_vm_does_not_stand_in_its_own_way() {
         let budget = budget();
-        budget.admit("a", Size(8 * GIB)).unwrap();
-        assert!(budget.admit("b", Size(10 * GIB)).is_err());
-        budget.admit("a", Size(14 * GIB)).unwrap();
+        budget.admit("a", need(8 * GIB)).unwrap();
+        assert!(budget.admit("b", need(10 * GIB)).is_err());
+        budget.admit("a", need(14 * GIB)).unwrap();
         budget.release("a");
         budget.release("never seen");
-        budget.admit("b", Size(14 * GIB)).unwrap();
+        budget.admit("b", need(14 * GIB)).unwrap();
     }
 
     #[test]
     fn cf5_a_vm_that_runs_already_is_not_asked_but_counts() {
         let budget = budget();
-        budget.adopt("a", Size(20 * GIB));
-        assert!(budget.admit("b", Size(64 << 20)).is_err());
+        budget.adopt("a", need(20 * GIB));
+        assert!(budget.admit("b", need(64 << 20)).is_err());
     }
 }

@@ -118,13 +118,18 @@ pub async fn end(mut processes: Vec<Tagged>, patience: Duration) -> Vec<Tagged> 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::process::Launch;
+    use crate::host::{
+        confine::Confinement,
+        process::{Launch, Sink},
+    };
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
     fn sleep(directory: &Path, script: &str, environment: Vec<(&'static str, String)>) -> Process {
         let arguments = vec!["-c".into(), script.into()];
-        let launch = Launch { program: "/bin/sh".into(), arguments, environment, log: directory.join("log") };
+        let output = Sink::File(directory.join("log"));
+        let confinement = Confinement::default();
+        let launch = Launch { program: "/bin/sh".into(), arguments, environment, output, confinement };
         Process::spawn(&launch).unwrap()
     }
 

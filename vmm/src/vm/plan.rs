@@ -125,14 +125,14 @@ fn machine(name: &str, vm: &Vm, dirs: &VmDirs, engine: Engine, kernel: PathBuf) 
         cmdline: [CMDLINE, vm.cmdline.trim()].join(" ").trim_end().into(),
         store_socket: dirs.socket("store.sock"),
         store_queues: store_queues(vm.vcpus),
-        vsock_socket: dirs.socket("vsock.sock"),
+        vsock_socket: dirs.device().join("vhost.sock"),
         disks: vm
             .volumes
             .iter()
             .map(|volume| Disk { serial: volume.name.clone(), image: dirs.volume(&volume.name) })
             .collect(),
-        console_socket: dirs.socket("console.sock"),
-        control_socket: dirs.socket("qmp.sock"),
+        console_socket: dirs.hypervisor().join("console.sock"),
+        control_socket: dirs.hypervisor().join("qmp.sock"),
     }
 }
 
@@ -208,8 +208,8 @@ pub fn shim(
     }
     Ok(ShimConfig {
         vm: name.into(),
-        vsock: vm_dirs.socket("vsock"),
-        console: vm_dirs.socket("console.sock"),
+        vsock: vm_dirs.device().join("vsock"),
+        console: vm_dirs.hypervisor().join("console.sock"),
         console_log: vm_dirs.log("console"),
         console_limit: CONSOLE_LIMIT,
         audit_log: vm_dirs.state.join("audit.jsonl"),

@@ -1,20 +1,30 @@
 //! What runs of one VM: shared by its actor, which watches, and the task of the moment, which changes it.
 
-use super::{machine::Part, orphan, plan::Plan};
+use super::{
+    limits::{self, Happened},
+    machine::Part,
+    orphan,
+    plan::Plan,
+};
 use crate::{
+    cgroup::VmCgroup,
+    error::chain,
     host::process::Process,
     hypervisor::{Heard, qemu::qmp::Qmp},
-    state::dirs::VmDirs,
+    state::{dirs::VmDirs, file},
 };
 use nix::sys::signal::Signal;
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
+    io::{self, Read},
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch},
+    task::AbortHandle,
     time::timeout,
 };
 
@@ -38,6 +48,20 @@ struct Inner {
     /// A program that a step runs and waits for.
     tool: Option<Arc<Process>>,
     qmp: Option<(Arc<Qmp>, watch::Receiver<Heard>)>,
+    /// What processes have said that no shim reads yet.
+    unread: BTreeMap<Part, OwnedFd>,
+    /// The task that watches its cgroup.
+    cgroup: Option<Watch>,
+}
+
+/// A task that ends with this.
+#[derive(Debug)]
+struct Watch(AbortHandle);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Default for Running {
@@ -103,6 +127,32 @@ impl Running {
         self.inner().qmp = Some((Arc::new(qmp), heard));
     }
 
+    /// Keeps what a process says until there is a shim to read it.
+    pub fn add_unread(&self, part: Part, pipe: OwnedFd) {
+        self.inner().unread.insert(part, pipe);
+    }
+
+    /// What is to be read by the shim from now on.
+    pub fn take_unread(&self) -> BTreeMap<Part, OwnedFd> {
+        std::mem::take(&mut self.inner().unread)
+    }
+
+    /// Puts on disk what processes have said, where there is no shim to do that.
+    pub fn keep_unread(&self, dirs: &VmDirs) {
+        for (part, pipe) in self.take_unread() {
+            let log = dirs.log(part.word());
+            if let Err(error) = file::replace(&log, &waiting(pipe), 0o640) {
+                tracing::warn!(log = %log.display(), error = chain(&error), "cannot keep what {part} said");
+            }
+        }
+    }
+
+    /// Watches the VM's cgroup until the clean-up: what happens to it is logged and sent to `happened`.
+    pub fn watch_cgroup(&self, cgroup: VmCgroup, happened: &broadcast::Sender<Happened>) {
+        let task = tokio::spawn(limits::follow(cgroup, happened.clone()));
+        self.inner().cgroup = Some(Watch(task.abort_handle()));
+    }
+
     /// Signals one of its processes.
     pub fn signal(&self, part: Part, signal: Signal) {
         if let Some(process) = self.process(part) {
@@ -117,7 +167,9 @@ impl Running {
 
     /// Ends every process, the hypervisor first, then what has the VM's tag and is not known, and removes the runtime files. The error
     /// says what still runs.
-    pub async fn clean_up(&self, dirs: &VmDirs) -> Result<(), String> {
+    pub async fn clean_up(&self, dirs: &VmDirs, cgroup: Option<VmCgroup>) -> Result<(), String> {
+        self.inner().cgroup = None;
+        self.keep_unread(dirs);
         let tool = self.inner().tool.take();
         if let Some(tool) = tool {
             tool.signal(Signal::SIGKILL);
@@ -146,6 +198,15 @@ impl Running {
             tracing::warn!(directory = %dirs.run.display(), count = strays.len(), "ending processes that were not recorded");
             left.extend(orphan::end(strays, PATIENCE).await.iter().map(ToString::to_string));
         }
+        // What its processes left, and the cgroup itself.
+        if let Some(cgroup) = cgroup
+            && let Err(error) = cgroup.remove().await
+        {
+            tracing::error!(vm = cgroup.name(), error = chain(&error), "degraded");
+            if cgroup.populated().unwrap_or(false) {
+                left.push(error.to_string());
+            }
+        }
         if !left.is_empty() {
             return Err(format!("processes of it cannot be ended: {}", left.join(", ")));
         }
@@ -158,6 +219,18 @@ impl Running {
         *self.inner() = Inner::default();
         Ok(())
     }
+}
+
+/// All that waits in a pipe, at most what one holds.
+fn waiting(pipe: OwnedFd) -> Vec<u8> {
+    const MOST: u64 = 1 << 20;
+    let mut bytes = Vec::new();
+    let nonblocking = nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK);
+    if nix::fcntl::fcntl(&pipe, nonblocking).is_ok() {
+        // It ends with an error, as the writer lives, or with its end.
+        let _ = fs::File::from(pipe).take(MOST).read_to_end(&mut bytes);
+    }
+    bytes
 }
 
 /// Ends a process; whether it has ended.

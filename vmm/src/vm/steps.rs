@@ -8,21 +8,25 @@ mod error;
 
 pub use error::StepError;
 
-use self::arguments::{store_arguments, virtiofs_arguments, vsock_arguments};
+use self::arguments::{STORE_CONTROL, store_arguments, virtiofs_arguments, vsock_arguments};
 use super::{
     budget::Budget,
-    checkpoint, generation,
+    checkpoint, generation, limits,
     machine::{Part, Stage, Step},
     orphan,
     plan::{Plan, plan},
     running::Running,
+    users::Users,
 };
 use crate::{
+    cgroup::{self, VmCgroup},
     error::chain,
     fleet::schema::Fleet,
     host::{
         Host,
-        process::{Launch, Process},
+        confine::Confinement,
+        listen::listen,
+        process::{self, Launch, Process, ProcessError, Sink},
         tools,
     },
     hypervisor::{
@@ -36,7 +40,7 @@ use lair_guest::{initramfs, wire::message::Ask};
 use nix::sys::signal::Signal;
 use std::{
     fs,
-    os::unix::fs::FileTypeExt,
+    os::{fd::AsRawFd, unix::fs::FileTypeExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -69,6 +73,13 @@ pub struct Context {
     pub host: Arc<Host>,
     /// The host's memory.
     pub budget: Arc<Budget>,
+}
+
+impl Context {
+    /// The VM's cgroup, where there are any.
+    pub fn cgroup(&self) -> Option<VmCgroup> {
+        Some(self.host.cgroups.as_ref()?.vm(&self.name))
+    }
 }
 
 /// One effect on a VM: a step of its start, or a stage of its end.
@@ -113,49 +124,105 @@ impl Job {
         }
         let plan = self.running.plan().ok_or(StepError::Lost)?;
         let find = |tool| self.context.host.tools.find(tool);
+        let users = Users::of(self.context.host.ids.as_deref(), &self.context.name)?;
+        let confined = |part| users.confinement(part, &plan, self.context.host.cgroups.as_ref());
         match step {
             Step::View => Ok(()),
-            Step::Directories => self.blocking(move || Ok(plan.dirs.create()?)).await,
+            Step::Directories => {
+                let (dirs, made) = (self.context.dirs.clone(), Arc::clone(&plan));
+                self.blocking(move || {
+                    made.dirs.create()?;
+                    Ok(users.own_directories(&dirs, &made)?)
+                })
+                .await?;
+                self.limit(&plan).await
+            }
             Step::Index => self.index(&plan, find(tools::VIRTIOFS)?).await,
             Step::Volumes if plan.vm.volumes.is_empty() => Ok(()),
-            Step::Volumes => self.volumes(&plan, &find(tools::MKFS)?).await,
+            Step::Volumes => {
+                self.volumes(&plan, &find(tools::MKFS)?).await?;
+                self.blocking(move || Ok(users.own_volumes(&plan)?)).await
+            }
             Step::Initramfs => {
                 let guest = find(tools::GUEST)?;
-                self.blocking(move || write_initramfs(&plan, &guest)).await
+                self.blocking(move || {
+                    write_initramfs(&plan, &guest)?;
+                    Ok(users.own_initramfs(&plan)?)
+                })
+                .await
             }
             Step::StoreBackend => {
-                let socket = &plan.machine.store_socket;
-                self.spawn(Part::StoreBackend, &plan, find(tools::VIRTIOFS)?, virtiofs_arguments(&plan))?;
-                self.await_socket(Part::StoreBackend, &plan, socket).await
+                let listener = listen(&plan.machine.store_socket, 0o660, users.shared())?;
+                let arguments = virtiofs_arguments(&plan, listener.as_raw_fd(), users.store());
+                let mut confinement = confined(Part::StoreBackend)?;
+                confinement.keep.push(listener.into());
+                self.spawn(Part::StoreBackend, &plan, find(tools::VIRTIOFS)?, arguments, confinement)?;
+                // It makes this one as soon as it has something to serve.
+                self.await_socket(Part::StoreBackend, &plan, &plan.dirs.socket(STORE_CONTROL)).await
             }
             Step::VsockDevice => {
                 let arguments = vsock_arguments(&plan.machine.vsock_socket, &plan.shim.vsock);
-                self.spawn(Part::VsockDevice, &plan, find(tools::VHOST_DEVICE_VSOCK)?, arguments)?;
+                let (program, confinement) = (find(tools::VHOST_DEVICE_VSOCK)?, confined(Part::VsockDevice)?);
+                self.spawn(Part::VsockDevice, &plan, program, arguments, confinement)?;
                 self.await_socket(Part::VsockDevice, &plan, &plan.machine.vsock_socket).await
             }
             Step::Hypervisor => {
                 let arguments = command::arguments(&plan.machine);
-                self.spawn(Part::Hypervisor, &plan, find(tools::QEMU)?, arguments)?;
+                self.spawn(
+                    Part::Hypervisor,
+                    &plan,
+                    find(tools::QEMU)?,
+                    arguments,
+                    confined(Part::Hypervisor)?,
+                )?;
                 self.connect_qmp().await
             }
             Step::Shim => {
                 let config = plan.dirs.run.join("shim.json");
                 file::replace_json(&config, &plan.shim, 0o600)?;
-                let arguments = vec!["--config".into(), text(&config)];
-                self.spawn(Part::Shim, &plan, find(tools::SHIM)?, arguments)?;
+                let mut arguments = vec!["--config".into(), text(&config)];
+                let (program, mut confinement) = (find(tools::SHIM)?, confined(Part::Shim)?);
+                for (part, pipe) in self.running.take_unread() {
+                    let log = plan.dirs.log(part.word());
+                    arguments.extend(["--log".into(), format!("{}={}", pipe.as_raw_fd(), text(&log))]);
+                    confinement.keep.push(pipe);
+                }
+                self.spawn(Part::Shim, &plan, program, arguments, confinement)?;
                 self.await_socket(Part::Shim, &plan, &plan.shim.sockets.control).await
             }
             Step::Resume => self.resume(&plan).await,
         }
     }
 
+    /// A program whose output goes to its log.
     fn launch(&self, plan: &Plan, word: &str, program: PathBuf, arguments: Vec<String>) -> Launch {
         let log = plan.dirs.log(word);
         // One start's output explains that start; an earlier one's would only mislead.
         let _ = fs::remove_file(&log);
         let environment = orphan::tags(&plan.name, &plan.dirs.run, word);
         tracing::debug!(vm = plan.name, program = %program.display(), ?arguments, "starting");
-        Launch { program, arguments, environment, log }
+        let confinement = Confinement::default();
+        Launch { program, arguments, environment, output: Sink::File(log), confinement }
+    }
+
+    /// Makes the VM's cgroup with its limits, and watches it. What is in it is of an earlier start that was cut short.
+    async fn limit(&self, plan: &Plan) -> Result<(), StepError> {
+        let Some(cgroup) = self.context.cgroup() else { return Ok(()) };
+        cgroup.kill().await?;
+        let values = limits::values(plan);
+        let device = match &values.io {
+            None => None,
+            Some(_) => {
+                cgroup::backing(&plan.dirs.state).map_err(|e| StepError::Read(plan.dirs.state.clone(), e))?
+            }
+        };
+        if values.io.is_some() && device.is_none() {
+            let directory = plan.dirs.state.display();
+            tracing::warn!(vm = plan.name, %directory, "its reads and writes are not limited: the file system has no disk of its own");
+        }
+        cgroup.create(&values, device)?;
+        self.running.watch_cgroup(cgroup, &self.context.host.happened);
+        Ok(())
     }
 
     /// Starts a part. It is known from then on, whatever becomes of the step.
@@ -165,9 +232,18 @@ impl Job {
         plan: &Plan,
         program: PathBuf,
         arguments: Vec<String>,
+        confinement: Confinement,
     ) -> Result<(), StepError> {
         checkpoint::reach(&format!("{part:?}: before its start"));
-        let process = Process::spawn(&self.launch(plan, part.word(), program, arguments))?;
+        let mut launch = Launch { confinement, ..self.launch(plan, part.word(), program, arguments) };
+        // What the shim says is little, and nobody else could read it while laird is away.
+        if part != Part::Shim {
+            let (reader, writer) =
+                process::pipe().map_err(|e| ProcessError::Log(plan.dirs.log(part.word()), e))?;
+            self.running.add_unread(part, reader);
+            launch.output = Sink::Pipe(writer);
+        }
+        let process = Process::spawn(&launch)?;
         checkpoint::reach(&format!("{part:?}: started, not recorded"));
         self.running.add(part, Arc::new(process));
         self.started.notify_one();
@@ -183,7 +259,7 @@ impl Job {
         arguments: Vec<String>,
     ) -> Result<(), String> {
         let launch = self.launch(plan, word, program, arguments);
-        let log = launch.log.clone();
+        let log = plan.dirs.log(word);
         let process = Arc::new(Process::spawn(&launch).map_err(|error| chain(&error))?);
         // A clean-up ends it, should this be dropped.
         self.running.set_tool(Some(Arc::clone(&process)));
@@ -227,6 +303,12 @@ impl Job {
         Ok(())
     }
 
+    /// A process did not do what it is for; what it said is told.
+    fn not_up(&self, part: Part, plan: &Plan, reason: String) -> StepError {
+        self.running.keep_unread(&plan.dirs);
+        StepError::NotUp { part, reason, log: tail(&plan.dirs.log(part.word())) }
+    }
+
     /// Waits until a process listens; its end or its silence is a failure that carries the end of its log.
     async fn await_socket(&self, part: Part, plan: &Plan, socket: &Path) -> Result<(), StepError> {
         let listening = async {
@@ -236,7 +318,7 @@ impl Job {
             }
         };
         self.unless_it_ends(part, plan, PROMPT, listening).await?.ok_or_else(|| {
-            not_up(part, plan, format!("{} did not appear within {PROMPT:?}", socket.display()))
+            self.not_up(part, plan, format!("{} did not appear within {PROMPT:?}", socket.display()))
         })
     }
 
@@ -249,7 +331,7 @@ impl Job {
     ) -> Result<Option<T>, StepError> {
         let process = self.running.process(part).ok_or(StepError::Lost)?;
         tokio::select! {
-            how = process.ended() => Err(not_up(part, plan, format!("it {how}"))),
+            how = process.ended() => Err(self.not_up(part, plan, format!("it {how}"))),
             outcome = timeout(patience, wait) => Ok(outcome.ok()),
         }
     }
@@ -264,9 +346,11 @@ impl Job {
         let (sender, heard) = watch::channel(Heard::default());
         let connect = Qmp::connect(&plan.machine.control_socket, PROMPT, sender);
         let qmp = self.unless_it_ends(Part::Hypervisor, &plan, PROMPT * 2, connect).await?;
-        let qmp =
-            qmp.ok_or_else(|| not_up(Part::Hypervisor, &plan, "no answer on its control socket".into()))?;
-        self.running.set_qmp(qmp?, heard);
+        let qmp = qmp
+            .ok_or_else(|| self.not_up(Part::Hypervisor, &plan, "no answer on its control socket".into()))?;
+        // It may have ended, and its connection be seen to end first: what it said is worth more than that.
+        let qmp = qmp.map_err(|error| self.not_up(Part::Hypervisor, &plan, chain(&error)))?;
+        self.running.set_qmp(qmp, heard);
         Ok(())
     }
 
@@ -281,7 +365,7 @@ impl Job {
             }
         };
         self.unless_it_ends(Part::Shim, plan, PROMPT, connected).await?.ok_or_else(|| {
-            not_up(Part::Shim, plan, format!("it did not connect to the console within {PROMPT:?}"))
+            self.not_up(Part::Shim, plan, format!("it did not connect to the console within {PROMPT:?}"))
         })?;
         checkpoint::reach("Resume: before it");
         self.running.qmp().ok_or(StepError::Lost)?.execute("cont").await?;
@@ -353,10 +437,6 @@ pub async fn reload_links(plan: &Plan) -> Result<(), StepError> {
 
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
-}
-
-fn not_up(part: Part, plan: &Plan, reason: String) -> StepError {
-    StepError::NotUp { part, reason, log: tail(&plan.dirs.log(part.word())) }
 }
 
 /// As much of a log's end as is shown, in bytes.

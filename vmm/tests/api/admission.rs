@@ -4,7 +4,7 @@ use crate::support::*;
 use lair_vmm::{api::types::ErrorKind, host::tools};
 use std::path::PathBuf;
 
-/// The fleet of [`HOST`], where 1536 MiB are for VMs.
+/// The fleet of [`HOST`], where 1678 MiB are for VMs.
 const VMS: [(&str, u64); 3] = [("a", 1024), ("b", 514), ("c", 512)];
 
 #[tokio::test]
@@ -17,7 +17,7 @@ async fn cf5_a_start_over_the_budget_is_refused_and_starts_nothing() {
 
     let error = refused(client.start("b").await);
     assert_eq!(error.kind, ErrorKind::Failed);
-    insta::assert_snapshot!(error.message, @"VM b: Its 514MiB of memory and the 1GiB of VMs that run make 1538MiB, more than the budget of 1536MiB: the host has 2GiB and keeps 512MiB for itself");
+    insta::assert_snapshot!(error.message, @"VM b: Its 514MiB of memory, 70MiB for its processes and the 1097MiB of VMs that run make 1681MiB, more than the budget of 1678MiB: the host has 2190MiB and keeps 512MiB for itself");
     let output = host.vmctl(&["start", "b"]).await;
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(String::from_utf8(output.stderr).unwrap(), format!("vmctl: {}\n", error.message));
@@ -46,7 +46,7 @@ async fn cf5_what_cannot_start_by_itself_is_failed_and_the_others_start() {
     host.running("z", &fleet);
     let client = host.serve(&fleet).await;
     let b = until(&client, "b", "failed").await;
-    insta::assert_snapshot!(b.detail.unwrap(), @"Its 514MiB of memory and the 1GiB of VMs that run make 1538MiB, more than the budget of 1536MiB: the host has 2GiB and keeps 512MiB for itself");
+    insta::assert_snapshot!(b.detail.unwrap(), @"Its 514MiB of memory, 70MiB for its processes and the 1097MiB of VMs that run make 1681MiB, more than the budget of 1678MiB: the host has 2190MiB and keeps 512MiB for itself");
     let c = until(&client, "c", "failed").await;
     assert!(c.detail.unwrap().contains("Cannot use a source"), "it was started, and there is no store");
     assert_eq!(client.vm("z").await.unwrap().state, "ready");
@@ -63,7 +63,7 @@ async fn cf5_a_vm_that_an_apply_adds_is_failed_where_there_is_no_memory() {
     let reply = client.apply(&lair_vmm::api::types::ApplyRequest::default()).await.unwrap();
     assert_eq!(reply.added, ["b"]);
     let b = until(&client, "b", "failed").await;
-    assert!(b.detail.unwrap().contains("more than the budget of 1536MiB"));
+    assert!(b.detail.unwrap().contains("more than the budget of 1678MiB"));
     assert_eq!(host.traces("b"), Vec::<PathBuf>::new());
 }
 

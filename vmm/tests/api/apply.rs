@@ -114,11 +114,7 @@ async fn an_apply_says_that_the_accelerator_stays() {
     let output = host.vmctl(&["apply"]).await;
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(0));
-    assert!(
-        text.ends_with(
-            "/fleet.toml: host.accel: is read when laird starts; until then guests run as before\n"
-        )
-    );
+    assert!(text.ends_with("/fleet.toml: host: is read when laird starts; until then all is as before\n"));
 }
 
 #[tokio::test]

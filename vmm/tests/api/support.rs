@@ -11,8 +11,9 @@ use lair_vmm::{
     fleet::{self, limits::HostFacts, units::Size},
     host::{
         self,
+        confine::Confinement,
         facts::Engine,
-        process::{Launch, Process},
+        process::{Launch, Process, Sink},
         tools::{self, Tools},
     },
     state::dirs::Dirs,
@@ -32,8 +33,8 @@ use tokio::{
     time,
 };
 
-/// 2 GiB, of which VMs may have 1.5.
-pub(crate) const HOST: HostFacts = HostFacts { cpus: 2, memory: Size(2 << 30) };
+/// Of its memory VMs may have 1678 MiB: just enough for guests of 1024 and 512 MiB with their processes.
+pub(crate) const HOST: HostFacts = HostFacts { cpus: 2, memory: Size(2190 << 20) };
 
 /// The id of the boot in which all tests take place.
 const BOOT: &str = "4b1d0000-0000-4000-8000-000000000000";
@@ -116,7 +117,8 @@ impl Host {
                 program: "/bin/sleep".into(),
                 arguments: vec!["600".into()],
                 environment: vec![],
-                log: self.path("sleep.log"),
+                output: Sink::File(self.path("sleep.log")),
+                confinement: Confinement::default(),
             };
             let process = Process::spawn(&launch).unwrap();
             record.processes.insert(part, process.id());
@@ -144,6 +146,9 @@ impl Host {
             engine: Engine::Tcg,
             tools: Tools { directories: vec![self.path("bin")] },
             boot_id: BOOT.into(),
+            cgroups: None,
+            ids: None,
+            happened: host::happenings(),
         };
         let supervisor = Supervisor::start(self.dirs(), host, file, load(fleet)).await;
         let socket = self.dirs().api_socket();

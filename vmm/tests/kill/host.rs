@@ -105,7 +105,7 @@ impl Host {
         };
         let vms: String = vms.iter().map(vm).collect();
         let fleet = format!(
-            "schema = 1\nhost.accel = \"tcg\"\nstore.sources = [{{ root = \"{directory}/source\" }}]\n{vms}"
+            "schema = 1\nhost = {{ accel = \"tcg\", limits = \"none\", users = \"shared\" }}\nstore.sources = [{{ root = \"{directory}/source\" }}]\n{vms}"
         );
         fs::write(self.path("fleet.toml"), fleet).unwrap();
     }

@@ -43,7 +43,7 @@ fn stand_in() {
     runtime.block_on(async {
         match program.as_str() {
             "lair-virtiofs" if arguments[0] == "index" => {}
-            "lair-virtiofs" => listen_for_ever(&[after("--socket"), after("--control")]).await,
+            "lair-virtiofs" => listen_for_ever(&[after("--control")]).await,
             "vhost-device-vsock" => listen_for_ever(&[after("--socket")]).await,
             "qemu-system-x86_64" => hypervisor(&chardev("console"), &chardev("qmp")).await,
             "lair-shim" => shim(&ShimConfig::load(Path::new(after("--config"))).unwrap()).await,

@@ -43,7 +43,7 @@ fn warnings_are_logged() {
         )
     };
     let text = format!(
-        "schema = 1\nhost.accel = \"tcg\"\nstore.sources = [{{ root = \"/none\" }}]\n{}{}",
+        "schema = 1\nhost = {{ accel = \"tcg\", limits = \"none\" }}\nstore.sources = [{{ root = \"/none\" }}]\n{}{}",
         vm("a"),
         vm("b")
     );
@@ -96,7 +96,7 @@ fn cpu_ticks(pid: u32) -> u64 {
 #[test]
 fn sv8_without_descriptors_it_neither_spins_nor_ends_and_then_serves_again() {
     let directory = TempDir::new().unwrap();
-    let text = "schema = 1\nhost.accel = \"tcg\"\nstore.sources = [{ root = \"/none\" }]\n";
+    let text = "schema = 1\nhost = { accel = \"tcg\", limits = \"none\", users = \"shared\" }\nstore.sources = [{ root = \"/none\" }]\n";
     fs::write(directory.path().join("fleet.toml"), text).unwrap();
     let given = laird(directory.path());
     let mut command = Command::new("/bin/sh");
@@ -145,7 +145,7 @@ fn sleeps(pid: u32) -> u64 {
 #[test]
 fn an_idle_laird_sleeps() {
     let directory = TempDir::new().unwrap();
-    let text = "schema = 1\nhost.accel = \"tcg\"\nstore.sources = [{ root = \"/none\" }]\n";
+    let text = "schema = 1\nhost = { accel = \"tcg\", limits = \"none\", users = \"shared\" }\nstore.sources = [{ root = \"/none\" }]\n";
     fs::write(directory.path().join("fleet.toml"), text).unwrap();
     let mut running = Running(laird(directory.path()).spawn().unwrap());
     let log = BufReader::new(running.0.stderr.take().unwrap());
@@ -173,4 +173,22 @@ fn help() {
     let directory = TempDir::new().unwrap();
     let output = laird(directory.path()).arg("--help").env("COLUMNS", "100").output().unwrap();
     insta::assert_snapshot!(String::from_utf8(output.stdout).unwrap());
+}
+
+/// On a host with usable cgroups this would run.
+#[test]
+fn cg1_laird_does_not_start_without_limits_unless_it_is_told_to() {
+    if let Ok(()) = lair_vmm::cgroup::available() {
+        return println!("SKIPPED: cg1: this host has all controllers");
+    }
+    let directory = TempDir::new().unwrap();
+    let file = directory.path().join("fleet.toml");
+    fs::write(&file, "schema = 1\nhost.accel = \"tcg\"\nstore.sources = [{ root = \"/none\" }]\n").unwrap();
+    let output = laird(directory.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8(output.stderr).unwrap();
+    let last = said.lines().last().unwrap();
+    assert!(last.starts_with("laird: VMs cannot be limited: "), "{said}");
+    assert!(last.contains("host.limits = \"none\""), "{said}");
+    assert!(!directory.path().join("run/laird.sock").exists());
 }

@@ -6,6 +6,7 @@
 mod agent;
 mod console;
 mod links;
+mod output;
 mod process;
 mod sessions;
 mod support;

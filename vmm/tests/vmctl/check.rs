@@ -2,7 +2,11 @@
 
 use crate::{store, support::*};
 use lair_vmm::{
-    fleet::{limits::HostFacts, units::Size},
+    fleet::{
+        self,
+        limits::{HostFacts, Need},
+        units::Size,
+    },
     host::facts,
 };
 use std::{fs, os::unix::fs::symlink, path::PathBuf};
@@ -83,8 +87,10 @@ fn cf5_warnings_are_told_and_are_no_failure() {
     // Each may have all that the host has, so that both are too much on any host.
     let host = HostFacts::read().unwrap();
     let all = Size(host.memory.0 & !((2 << 20) - 1));
+    let loaded = fleet::load("fleet.toml", bench.fleet(&[("a", all)]).as_bytes(), &host).unwrap();
+    let each = Need::of(&loaded.fleet.vms["a"]).sum();
     let figures = [
-        (Size(all.0 * 2).to_string(), "ALL"),
+        (Size(each.0 * 2).to_string(), "ALL"),
         (host.budget().to_string(), "BUDGET"),
         (host.memory.to_string(), "HOST"),
         (host.reserve().to_string(), "RESERVE"),

@@ -1,7 +1,10 @@
 //! `lair-shim`: the process beside each VM that carries what must outlive `laird`.
 
 use clap::Parser;
-use lair_vmm::shim::serve::{ServeError, serve};
+use lair_vmm::shim::{
+    output::Log,
+    serve::{ServeError, serve},
+};
 use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
     stat::{Mode, umask},
@@ -27,6 +30,9 @@ struct Arguments {
     /// The VM's shim configuration, JSON, written by laird
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+    /// Keeps what comes out of a pipe, which is open already with its reading end as descriptor N, in FILE and FILE.1, at most 1 MiB each
+    #[arg(long = "log", value_name = "N=FILE")]
+    logs: Vec<Log>,
 }
 
 fn main() -> ExitCode {
@@ -47,7 +53,7 @@ fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     // One thread for all connections; what may block on a disk has threads of its own.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let served = runtime.block_on(serve(&arguments.config));
+    let served = runtime.block_on(serve(&arguments.config, &arguments.logs));
     // A read of a file that hangs must not hold up the end.
     runtime.shutdown_background();
     Ok(served?)

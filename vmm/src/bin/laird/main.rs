@@ -4,9 +4,22 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use lair_vmm::{
     api,
-    fleet::{self, Loaded, limits::HostFacts},
-    host::{Host, facts, process, tools::Tools},
-    state::{dirs::Dirs, lock},
+    cgroup::Hierarchy,
+    fleet::{
+        self, Loaded,
+        limits::HostFacts,
+        schema::{Fleet, Limits, Users},
+    },
+    host::{
+        Host, facts, happenings,
+        ids::{self, Ids},
+        process,
+        tools::Tools,
+    },
+    state::{
+        dirs::{self, Dirs},
+        lock,
+    },
     supervisor::{Supervisor, shutdown},
 };
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -71,9 +84,18 @@ fn run(arguments: Arguments) -> Result<()> {
         tracing::warn!("no KVM: guests run under emulation, many times slower");
     }
     let boot_id = process::boot_id().context("Cannot read the boot id")?;
-    let host = Host { facts, engine, tools: Tools::of_this_process(), boot_id };
     dirs.create()?;
     let _lock = lock::lock(&dirs.run)?;
+    let (cgroups, ids) = (cgroups(&loaded.fleet)?, ids(&loaded.fleet, &dirs)?);
+    let host = Host {
+        facts,
+        engine,
+        tools: Tools::of_this_process(),
+        boot_id,
+        cgroups,
+        ids,
+        happened: happenings(),
+    };
     // One thread suffices: laird is in no data path, and what blocks runs on threads of its own.
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -88,6 +110,35 @@ fn raise_descriptors() {
         // With fewer it works as well, up to that many connections and VMs.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, WANTED.min(hard).max(soft), hard);
     }
+}
+
+/// Where VMs get their cgroups. A host that cannot limit them must be told that it need not.
+fn cgroups(fleet: &Fleet) -> Result<Option<Hierarchy>> {
+    if fleet.host.limits == Limits::None {
+        tracing::warn!("host.limits is \"none\": VMs are not limited, and can take all that the host has");
+        return Ok(None);
+    }
+    let io = fleet.vms.values().any(|vm| vm.limits.io.is_some());
+    let hierarchy = Hierarchy::find(io).context("VMs cannot be limited")?;
+    tracing::info!(cgroup = %hierarchy.dir().display(), "VMs are limited");
+    Ok(Some(hierarchy))
+}
+
+/// Who has which users.
+fn ids(fleet: &Fleet, dirs: &Dirs) -> Result<Option<Arc<Ids>>> {
+    if !dirs::is_root() {
+        if fleet.host.ids.is_some() {
+            tracing::warn!("host.ids is of no use where laird is not root: all processes share its user");
+        }
+        return Ok(None);
+    }
+    if fleet.host.users == Users::Shared {
+        tracing::warn!("host.users is \"shared\": processes of VMs run as root");
+        return Ok(None);
+    }
+    let range = fleet.host.ids.unwrap_or(ids::DEFAULT);
+    let (file, vms) = (dirs.state.join("ids.json"), dirs.state.join("vms"));
+    Ok(Some(Arc::new(Ids::open(&file, &vms, range, |vm| fleet.vms.contains_key(vm))?)))
 }
 
 async fn serve(dirs: Dirs, host: Host, fleet_file: PathBuf, loaded: Loaded) -> Result<()> {

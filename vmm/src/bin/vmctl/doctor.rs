@@ -8,6 +8,7 @@ use crate::{
 };
 use comfy_table::{Cell, Table};
 use lair_vmm::{
+    cgroup,
     fleet::limits::HostFacts,
     host::{
         facts::{self, NoKvm},
@@ -24,8 +25,8 @@ struct Seen {
     kvm: Result<(), NoKvm>,
     facts: io::Result<HostFacts>,
     root: bool,
-    /// What `cgroup.controllers` of the host's topmost cgroup lists.
-    controllers: String,
+    /// Whether there are cgroups for limits, or why not.
+    limits: Result<(), String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -51,7 +52,7 @@ pub(crate) fn run(context: &Context) -> Result<ExitCode, CommandError> {
         kvm: facts::kvm(),
         facts: HostFacts::read(),
         root: dirs::is_root(),
-        controllers: std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default(),
+        limits: cgroup::available().map_err(|error| lair_vmm::error::chain(&error)),
     });
     if context.json {
         status::print_json(&points)?;
@@ -88,24 +89,16 @@ fn points(seen: &Seen) -> Vec<Point> {
         Err(error) => point("memory", Verdict::Missing, format!("cannot be read: {error}")),
     });
     points.push(if seen.root {
-        point("user", Verdict::Ok, "root".into())
+        point("user", Verdict::Ok, "root: each process of a VM has a uid of its own".into())
     } else {
-        let finding = "not root: all processes share this user's uid; no VFIO, no limits";
+        let finding = "not root: all processes share this user's uid; no VFIO";
         point("user", Verdict::Note, finding.into())
     });
-    points.push(point("cgroups", Verdict::Note, cgroups(&seen.controllers)));
+    points.push(match &seen.limits {
+        Ok(()) => point("cgroups", Verdict::Ok, "cgroup v2 has all controllers: laird can limit VMs".into()),
+        Err(reason) => point("cgroups", Verdict::Note, reason.clone()),
+    });
     points
-}
-
-fn cgroups(controllers: &str) -> String {
-    let there = |wanted: &&str| controllers.split_ascii_whitespace().any(|controller| controller == *wanted);
-    let missing: Vec<_> =
-        ["cpu", "io", "memory", "pids"].into_iter().filter(|wanted| !there(wanted)).collect();
-    if missing.is_empty() {
-        "cgroup v2 has all controllers; this release does not use them yet: limits are not enforced".into()
-    } else {
-        format!("cgroup v2 lacks {}: limits are not enforced", missing.join(", "))
-    }
 }
 
 fn shown(points: &[Point]) -> Table {
@@ -135,7 +128,7 @@ mod tests {
             kvm: Err(NoKvm::Missing),
             facts: facts(),
             root: false,
-            controllers: "cpuset memory\n".into(),
+            limits: Err("The cgroup /sys/fs/cgroup has no controller cpu. What to do about it".into()),
         };
         insta::assert_snapshot!(shown(&points(&bare)).trim_fmt());
         let directory = tempfile::tempdir().unwrap();
@@ -149,7 +142,7 @@ mod tests {
             kvm: Ok(()),
             facts: facts(),
             root: true,
-            controllers: "cpuset cpu io memory hugetlb pids rdma misc\n".into(),
+            limits: Ok(()),
         };
         let points = points(&equipped);
         insta::assert_json_snapshot!(points.last().unwrap());

@@ -58,6 +58,11 @@ fn line(event: &Event) -> String {
             }
             ("-", what.join("; "))
         }
+        EventKind::Oom { vm, killed } => (vm.as_str(), format!("out of memory; processes killed: {killed}")),
+        EventKind::Pressure { vm, percent } => {
+            (vm.as_str(), format!("waits for memory: {percent} % of the last 10 s"))
+        }
+        EventKind::Unlimited { vm, reason } => (vm.as_str(), format!("not limited: {reason}")),
         EventKind::Dropped { count } => ("-", format!("{count} events are missing here")),
     };
     format!("{}  {vm:12}  {what}", event.time.strftime("%F %T"))
@@ -91,6 +96,12 @@ mod tests {
                 removed: vec![],
                 pending_restart: vec!["c".into()],
                 links_changed: true,
+            },
+            EventKind::Oom { vm: "builder".into(), killed: 4 },
+            EventKind::Pressure { vm: "builder".into(), percent: 31 },
+            EventKind::Unlimited {
+                vm: "builder".into(),
+                reason: "its cgroup was removed by somebody else".into(),
             },
             EventKind::Dropped { count: 7 },
         ];

@@ -8,6 +8,7 @@ use crate::{
 use comfy_table::Cell;
 use lair_vmm::{
     api::types::{HostStatus, VmStatus},
+    fleet::schema::{Limits, Users},
     vm::{
         adopt::Verdict,
         machine::{Ender, Wanted},
@@ -101,8 +102,12 @@ fn notes(host: &HostStatus) -> Vec<String> {
     }
     if !host.root {
         notes.push("Not root: all processes share one uid".into());
+    } else if host.users == Users::Shared {
+        notes.push("Processes of VMs run as root (host.users)".into());
     }
-    notes.push("Limits are not enforced: VMs are in no cgroup of their own".into());
+    if host.limits == Limits::None {
+        notes.push("No limits: VMs can take all that the host has (host.limits; see vmctl doctor)".into());
+    }
     notes
 }
 

@@ -50,7 +50,7 @@ fn cf7_line_ends_of_other_systems_are_line_ends() {
         assert_eq!(load(name, text.as_bytes(), &HOST).unwrap().fleet, super::example(), "{name}");
     }
     let wrong = changed("vcpus = 4", "vcpus = 0").replace('\n', "\r\n");
-    assert!(said("fleet.toml", wrong.as_bytes()).starts_with("fleet.toml:14:9: "));
+    assert!(said("fleet.toml", wrong.as_bytes()).starts_with("fleet.toml:17:9: "));
 }
 
 #[test]

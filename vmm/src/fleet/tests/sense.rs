@@ -106,12 +106,39 @@ fn cf4_processors_and_memory() {
 #[test]
 fn cf5_more_memory_than_the_host_has_is_a_warning_before_the_start() {
     assert_eq!(HOST.budget().to_string(), "60GiB");
-    assert_eq!(said("fleet.toml", changed("memory = \"16GiB\"", "memory = \"50GiB\"").as_bytes()), "fine");
+    assert_eq!(said("fleet.toml", changed("memory = \"16GiB\"", "memory = \"49GiB\"").as_bytes()), "fine");
     let warned = said("fleet.toml", changed("memory = \"16GiB\"", "memory = \"51GiB\"").as_bytes());
     insta::assert_snapshot!(warned, @r"
     fine, but
-    fleet.toml:12:2: vms: all VMs together have 61GiB, more than the 60GiB for VMs (the host has 64GiB and keeps 4GiB); not all can run at once
+    fleet.toml:15:2: vms: all VMs together need 63158MiB with their processes, more than the 60GiB for VMs (the host has 64GiB and keeps 4GiB); not all can run at once
     ");
+}
+
+#[test]
+fn limits_of_vms_and_of_the_host() {
+    let all = said_of_changes(&[
+        ("percent = 400", "percent = 0"),
+        ("weight = 200", "weight = 10001"),
+        ("pids = 2048", "pids = 10"),
+        ("pids = 2048", "pids = \"2048\""),
+        ("read = \"200MiB\"", "read = \"200\""),
+        ("read = \"200MiB\"", "read = \"200KiB\""),
+        ("write_ops = 2000", "write_ops = 1"),
+        ("write_ops = 2000", "write_op = 2000"),
+        ("store_cache = \"1GiB\"", "store_cache = \"2TiB\""),
+        ("store_cache = \"1GiB\"", "stor_cache = \"1GiB\""),
+        ("autostart = false", "autostart = false\nlimits = { pids = 500, memory = \"1GiB\" }"),
+        ("network = \"none\"", "network = \"none\"\nlimits = { io = { read = \"10MiB\" } }"),
+        ("limits = \"cgroup\"", "limits = \"cgroups\""),
+        ("limits = \"cgroup\"", "limits = \"none\""),
+        ("users = \"own\"", "users = \"root\""),
+        ("first = 2100000000", "first = 999"),
+        ("first = 2100000000", "first = 65000"),
+        ("first = 2100000000", "first = 4294967290"),
+        ("count = 65536", "count = 7"),
+        (", count = 65536", ""),
+    ]);
+    insta::assert_snapshot!(all);
 }
 
 #[test]

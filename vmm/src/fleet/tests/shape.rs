@@ -8,7 +8,7 @@ fn cf1_unknown_key() {
         ("memory = \"8GiB\"", "memry = \"8GiB\""),
         ("memory = \"8GiB\"", "memory = \"8GiB\"\nmemry = \"8GiB\""),
         ("[host]", "[hots]"),
-        ("accel = \"auto\"", "accel = \"auto\"\nlimits = \"none\""),
+        ("accel = \"auto\"", "accel = \"auto\"\nlimit = \"none\""),
         ("[vms.hydra]", "[vm.hydra]"),
         ("mount = \"/var\" }", "mount = \"/var\", fstype = \"xfs\" }"),
         ("tmpfs = \"8GiB\"", "tmpf = \"8GiB\""),

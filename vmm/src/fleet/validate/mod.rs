@@ -7,11 +7,12 @@ mod link;
 mod vm;
 
 use super::{
-    limits::HostFacts,
+    limits::{HostFacts, Need},
     problem::{Finding, Findings, Path},
-    schema::{Fleet, Source, Store},
+    schema::{Fleet, IdRange, Source, Store},
     units::Size,
 };
+use crate::host::ids;
 use std::collections::BTreeMap;
 
 /// The host's own name in `from` of a link.
@@ -71,6 +72,9 @@ impl<K: Ord> Unique<K> {
 pub(super) fn fleet(fleet: &Fleet, host: &HostFacts) -> Verdict {
     let mut verdict = Verdict::default();
     let root = Path::root();
+    if let Some(range) = fleet.host.ids {
+        verdict.value(&root.key("host").key("ids"), ids(range));
+    }
     store(&fleet.store, &root.key("store").key("sources"), &mut verdict);
     for (name, vm) in &fleet.vms {
         vm::check(name, vm, &root.key("vms").key(name), host, &mut verdict);
@@ -83,6 +87,28 @@ pub(super) fn fleet(fleet: &Fleet, host: &HostFacts) -> Verdict {
     }
     memory(fleet, &root.key("vms"), host, &mut verdict);
     verdict
+}
+
+/// Numbers that belong to nobody: not root's or those of the system's own users, and not 65534 and 65535, which mean nobody and none.
+fn ids(range: IdRange) -> Result<(), String> {
+    const FIRST: u32 = 1000;
+    let IdRange { first, count } = range;
+    if count < ids::PER_VM {
+        return Err(format!("{count} numbers are not enough for one VM, which takes {}", ids::PER_VM));
+    }
+    // The last two numbers mean "unchanged" to the kernel, in 16 and in 32 bits.
+    let Some(last) =
+        first.checked_add(count).map(|end| end.saturating_sub(1)).filter(|last| *last < u32::MAX)
+    else {
+        return Err(format!("{count} numbers from {first} on go beyond {}, the last there is", u32::MAX - 1));
+    };
+    if first < FIRST {
+        return Err(format!("begins at {first}; numbers below {FIRST} belong to the system"));
+    }
+    if first <= 65535 && last >= 65534 {
+        return Err(format!("{first} to {last} contains 65534 and 65535, which mean nobody and none"));
+    }
+    Ok(())
 }
 
 fn store(store: &Store, path: &Path, verdict: &mut Verdict) {
@@ -114,12 +140,12 @@ fn file(path: &std::path::Path) -> Result<(), String> {
 
 /// Not an error: not all VMs need to run at once. Starting one too many is.
 fn memory(fleet: &Fleet, path: &Path, host: &HostFacts, verdict: &mut Verdict) {
-    let wanted = |size: u64, vm: &super::schema::Vm| size.saturating_add(vm.memory.0);
+    let wanted = |size: u64, vm: &super::schema::Vm| size.saturating_add(Need::of(vm).sum().0);
     let all = Size(fleet.vms.values().fold(0, wanted));
     if all > host.budget() {
         let (budget, memory, reserve) = (host.budget(), host.memory, host.reserve());
         verdict.warnings.push(Finding::at(path, format!(
-            "all VMs together have {all}, more than the {budget} for VMs (the host has {memory} and keeps {reserve}); not all can run at once"
+            "all VMs together need {all} with their processes, more than the {budget} for VMs (the host has {memory} and keeps {reserve}); not all can run at once"
         )));
     }
 }

@@ -51,6 +51,44 @@ pub(super) fn check(name: &str, vm: &Vm, path: &Path, host: &HostFacts, verdict:
         verdict.value(&credentials.key(name), file(source));
     }
     services(&vm.services, &path.key("services"), verdict);
+    limits(vm, &path.key("limits"), verdict);
+}
+
+/// The least that is read or written a second. A VM with less would never boot.
+const IO_MIN: Size = Size(1 << 20);
+
+/// What is read and written a second at most, in operations.
+const OPS_MIN: u32 = 10;
+
+/// The most of the store in the page cache.
+const STORE_CACHE_MAX: Size = Size(1 << 40);
+
+fn limits(vm: &Vm, path: &Path, verdict: &mut Verdict) {
+    if let Some(cache) = vm.limits.store_cache
+        && cache > STORE_CACHE_MAX
+    {
+        let message = format!("{cache} of page cache; at most {STORE_CACHE_MAX} are allowed");
+        verdict.error(Finding::at(&path.key("store_cache"), message));
+    }
+    let Some(io) = &vm.limits.io else { return };
+    let path = path.key("io");
+    for (key, rate) in [("read", io.read), ("write", io.write)] {
+        if let Some(rate) = rate.filter(|rate| *rate < IO_MIN) {
+            verdict
+                .error(Finding::at(&path.key(key), format!("{rate} a second; at least {IO_MIN} are needed")));
+        }
+    }
+    for (key, rate) in [("read_ops", io.read_ops), ("write_ops", io.write_ops)] {
+        if let Some(rate) = rate.filter(|rate| *rate < OPS_MIN) {
+            verdict.error(Finding::at(
+                &path.key(key),
+                format!("{rate} a second; at least {OPS_MIN} are needed"),
+            ));
+        }
+    }
+    if vm.volumes.is_empty() {
+        verdict.warnings.push(Finding::at(&path, "limits nothing: the VM has no volumes"));
+    }
 }
 
 fn count(length: usize) -> Result<(), String> {

@@ -87,14 +87,14 @@ impl Actor {
         self.heard = None;
         self.shim_status = None;
         let before = self.work.take();
-        let (running, dirs) = (self.running.clone(), self.dirs());
+        let (running, dirs, cgroup) = (self.running.clone(), self.dirs(), self.context.cgroup());
         self.work(Some(Input::NotCleaned(LOST.into())), |_| async move {
             if let Some(Work { cancel, task, .. }) = before {
                 cancel.send_replace(true);
                 let _ = timeout(LET_GO, task).await;
             }
             let Ok(dirs) = dirs else { return Some(Input::Cleaned) };
-            match running.clean_up(&dirs).await {
+            match running.clean_up(&dirs, cgroup).await {
                 Ok(()) => Some(Input::Cleaned),
                 Err(reason) => Some(Input::NotCleaned(reason)),
             }

@@ -1,6 +1,9 @@
 use super::*;
 use crate::{
-    host::process::{Launch, ProcessId},
+    host::{
+        confine::Confinement,
+        process::{Launch, ProcessId, Sink},
+    },
     vm::{
         failure::Failure,
         machine::{Action, Outcome, Stage, Step},
@@ -36,7 +39,8 @@ impl Left {
                 program: "/bin/sleep".into(),
                 arguments: vec!["600".into()],
                 environment: vec![],
-                log: directory.path().join("log"),
+                output: Sink::File(directory.path().join("log")),
+                confinement: Confinement::default(),
             };
             (part, Process::spawn(&launch).unwrap())
         };

@@ -2,7 +2,7 @@
 
 use super::text;
 use crate::vm::plan::Plan;
-use std::path::Path;
+use std::{os::fd::RawFd, path::Path};
 
 /// What indexing and serving have in common.
 pub(super) fn store_arguments(plan: &Plan) -> Vec<String> {
@@ -14,11 +14,18 @@ pub(super) fn store_arguments(plan: &Plan) -> Vec<String> {
     arguments
 }
 
-pub(super) fn virtiofs_arguments(plan: &Plan) -> Vec<String> {
-    let mut arguments = vec!["--socket".into(), text(&plan.machine.store_socket)];
+/// The store backend's control socket.
+pub(super) const STORE_CONTROL: &str = "store-control.sock";
+
+/// `listener` is its vhost-user socket, `becomes` the user and group that it shall have.
+pub(super) fn virtiofs_arguments(plan: &Plan, listener: RawFd, becomes: Option<(u32, u32)>) -> Vec<String> {
+    let mut arguments = vec!["--fd".into(), listener.to_string()];
+    if let Some((uid, gid)) = becomes {
+        arguments.extend(["--uid".into(), uid.to_string(), "--gid".into(), gid.to_string()]);
+    }
     arguments.extend(store_arguments(plan));
     arguments.extend(["--queues".into(), plan.machine.store_queues.to_string()]);
-    arguments.extend(["--control".into(), text(&plan.dirs.socket("store-control.sock"))]);
+    arguments.extend(["--control".into(), text(&plan.dirs.socket(STORE_CONTROL))]);
     arguments
 }
 

@@ -1,7 +1,8 @@
 //! Why a step fails.
 
 use crate::{
-    host::{process::ProcessError, tools::Missing},
+    cgroup::CgroupError,
+    host::{ids::IdsError, listen::ListenError, process::ProcessError, tools::Missing},
     hypervisor::qemu::qmp::QmpError,
     shim::client::ClientError,
     state::{dirs::DirsError, file::WriteError},
@@ -25,6 +26,15 @@ pub enum StepError {
     /// A directory cannot be used.
     #[error(transparent)]
     Dirs(#[from] DirsError),
+    /// There are no users for it.
+    #[error(transparent)]
+    Ids(#[from] IdsError),
+    /// It cannot be limited.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// A socket for it cannot be made.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// A program is missing.
     #[error(transparent)]
     Missing(#[from] Missing),

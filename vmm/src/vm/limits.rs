@@ -1,0 +1,101 @@
+//! What happens to a VM's limits while it runs.
+
+use super::plan::Plan;
+use crate::{
+    cgroup::{Event, VmCgroup, Watcher, values::Values},
+    host::facts::Engine,
+};
+use tokio::sync::broadcast;
+
+/// What happened to the cgroup of which VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Happened {
+    /// The VM.
+    pub vm: String,
+    /// What.
+    pub event: Event,
+}
+
+/// Logs what happens to `cgroup` and sends it to `happened`, until the cgroup is gone.
+pub(super) async fn follow(cgroup: VmCgroup, happened: broadcast::Sender<Happened>) {
+    let vm = cgroup.name().to_owned();
+    let mut watcher = match Watcher::new(cgroup) {
+        Ok(watcher) => watcher,
+        Err(error) => {
+            return tracing::error!(vm, error = crate::error::chain(&error), "its limits are not watched");
+        }
+    };
+    loop {
+        let event = watcher.next().await;
+        match event {
+            Event::Oom { killed } => {
+                tracing::error!(vm, killed, "it ran out of memory, and its processes were killed")
+            }
+            Event::Pressure(pressure) => {
+                let percent = pressure.full.avg10 / 100;
+                tracing::warn!(vm, percent, "all of it waits for memory (share of the last 10 s)");
+            }
+            Event::Empty => {
+                tracing::error!(
+                    vm,
+                    "degraded: there is no process in its cgroup any more, so it is not limited"
+                )
+            }
+            Event::Gone => {
+                tracing::error!(vm, "degraded: its cgroup was removed by somebody else, so it is not limited")
+            }
+        }
+        // Nobody has to listen.
+        let _ = happened.send(Happened { vm: vm.clone(), event });
+        if event == Event::Gone {
+            return;
+        }
+    }
+}
+
+/// The limits of a VM.
+pub(super) fn values(plan: &Plan) -> Values {
+    Values::of(&plan.vm, plan.machine.engine == Engine::Tcg)
+}
+
+/// Says what is wrong with the cgroup of a VM that an earlier `laird` started.
+pub(super) fn look(cgroup: &VmCgroup, plan: &Plan) {
+    if let Some(fault) = cgroup.check(&values(plan)) {
+        tracing::error!(vm = plan.name, "degraded: {fault}");
+    }
+}
+
+/// Whether processes in `cgroup` were killed for want of memory since it was made: why a process that was killed was.
+pub(super) fn ran_out(cgroup: &VmCgroup) -> bool {
+    cgroup.usage().is_ok_and(|usage| usage.memory_events.oom_kill > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cgroup::fake::Fake;
+    use std::time::Duration;
+    use tokio::time::timeout;
+
+    #[tokio::test]
+    async fn cg2_what_happens_is_sent_with_the_vms_name() {
+        let fake = Fake::new();
+        let group = fake.hierarchy().vm("builder");
+        let values = Values { memory_max: 1 << 20, cpu_quota: None, cpu_weight: 100, pids_max: 9, io: None };
+        group.create(&values, None).unwrap();
+        fake.write("lair/vms/builder/cgroup.events", "populated 1\nfrozen 0\n");
+        let (happened, mut heard) = broadcast::channel(8);
+        let task = tokio::spawn(follow(group.clone(), happened));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!ran_out(&group));
+        fake.write("lair/vms/builder/memory.events", "low 0\nhigh 0\nmax 1\noom 1\noom_kill 3\n");
+        let first = timeout(Duration::from_secs(30), heard.recv()).await.unwrap().unwrap();
+        assert_eq!(first, Happened { vm: "builder".into(), event: Event::Oom { killed: 3 } });
+        assert!(ran_out(&group));
+        fake.write("lair/vms/builder/memory.events", "nonsense");
+        std::fs::remove_dir_all(group.dir()).unwrap();
+        let last = timeout(Duration::from_secs(30), heard.recv()).await.unwrap().unwrap();
+        assert_eq!(last.event, Event::Gone);
+        timeout(Duration::from_secs(30), task).await.unwrap().unwrap();
+    }
+}
