@@ -1,12 +1,15 @@
 //! `lair-guest`: PID 1 of a guest's initramfs, then its agent.
 
 mod agent;
+mod clock;
 mod connect;
+mod credentials;
 mod handshake;
 mod init;
 mod paths;
 mod report;
 mod sys;
+mod trace;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -46,6 +49,13 @@ enum Command {
     /// For a system with its own init; the unit `lair-ready.service` calls it after the default target. Without an
     /// init of its own the guest is up when its services are.
     Ready,
+    /// Notes in the boot trace that the system has come this far
+    ///
+    /// For a system with its own init; the units `lair-reached@TARGET.service` call it when systemd has reached a target.
+    Reached {
+        /// What was reached, such as `basic`: letters, digits, hyphens, dots
+        target: String,
+    },
 }
 
 fn main() -> ExitCode {
@@ -61,6 +71,7 @@ fn main() -> ExitCode {
         Command::Ready => agent::tell_ready().map_err(|error| {
             anyhow::Error::new(error).context(format!("Could not tell the agent at `{}`", paths::AGENT))
         }),
+        Command::Reached { target } => reached(&target),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -69,6 +80,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn reached(target: &str) -> anyhow::Result<()> {
+    let name = format!("target-{target}");
+    anyhow::ensure!(trace::is_name(&name), "`{target}` is not the name of a target");
+    trace::Trace::new(paths::TRACE).mark(&name);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -86,7 +104,7 @@ mod tests {
 
     #[test]
     fn help_is_worth_reading() {
-        let all = ["", "init", "agent", "connect", "ready"].map(help);
+        let all = ["", "init", "agent", "connect", "ready", "reached"].map(help);
         insta::assert_snapshot!(all.join("\n--------\n"));
     }
 }

@@ -19,11 +19,20 @@ pub(crate) const AGENT: &str = "/run/lair/agent.sock";
 /// under a system's own init would not be told a second time.
 pub(crate) const READY: &str = "/run/lair/ready";
 
+/// What happened when in this boot; 0600.
+pub(crate) const TRACE: &str = "/run/lair/trace";
+
+/// How far the journal has been told to the host; 0600.
+pub(crate) const JOURNAL_CURSOR: &str = "/run/lair/journal-cursor";
+
 /// Credentials, one file each; a file system of its own, 0700.
 pub(crate) const CREDENTIALS: &str = "/run/credentials/lair";
 
 /// From here a systemd that starts takes credentials as its own, and deletes them here.
 pub(crate) const SYSTEMD_CREDENTIALS: &str = "/run/credentials/@initrd";
+
+/// Here a systemd that runs looks for credentials that it was not started with (systemd.exec(5), `LoadCredential=`).
+pub(crate) const CREDSTORE: &str = "/run/credstore";
 
 /// The read-only view, where an overlay covers it.
 pub(crate) const STORE_LOWER: &str = "/run/lair/store";

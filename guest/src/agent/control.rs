@@ -6,14 +6,14 @@
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use super::{
-    Agent,
+    Agent, credentials,
     power::{self, Power},
     report, statistics,
 };
-use crate::handshake;
+use crate::{clock, handshake};
 use lair_guest::wire::{
     frame::{self, FrameError},
-    message::{Answer, Ask, Event, Hello, HelloReply, Phase, Request},
+    message::{Answer, Ask, Event, Features, Hello, HelloReply, Phase, Request},
 };
 use std::sync::atomic::Ordering;
 use tokio::{
@@ -40,9 +40,10 @@ pub(super) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
         *newest = newest.wrapping_add(1);
         number = *newest;
     });
-    // Later on the guest may have a time server.
-    if !agent.clock_set.swap(true, Ordering::Relaxed) {
-        handshake::set_clock(hello.unix_ms);
+    if !agent.greeted.swap(true, Ordering::Relaxed) {
+        agent.trace.mark("channel");
+        // The host may be of a release that does not ask for it. Later on, the guest may have a time server.
+        let _ = set_clock(agent, hello.unix_ms);
     }
     agent.links.lock().await.apply(hello.ticket, hello.links_out, hello.links_in).await;
 
@@ -50,8 +51,8 @@ pub(super) async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
     let (mut from_host, mut to_host) = tokio::io::split(stream);
     let (answers, queue) = mpsc::channel(QUEUE);
     tokio::select! {
-        result = hear(&mut from_host, answers) => result,
-        result = speak(agent, &mut to_host, queue) => result,
+        result = hear(agent, &mut from_host, answers) => result,
+        result = speak(agent, hello.features, &mut to_host, queue) => result,
         _ = newest.wait_for(|newest| *newest != number) => Ok(()),
     }
 }
@@ -64,16 +65,23 @@ struct Reply {
 }
 
 /// Reads requests. Ends well when the host closes.
-async fn hear<R: AsyncRead + Unpin>(from: &mut R, answers: mpsc::Sender<Reply>) -> Result<(), FrameError> {
+async fn hear<R: AsyncRead + Unpin>(
+    agent: &Agent,
+    from: &mut R,
+    answers: mpsc::Sender<Reply>,
+) -> Result<(), FrameError> {
     while let Some(Request { id, ask }) = frame::read_message_or_end(from).await? {
         let (answer, then) = match ask {
             Ask::Ping => (Answer::Done, None),
             Ask::Statistics => (
-                statistics::read().map_or_else(|e| Answer::Failed(report::chain(&e)), Answer::Statistics),
+                statistics::read(&agent.disks)
+                    .map_or_else(|e| Answer::Failed(report::chain(&e)), Answer::Statistics),
                 None,
             ),
             Ask::PowerOff => (Answer::Done, Some(Power::Off)),
             Ask::Reboot => (Answer::Done, Some(Power::Reboot)),
+            Ask::SetClock { unix_ms } => (set_clock(agent, unix_ms), None),
+            Ask::Credentials(sent) => (credentials::take(agent, sent).await, None),
         };
         if answers.send(Reply { id, answer, then }).await.is_err() {
             break;
@@ -82,9 +90,27 @@ async fn hear<R: AsyncRead + Unpin>(from: &mut R, answers: mpsc::Sender<Reply>) 
     Ok(())
 }
 
+/// Makes the clock follow the host's, and says so.
+fn set_clock(agent: &Agent, host_unix_ms: u64) -> Answer {
+    match clock::follow(host_unix_ms) {
+        Ok(correction) => {
+            if let Some(line) = correction.in_words() {
+                agent.log.say(&line);
+            }
+            Answer::Done
+        }
+        Err(errno) => {
+            let reason = format!("the clock could not be set: {errno}");
+            agent.log.say(&reason);
+            Answer::Failed(reason)
+        }
+    }
+}
+
 /// Writes answers and events.
 async fn speak<W: AsyncWrite + Unpin>(
     agent: &Agent,
+    features: Features,
     to: &mut W,
     mut answers: mpsc::Receiver<Reply>,
 ) -> Result<(), FrameError> {
@@ -105,9 +131,10 @@ async fn speak<W: AsyncWrite + Unpin>(
                 continue;
             }
             changed = ready.changed() => match (changed, *ready.borrow_and_update()) {
-                (Ok(()), Some(uptime_ms)) => Event::Ready { uptime_ms },
+                (Ok(()), Some(uptime_ms)) => Event::Ready { uptime_ms, trace: agent.trace.read() },
                 _ => continue,
             },
+            entries = agent.journal(), if features.journal => Event::Journal { entries },
             service = ended.recv() => match service {
                 Ok((service, how)) => Event::ServiceEnded { service, how },
                 // The host did not read for so long that the oldest are gone.
@@ -122,8 +149,8 @@ async fn speak<W: AsyncWrite + Unpin>(
 mod tests {
     use super::super::tests::agent;
     use super::*;
-    use lair_guest::wire::VERSION;
-    use std::{collections::BTreeMap, sync::Arc, time::Duration};
+    use lair_guest::wire::{VERSION, message::JournalEntry};
+    use std::{sync::Arc, time::Duration};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
         task::JoinHandle,
@@ -136,8 +163,8 @@ mod tests {
             ticket: "0".repeat(64),
             links_out: vec![],
             links_in: vec![],
-            credentials: BTreeMap::new(),
             unix_ms: 0,
+            features: Features::default(),
         }
     }
 
@@ -174,13 +201,26 @@ mod tests {
         session.await.unwrap().unwrap();
     }
 
+    /// Only what cannot change this machine's clock is asked here: [`clock::judge`] has its own tests.
+    #[tokio::test]
+    async fn a_senseless_clock_of_the_host_changes_nothing() {
+        let agent = Arc::new(agent(false));
+        let (mut host, _session) = open(&agent, VERSION);
+        welcome(&mut host).await;
+        let before = clock::unix_ms();
+        frame::write_message(&mut host, &Request { id: 1, ask: Ask::SetClock { unix_ms: 0 } }).await.unwrap();
+        assert!(matches!(event(&mut host).await, Event::Reply { id: 1, answer: Answer::Done }));
+        assert!(clock::unix_ms() >= before);
+    }
+
     #[tokio::test]
     async fn readiness_is_said_once_on_every_channel() {
         let agent = Arc::new(agent(false));
         let (mut first, _task) = open(&agent, VERSION);
         welcome(&mut first).await;
         agent.set_ready();
-        assert!(matches!(event(&mut first).await, Event::Ready { .. }));
+        let Event::Ready { uptime_ms: 1.., trace } = event(&mut first).await else { panic!("not ready") };
+        assert_eq!(trace[0].name, "kernel");
         agent.set_ready();
         assert!(timeout(Duration::from_millis(50), first.read_u8()).await.is_err(), "said twice");
 
@@ -191,6 +231,38 @@ mod tests {
         assert!(
             matches!(event(&mut second).await, Event::ServiceEnded { service, .. } if service == "daemon")
         );
+    }
+
+    #[tokio::test]
+    async fn the_journal_waits_for_a_host_that_knows_it() {
+        let agent = Arc::new(agent(true));
+        let entry = |message: &str| JournalEntry {
+            message: message.into(),
+            priority: 6,
+            identifier: String::new(),
+            unit: String::new(),
+            realtime_us: 0,
+            dropped_before: 0,
+        };
+        agent.journal_source.send(entry("one")).await.unwrap();
+        // A host of the first release.
+        let (mut old, _task) = open(&agent, VERSION);
+        welcome(&mut old).await;
+        frame::write_message(&mut old, &Request { id: 1, ask: Ask::Ping }).await.unwrap();
+        assert!(matches!(event(&mut old).await, Event::Reply { .. }));
+        let (mut host, guest) = tokio::io::duplex(1 << 12);
+        let (newer, knows) = (agent.clone(), Hello { features: Features::OURS, ..hello(VERSION) });
+        tokio::spawn(async move { serve(&newer, knows, guest).await });
+        welcome(&mut host).await;
+        assert!(matches!(event(&mut host).await, Event::Journal { entries } if entries[0].message == "one"));
+        for _ in 0..20 {
+            agent.journal_source.send(entry("more")).await.unwrap();
+        }
+        let mut count = 0;
+        while count < 20 {
+            let Event::Journal { entries } = event(&mut host).await else { panic!("no journal") };
+            count += entries.len();
+        }
     }
 
     #[tokio::test]

@@ -9,26 +9,35 @@
 //! | a session ([`control`] or [`exec`]) for each connection of the host | the connection ends; a control session also when a newer one comes |
 //! | a listener for each link ([`links`]) | a new greeting does not name the link |
 //! | a relay for each connection of a link | either side ends it |
+//! | the reader of the journal ([`journal`]), where there is one | never |
 //! | a keeper for each service ([`services`]) | never |
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 mod bucket;
 mod control;
+mod credentials;
 mod environment;
 mod exec;
+mod journal;
 mod links;
 mod log;
 mod power;
+mod pty;
 mod ready;
 mod services;
+mod session_end;
+mod shell;
 mod statistics;
 mod target;
 mod vsock_filter;
 
 use crate::{
+    clock,
+    credentials::Store,
     handshake::{self, PATIENCE},
     paths, report,
+    trace::Trace,
 };
 use environment::Environment;
 use lair_guest::{
@@ -36,20 +45,21 @@ use lair_guest::{
     wire::{
         AGENT_PORT,
         frame::{self, FrameError},
-        message::{ExecEvent, HostOpen},
+        message::{ExecEvent, HostOpen, JournalEntry},
     },
 };
 use log::Log;
 use nix::sys::signal::SigSet;
 pub(crate) use ready::tell as tell_ready;
 use std::{
+    collections::BTreeMap,
     io,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{Mutex, Semaphore, broadcast, watch},
+    sync::{Mutex, Semaphore, broadcast, mpsc, watch},
 };
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener};
 
@@ -93,13 +103,25 @@ struct Agent {
     links: Mutex<links::Links>,
     /// The number of the newest control session.
     newest: watch::Sender<u64>,
-    clock_set: AtomicBool,
+    /// Whether there has been a control channel.
+    greeted: AtomicBool,
+    trace: Trace,
+    disks: Vec<statistics::Disk>,
+    credentials: Store,
+    /// Entries of the journal on their way to the host, and where they come from.
+    journal: Mutex<mpsc::Receiver<JournalEntry>>,
+    journal_source: mpsc::Sender<JournalEntry>,
+    /// One for each service, counted up for each restart of it that is asked for.
+    restarts: BTreeMap<String, watch::Sender<u64>>,
     commands: Semaphore,
 }
 
 impl Agent {
-    fn new(config: &BootConfig, boot_id: String, log: Log) -> Self {
+    fn new(config: &BootConfig, boot_id: String, log: Log, trace: Trace) -> Self {
+        let (journal_source, journal) = mpsc::channel(journal::QUEUE);
         Self {
+            journal: Mutex::new(journal),
+            journal_source,
             boot_id,
             environment: environment::of(config.profile.as_deref()),
             own_init: config.init.is_some(),
@@ -109,16 +131,33 @@ impl Agent {
             // More than a host that reads at all lets pile up; one that does not misses the oldest.
             ended: broadcast::Sender::new(64),
             newest: watch::Sender::new(0),
-            clock_set: AtomicBool::new(false),
+            greeted: AtomicBool::new(false),
+            trace,
+            disks: statistics::disks(config),
+            credentials: Store::of_guest(config.init.is_some()),
+            restarts: config.services.iter().map(|s| (s.name.clone(), watch::Sender::new(0))).collect(),
             commands: Semaphore::new(MAX_COMMANDS),
         }
+    }
+
+    /// The next entries of the journal, a few at a time. Those that are not taken stay.
+    async fn journal(&self) -> Vec<JournalEntry> {
+        let mut entries = Vec::new();
+        self.journal.lock().await.recv_many(&mut entries, journal::BATCH).await;
+        entries
+    }
+
+    /// Has a service restarted; whether there is one of this name.
+    fn restart(&self, service: &str) -> bool {
+        let restarts = self.restarts.get(service);
+        restarts.inspect(|asked| asked.send_modify(|count| *count = count.wrapping_add(1))).is_some()
     }
 
     /// Notes that the guest is up, once; the time of it.
     fn set_ready(&self) -> u64 {
         let known = *self.ready.borrow();
         known.unwrap_or_else(|| {
-            let uptime_ms = statistics::uptime_ms().unwrap_or_default();
+            let uptime_ms = clock::uptime_ms();
             self.ready.send_replace(Some(uptime_ms));
             uptime_ms
         })
@@ -130,6 +169,8 @@ pub(crate) fn run() -> Result<(), AgentError> {
     let start = |what| move |source| AgentError::Start { what, source };
     // PID 1 blocks signals for itself, and a service that inherited that would not hear SIGTERM.
     let _ = SigSet::all().thread_unblock();
+    let trace = Trace::new(paths::TRACE);
+    trace.mark("agent");
     let json = std::fs::read(paths::CONFIG).map_err(AgentError::Read)?;
     let config: BootConfig = serde_json::from_slice(&json).map_err(AgentError::Config)?;
     let boot_id = handshake::boot_id().map_err(start("read the boot id"))?;
@@ -140,9 +181,10 @@ pub(crate) fn run() -> Result<(), AgentError> {
     let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(start("start the runtime"))?.block_on(async {
-        let agent = Arc::new(Agent::new(&config, boot_id, log));
+        let agent = Arc::new(Agent::new(&config, boot_id, log, trace));
         if config.init.is_some() {
             ready::listen(&agent).map_err(start("make the agent's socket"))?;
+            tokio::spawn(journal::follow(agent.clone(), agent.journal_source.clone()));
         } else {
             services::start(&agent, config.services, config.deny_vsock);
         }
@@ -192,7 +234,8 @@ mod tests {
 
     pub(super) fn agent(own_init: bool) -> Agent {
         let json = if own_init { r#"{"hostname":"vm","init":"/init"}"# } else { r#"{"hostname":"vm"}"# };
-        Agent::new(&serde_json::from_str(json).unwrap(), "boot".into(), Log::start().unwrap())
+        let config = serde_json::from_str(json).unwrap();
+        Agent::new(&config, "boot".into(), Log::start().unwrap(), Trace::new("/dev/null"))
     }
 
     /// Everything that the agent answers to these bytes, until it ends the connection.

@@ -12,6 +12,10 @@ use super::{
 };
 use crate::sys;
 use lair_guest::boot::Service;
+use nix::{
+    sys::signal::{Signal, kill, killpg},
+    unistd::Pid,
+};
 use std::{
     os::unix::process::ExitStatusExt,
     process::{ExitStatus, Stdio},
@@ -20,7 +24,7 @@ use std::{
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
-    process::Command,
+    process::{Child, Command},
     sync::watch,
 };
 
@@ -29,6 +33,9 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(200), Duration::fr
 
 /// After so long a service counts as running well, and the wait is short again.
 const RAN_WELL: Duration = Duration::from_secs(60);
+
+/// How long a service may take to end when it is restarted.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// How often a socket is tried until it accepts.
 const PROBE: Duration = Duration::from_millis(100);
@@ -55,6 +62,7 @@ pub(super) fn start(agent: &Arc<Agent>, services: Vec<Service>, deny_vsock: bool
                     return;
                 }
             }
+            agent.trace.mark(&format!("service-{name}"));
         }
         agent.set_ready();
     });
@@ -73,7 +81,14 @@ async fn keep(agent: Arc<Agent>, service: Service, deny_vsock: bool, runs: watch
     loop {
         let started = Instant::now();
         let how = match run(&agent, &service, deny_vsock, &bucket, &runs).await {
-            Ok(status) => in_words(status),
+            Ok(End::Itself(status)) => in_words(status),
+            Ok(End::Asked) => {
+                agent.log.say(&format!(
+                    "service `{}` is restarted: a credential of it was replaced",
+                    service.name
+                ));
+                continue;
+            }
             Err(error) => format!("could not start: {error}"),
         };
         wait = next_wait(wait, started.elapsed());
@@ -89,13 +104,20 @@ fn next_wait(last: Duration, ran: Duration) -> Duration {
     if ran >= RAN_WELL { BACK_OFF.0 } else { last.saturating_mul(2).min(BACK_OFF.1) }
 }
 
+/// How a run of a service ended.
+enum End {
+    Itself(ExitStatus),
+    /// It was ended because a restart was asked for.
+    Asked,
+}
+
 async fn run(
     agent: &Agent,
     service: &Service,
     deny_vsock: bool,
     bucket: &Arc<Mutex<Bucket>>,
     runs: &watch::Sender<bool>,
-) -> std::io::Result<ExitStatus> {
+) -> std::io::Result<End> {
     let [program, arguments @ ..] = service.command.as_slice() else {
         return Err(std::io::Error::other("it has no command"));
     };
@@ -110,6 +132,8 @@ async fn run(
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     sys::isolate(&mut command, deny_vsock.then(vsock_filter::program));
+    // What was asked for before is fulfilled by this start.
+    let mut restart = agent.restarts.get(&service.name).map(watch::Sender::subscribe);
     let mut child = command.spawn()?;
     runs.send_replace(true);
     // Tasks of their own: what a service leaves behind may keep its pipes open and write on.
@@ -119,7 +143,34 @@ async fn run(
     if let Some(stderr) = child.stderr.take() {
         tokio::spawn(print(agent.log.clone(), service.name.clone(), bucket.clone(), stderr));
     }
-    child.wait().await
+    let asked = async {
+        match &mut restart {
+            // The sender lives as long as the agent.
+            Some(restart) => drop(restart.changed().await),
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        status = child.wait() => status.map(End::Itself),
+        () = asked => {
+            end(&mut child).await?;
+            Ok(End::Asked)
+        }
+    }
+}
+
+/// Ends a service: SIGTERM to it, then SIGKILL to all of its process group.
+async fn end(child: &mut Child) -> std::io::Result<()> {
+    // It has a session, and so a group, of its own.
+    let Some(group) = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw) else {
+        return Ok(());
+    };
+    let _ = kill(group, Signal::SIGTERM);
+    if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
+        let _ = killpg(group, Signal::SIGKILL);
+        child.wait().await?;
+    }
+    Ok(())
 }
 
 fn in_words(status: ExitStatus) -> String {
@@ -241,6 +292,36 @@ mod tests {
         ready.unwrap().unwrap();
         tokio::time::sleep(5 * PROBE).await;
         assert!(second.exists());
+    }
+
+    #[tokio::test]
+    async fn a_restart_that_is_asked_for_is_no_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let starts =
+            || std::fs::read_to_string(dir.path().join("starts")).unwrap_or_default().lines().count();
+        let until = async |count| {
+            let reached = async {
+                while starts() < count {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(20), reached).await.expect("not started");
+        };
+        let mut agent = agent(false);
+        agent.restarts.insert("web".into(), watch::Sender::new(0));
+        let agent = Arc::new(agent);
+        let mut ended = agent.ended.subscribe();
+        assert!(!agent.restart("other"));
+        // Asked for before there is anything to restart: the first start fulfils it.
+        assert!(agent.restart("web"));
+        let script = format!("echo x >>{}/starts; exec sleep 300", dir.path().display());
+        start(&agent, vec![service("web", &script, None)], false);
+        until(1).await;
+        assert!(agent.restart("web"));
+        until(2).await;
+        tokio::time::sleep(2 * PROBE).await;
+        assert_eq!(starts(), 2);
+        assert!(ended.try_recv().is_err(), "The host need not be told");
     }
 
     #[tokio::test]

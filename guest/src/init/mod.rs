@@ -13,7 +13,7 @@ mod store;
 mod system;
 mod volumes;
 
-use crate::{paths, report};
+use crate::{clock, paths, report, trace::Trace};
 use lair_guest::boot::{BootConfig, CONFIG, MODULES, REGISTRATION};
 use nix::sys::{
     reboot::{RebootMode, reboot},
@@ -59,7 +59,7 @@ enum InitError {
     #[error(transparent)]
     Profile(#[from] profile::ProfileError),
     #[error(transparent)]
-    Credentials(#[from] credentials::CredentialError),
+    Credentials(#[from] credentials::TakeError),
     #[error(transparent)]
     System(#[from] system::SystemError),
     #[error("Defect: init panicked")]
@@ -95,9 +95,14 @@ fn end(how: RebootMode) -> ! {
 }
 
 fn boot(arguments: &[OsString]) -> Result<Infallible, InitError> {
+    let started = clock::uptime_ms();
     umask(Mode::from_bits_truncate(0o022));
     mounts::early()?;
+    fs::create_dir_all(paths::RUN).map_err(failed("create", paths::RUN))?;
+    let trace = Trace::new(paths::TRACE);
+    trace.mark_at("init", started);
     kernel::load_modules(&text(MODULES)?)?;
+    trace.mark("modules");
     let _ = kernel::open_console();
     let json = text(CONFIG)?;
     let config: BootConfig =
@@ -108,14 +113,21 @@ fn boot(arguments: &[OsString]) -> Result<Infallible, InitError> {
     // Open beyond the deletion of the initramfs; a registration can be some megabytes.
     let registration = File::open(REGISTRATION).ok();
     root::switch()?;
+    trace.mark("root");
 
     volumes::mount_all(&config.volumes)?;
+    trace.mark("volumes");
     store::mount(config.overlay.as_ref(), &config.volumes)?;
+    trace.mark("store");
     profile::populate(&config.hostname, config.profile.as_deref())?;
     if let (Some(registration), Some(profile), Some(_)) = (registration, &config.profile, &config.overlay) {
         store::register(registration, profile)?;
+        trace.mark("registration");
     }
-    credentials::take(&config.credentials, config.init.is_some())?;
+    if !config.credentials.is_empty() {
+        credentials::take(&config.credentials, config.init.is_some())?;
+        trace.mark("credentials");
+    }
 
     match &config.init {
         Some(init) => {
@@ -124,6 +136,7 @@ fn boot(arguments: &[OsString]) -> Result<Infallible, InitError> {
                     "deny_vsock has no effect on a system with its own init: its units have to deny AF_VSOCK",
                 );
             }
+            trace.mark("system");
             Ok(system::become_init(init, arguments)?)
         }
         None => reaper::run(),
@@ -132,10 +145,6 @@ fn boot(arguments: &[OsString]) -> Result<Infallible, InitError> {
 
 /// Copies what the agent needs out of the initramfs.
 fn keep_for_the_agent(config: &str) -> Result<(), InitError> {
-    fn failed(what: &'static str, path: &'static str) -> impl FnOnce(io::Error) -> InitError {
-        move |source| InitError::File { what, path: PathBuf::from(path), source }
-    }
-    fs::create_dir_all(paths::RUN).map_err(failed("create", paths::RUN))?;
     fs::copy("/proc/self/exe", paths::PROGRAM).map_err(failed("write", paths::PROGRAM))?;
     fs::set_permissions(paths::PROGRAM, fs::Permissions::from_mode(0o755))
         .map_err(failed("set the mode of", paths::PROGRAM))?;
@@ -147,6 +156,10 @@ fn keep_for_the_agent(config: &str) -> Result<(), InitError> {
         .open(paths::CONFIG)
         .map_err(failed("create", paths::CONFIG))?;
     file.write_all(config.as_bytes()).map_err(failed("write", paths::CONFIG))
+}
+
+fn failed(what: &'static str, path: &'static str) -> impl FnOnce(io::Error) -> InitError {
+    move |source| InitError::File { what, path: PathBuf::from(path), source }
 }
 
 fn text(path: &str) -> Result<String, InitError> {

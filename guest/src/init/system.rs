@@ -65,6 +65,26 @@ fn ready_unit() -> String {
     )
 }
 
+/// Targets that every system passes on its way up, for the boot trace; the default one is told by [`ready_unit`].
+const TARGETS: [&str; 3] = ["sysinit", "basic", "multi-user"];
+
+/// Notes that systemd has reached the target which the instance names. Without default dependencies it is ordered after the target
+/// and holds up nothing.
+fn reached_unit() -> String {
+    format!(
+        "[Unit]\n\
+         Description=Note that %i.target is reached\n\
+         DefaultDependencies=no\n\
+         After=%i.target\n\
+         Conflicts=shutdown.target\n\
+         Before=shutdown.target\n\
+         \n\
+         [Service]\n\
+         Type=oneshot\n\
+         ExecStart={PROGRAM} reached %i\n"
+    )
+}
+
 /// Never returns if it succeeds.
 pub(super) fn become_init(init: &str, arguments: &[OsString]) -> Result<Infallible, SystemError> {
     write_units(Path::new(UNITS))?;
@@ -73,18 +93,27 @@ pub(super) fn become_init(init: &str, arguments: &[OsString]) -> Result<Infallib
 }
 
 fn write_units(folder: &Path) -> Result<(), SystemError> {
-    for (name, target, text) in [
-        ("lair-agent.service", "sysinit.target", agent_unit()),
-        ("lair-ready.service", "default.target", ready_unit()),
-    ] {
-        let unit = folder.join(name);
-        let wants = folder.join(format!("{target}.wants"));
-        fs::create_dir_all(&wants)
-            .and_then(|()| fs::write(&unit, text))
-            .and_then(|()| symlink(Path::new("..").join(name), wants.join(name)))
-            .map_err(|source| SystemError::Unit { path: unit, source })?;
-    }
-    Ok(())
+    write_unit(folder, "lair-agent.service", agent_unit(), &[("lair-agent.service", "sysinit.target")])?;
+    write_unit(folder, "lair-ready.service", ready_unit(), &[("lair-ready.service", "default.target")])?;
+    let instances = TARGETS.map(|name| (format!("lair-reached@{name}.service"), format!("{name}.target")));
+    let instances = instances.each_ref().map(|(instance, target)| (instance.as_str(), target.as_str()));
+    write_unit(folder, "lair-reached@.service", reached_unit(), &instances)
+}
+
+/// Writes a unit, and has targets start it, or instances of it.
+fn write_unit(folder: &Path, name: &str, text: String, wanted: &[(&str, &str)]) -> Result<(), SystemError> {
+    let unit = folder.join(name);
+    let write = || {
+        fs::create_dir_all(folder)?;
+        fs::write(&unit, text)?;
+        for (instance, target) in wanted {
+            let wants = folder.join(format!("{target}.wants"));
+            fs::create_dir_all(&wants)?;
+            symlink(Path::new("..").join(name), wants.join(instance))?;
+        }
+        Ok(())
+    };
+    write().map_err(|source| SystemError::Unit { path: unit.clone(), source })
 }
 
 #[cfg(test)]
@@ -99,6 +128,12 @@ mod tests {
         assert!(ready.contains("ExecStart=/run/lair/lair-guest ready\n"));
         let agent = fs::read_to_string(dir.path().join("sysinit.target.wants/lair-agent.service")).unwrap();
         assert!(agent.contains("ExecStart=/run/lair/lair-guest agent\n"));
+        for target in TARGETS {
+            let reached = format!("{target}.target.wants/lair-reached@{target}.service");
+            let reached = fs::read_to_string(dir.path().join(reached)).unwrap();
+            assert!(reached.contains("After=%i.target\n"));
+            assert!(reached.contains("ExecStart=/run/lair/lair-guest reached %i\n"));
+        }
     }
 
     #[test]

@@ -14,7 +14,7 @@ pub enum HostOpen {
     Exec(Exec),
 }
 
-/// The host's greeting on the control channel, with all that this boot needs and no disk should hold.
+/// The host's greeting on the control channel. Credentials come later, once the host knows who is there: see [`Ask::Credentials`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Hello {
     /// [`super::VERSION`] of the host side.
@@ -25,10 +25,29 @@ pub struct Hello {
     pub links_out: Vec<OutgoingLink>,
     /// Links that end in this VM and have something behind them for the agent to dial.
     pub links_in: Vec<IncomingLink>,
-    /// Named secrets, base64.
-    pub credentials: BTreeMap<String, String>,
     /// The host's clock, milliseconds since 1970.
     pub unix_ms: u64,
+    /// What this host understands beyond the first release.
+    #[serde(default)]
+    pub features: Features,
+}
+
+/// What a peer understands beyond the first release of this version of the protocol. It says so in its greeting, and is asked
+/// and told nothing else: a message that it does not know would end the channel. What is missing is not understood.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Features {
+    /// Of an agent: [`Ask::SetClock`].
+    pub set_clock: bool,
+    /// Of an agent: [`Ask::Credentials`]. The first half of `lair-guest` is of the release that starts the VM, and always takes them.
+    pub credentials: bool,
+    /// Of a host: [`Event::Journal`].
+    pub journal: bool,
+}
+
+impl Features {
+    /// What this release understands.
+    pub const OURS: Self = Self { set_clock: true, credentials: true, journal: true };
 }
 
 /// A link that starts in this VM: `/run/lair/links/NAME`, and a loopback port if it has one.
@@ -64,6 +83,9 @@ pub enum HelloReply {
         boot_id: String,
         /// Who answers.
         phase: Phase,
+        /// What it understands beyond the first release.
+        #[serde(default)]
+        features: Features,
     },
     /// The channel is closed, for this reason.
     Refused {
@@ -103,6 +125,45 @@ pub enum Ask {
     PowerOff,
     /// End services, sync, reboot.
     Reboot,
+    /// Set the clock to the host's, unless it is right already. Only where [`Features::set_clock`] is said.
+    SetClock {
+        /// The host's clock, milliseconds since 1970.
+        unix_ms: u64,
+    },
+    /// Keep these secrets, and restart what uses those that are not as they were. Sent to the first half of `lair-guest` with all that there
+    /// are, to the agent with those that have changed on the host.
+    Credentials(Credentials),
+}
+
+/// Secrets for the guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    /// Those to keep, by name.
+    pub keep: BTreeMap<String, Credential>,
+    /// Names of those that the guest may not have any longer.
+    #[serde(default)]
+    pub remove: Vec<String>,
+}
+
+/// One secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credential {
+    /// It, in base64.
+    pub value: Secret,
+    /// What is restarted when it changes: units of a system with its own init, otherwise services of the agent.
+    #[serde(default)]
+    pub restart: Vec<String>,
+}
+
+/// Text that appears in no log: only its length is shown.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(pub String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Secret({} bytes)", self.0.len())
+    }
 }
 
 /// What the agent says on an open control channel.
@@ -113,6 +174,9 @@ pub enum Event {
     Ready {
         /// Milliseconds from the guest kernel's start to this state.
         uptime_ms: u64,
+        /// What happened on the way, in the order of time. Empty from an agent that keeps no trace.
+        #[serde(default)]
+        trace: Vec<Moment>,
     },
     /// A service ended, with how, and whether it is started again.
     ServiceEnded {
@@ -128,6 +192,43 @@ pub enum Event {
         /// What came of it.
         answer: Answer,
     },
+    /// What the guest's journal has got. Only where [`Features::journal`] is said.
+    Journal {
+        /// In its order.
+        entries: Vec<JournalEntry>,
+    },
+    /// What a later release has to say.
+    #[serde(other)]
+    Unknown,
+}
+
+/// An entry of the guest's journal: all that a guest can say in the host's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalEntry {
+    /// The text.
+    pub message: String,
+    /// As syslog numbers them: 0 (emergency) to 7 (debug).
+    pub priority: u8,
+    /// Who says it, in its own words.
+    #[serde(default)]
+    pub identifier: String,
+    /// The unit that it belongs to; empty if none.
+    #[serde(default)]
+    pub unit: String,
+    /// When, by the guest's clock: microseconds since 1970.
+    pub realtime_us: u64,
+    /// How many entries before it were left out, because there were too many at once.
+    #[serde(default)]
+    pub dropped_before: u64,
+}
+
+/// When something happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moment {
+    /// What it was.
+    pub name: String,
+    /// Milliseconds since the kernel's start, of the machine that saw it (CLOCK_BOOTTIME).
+    pub at_ms: u64,
 }
 
 /// Answers of the control channel.
@@ -142,34 +243,111 @@ pub enum Answer {
     Failed(String),
 }
 
-/// The guest's figures; sizes in bytes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// The guest's figures; sizes in bytes. Those that are new since the first release are zero or absent from an agent of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Statistics {
     /// All memory that the guest's kernel manages.
     pub memory_total: u64,
     /// Memory that new programs could have without swapping.
     pub memory_available: u64,
+    /// Swap space.
+    #[serde(default)]
+    pub swap_total: u64,
+    /// Swap space that is free.
+    #[serde(default)]
+    pub swap_free: u64,
+    /// The root, what the overlay writes to, and the volumes.
+    #[serde(default)]
+    pub disks: Vec<DiskUse>,
     /// Load averages over 1, 5 and 15 minutes, in thousandths.
     pub load_thousandths: [u64; 3],
+    /// Processes and threads.
+    #[serde(default)]
+    pub tasks: u64,
+    /// Pressure, where the guest's kernel measures it.
+    #[serde(default)]
+    pub pressure: Option<Pressure>,
     /// Milliseconds since the guest's kernel started.
     pub uptime_ms: u64,
     /// The guest's clock, milliseconds since 1970.
     pub unix_ms: u64,
 }
 
+/// How full a file system of the guest is, in bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskUse {
+    /// Where it is mounted.
+    pub mount: String,
+    /// Its size.
+    pub total: u64,
+    /// What programs may still write.
+    pub available: u64,
+}
+
+/// The share of the last ten seconds in which some task waited for a resource, in hundredths of a percent
+/// (`avg10` of the kernel's pressure stall information).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pressure {
+    /// For a processor.
+    pub cpu: u32,
+    /// For memory.
+    pub memory: u32,
+    /// For disks.
+    pub io: u32,
+}
+
 /// A command to run in the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exec {
-    /// The program, looked up in the guest's PATH, and its arguments.
+    /// The program, looked up in the guest's PATH, and its arguments. None with a terminal: root's login shell.
     pub command: Vec<String>,
     /// Added to the agent's environment.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
+    /// A terminal for the command: then its output is all [`super::frame::Kind::Stdout`]. Whether it has one says
+    /// [`ExecEvent::Started`], because an agent or a shim of an earlier release ignores this field.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<Terminal>,
+}
+
+impl Exec {
+    /// Whether it is root's login shell.
+    pub fn is_shell(&self) -> bool {
+        self.command.is_empty() && self.terminal.is_some()
+    }
+}
+
+/// The terminal in front of the operator.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terminal {
+    /// Its type, for `TERM`.
+    pub term: String,
+    /// Its size.
+    pub size: TerminalSize,
+}
+
+/// The size of a terminal in characters; 0 where it is not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub columns: u16,
+}
+
+/// What the host says about a command that has a terminal, among the frames of its input. Not before
+/// [`ExecEvent::Started`] has said that it has one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "input", rename_all = "snake_case")]
+pub enum ExecInput {
+    /// The terminal's size has changed.
+    Resize(TerminalSize),
 }
 
 /// What the agent says about a command, among the frames of its output.
 ///
-/// `Started` comes before any output, `Exited` or `Killed` after all of it; `Failed` in place of all.
+/// `Started` comes before any output, `Exited` or `Killed` after all of it. `Failed` comes in place of all, and from the
+/// shim in place of the end where the session is cut off.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "exec", rename_all = "snake_case")]
 pub enum ExecEvent {
@@ -177,6 +355,9 @@ pub enum ExecEvent {
     Started {
         /// Its process id in the guest.
         pid: u32,
+        /// Whether it has a terminal.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        terminal: bool,
     },
     /// The command exited with this status.
     Exited {
@@ -188,7 +369,7 @@ pub enum ExecEvent {
         /// The signal's number.
         signal: i32,
     },
-    /// The command did not start, for this reason.
+    /// The command did not start, or its end will not be known, for this reason.
     Failed {
         /// For the operator.
         reason: String,
@@ -217,4 +398,35 @@ pub enum LinkReply {
         /// For the log and for whoever opened the link.
         reason: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_secret_is_in_no_debug_output() {
+        let credential = Credential { value: Secret("c2VjcmV0".into()), restart: vec![] };
+        let keep = BTreeMap::from([("key".to_string(), credential)]);
+        let ask = Request { id: 1, ask: Ask::Credentials(Credentials { keep, remove: vec![] }) };
+        let shown = format!("{ask:?}");
+        assert!(shown.contains("Secret(8 bytes)") && !shown.contains("c2Vj"), "{shown}");
+    }
+
+    #[test]
+    fn vs7_messages_of_the_first_release_and_of_a_later_one_are_understood() {
+        let welcome = r#"{"hello":"welcome","version":1,"boot_id":"b","phase":"agent"}"#;
+        let HelloReply::Welcome { features, .. } = serde_json::from_str(welcome).unwrap() else {
+            panic!("no welcome")
+        };
+        assert_eq!(features, Features::default());
+        let later = r#"{"set_clock":true,"telepathy":true}"#;
+        assert!(serde_json::from_str::<Features>(later).unwrap().set_clock);
+        let ready: Event = serde_json::from_str(r#"{"event":"ready","uptime_ms":7}"#).unwrap();
+        assert!(matches!(ready, Event::Ready { uptime_ms: 7, trace } if trace.is_empty()));
+        let later = r#"{"event":"ready","uptime_ms":7,"trace":[{"name":"x","at_ms":1,"by":"me"}],"mood":1}"#;
+        assert!(matches!(serde_json::from_str(later), Ok(Event::Ready { trace, .. }) if trace.len() == 1));
+        assert!(matches!(serde_json::from_str(r#"{"event":"weather","sun":true}"#), Ok(Event::Unknown)));
+        assert!(serde_json::from_str::<Ask>(r#"{"dance":{}}"#).is_err(), "A request needs its feature");
+    }
 }

@@ -112,11 +112,13 @@ pub(super) async fn session(call: Call) -> Done {
         Err(error) => return Err(error).into(),
     };
     let (verb, detail) = match &request.session {
-        Session::Exec(exec) => ("exec", serde_json::to_string(&exec.command).unwrap_or_default()),
-        Session::Connect { port } => ("connect", port.to_string()),
+        Session::Exec(exec) if exec.is_shell() => ("shell", None),
+        Session::Exec(exec) => ("exec", serde_json::to_string(&exec.command).ok()),
+        Session::Console(console) => ("console", console.read_only.then(|| "read only".into())),
+        Session::Connect { port } => ("connect", Some(port.to_string())),
     };
     let outcome = grant(&call, request.session).await.map(document);
-    Done { outcome, verb: Some(verb), detail: Some(detail) }
+    Done { outcome, verb: Some(verb), detail }
 }
 
 async fn grant(call: &Call, session: Session) -> Result<SessionReply, ApiError> {

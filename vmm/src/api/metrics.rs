@@ -304,6 +304,9 @@ mod tests {
             processes: BTreeMap::new(),
             links: vec![],
             counters: vec![link],
+            trace: vec![],
+            guest: None,
+            agent_silent_since: None,
         };
         let host = HostStatus {
             version: "0.0.0".into(),

@@ -8,12 +8,13 @@ use crate::{
         units::Size,
     },
     host::facts::Engine,
-    shim::protocol::{AgentState, LinkCounters, Session},
+    shim::protocol::{AgentState, Figures, LinkCounters, Session},
     vm::{
         adopt::Verdict,
         failure::Failure,
         handle::Snapshot,
         machine::{Part, State, StopReport, Wanted},
+        trace::Point,
     },
 };
 use schemars::JsonSchema;
@@ -104,6 +105,17 @@ pub struct VmStatus {
     /// What went over its links.
     #[schemars(with = "Vec<BTreeMap<String, serde_json::Value>>")]
     pub counters: Vec<LinkCounters>,
+    /// When what happened in this boot, in the order of time.
+    #[serde(default)]
+    #[schemars(with = "Vec<BTreeMap<String, serde_json::Value>>")]
+    pub trace: Vec<Point>,
+    /// The guest's figures, as its agent told them last in this boot.
+    #[serde(default)]
+    #[schemars(with = "Option<BTreeMap<String, serde_json::Value>>")]
+    pub guest: Option<Box<Figures>>,
+    /// When the agent was heard last, if it has gone silent since.
+    #[serde(default)]
+    pub agent_silent_since: Option<jiff::Timestamp>,
 }
 
 /// A VM's view.
@@ -122,6 +134,7 @@ impl VmStatus {
     pub fn new(name: &str, snapshot: &Snapshot, fleet: &Fleet) -> Self {
         let configured = fleet.vms.get(name);
         let vm = snapshot.started.as_ref().or(configured);
+        let shim = snapshot.shim.as_ref();
         let generation = snapshot.plan.as_ref().map(|plan| &plan.generation);
         Self {
             name: name.into(),
@@ -142,7 +155,7 @@ impl VmStatus {
                 paths: generation.paths,
                 bytes: generation.bytes,
             }),
-            boot_ms: match snapshot.shim.as_ref().map(|shim| &shim.agent) {
+            boot_ms: match shim.map(|shim| &shim.agent) {
                 Some(AgentState::Ready { uptime_ms, .. }) => Some(*uptime_ms),
                 _ => None,
             },
@@ -150,6 +163,11 @@ impl VmStatus {
             processes: snapshot.processes.iter().copied().collect(),
             links: links(name, fleet),
             counters: snapshot.links().to_vec(),
+            trace: shim.map(|shim| shim.times.merged()).unwrap_or_default(),
+            guest: shim.and_then(|shim| shim.figures.clone()),
+            agent_silent_since: shim
+                .and_then(|shim| shim.silent_since_unix_ms)
+                .and_then(|ms| jiff::Timestamp::from_millisecond(i64::try_from(ms).ok()?).ok()),
         }
     }
 }

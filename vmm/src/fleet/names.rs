@@ -41,6 +41,22 @@ pub(super) fn credential(text: &str) -> Result<(), String> {
     ))
 }
 
+/// The name of a systemd unit that can be restarted (systemd.unit(5)).
+pub(super) fn unit(text: &str) -> Result<(), String> {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b":-_.\\@".contains(&byte);
+    let stem = [".service", ".socket", ".target"].iter().find_map(|kind| text.strip_suffix(kind));
+    if text.len() <= 255
+        && text.bytes().all(legal)
+        && stem.is_some_and(|stem| !stem.is_empty() && !stem.starts_with(['-', '.']))
+    {
+        return Ok(());
+    }
+    Err(format!(
+        "{} is not the name of a service, socket or target unit, such as \"nginx.service\"",
+        quoted(text)
+    ))
+}
+
 /// The name of an environment variable.
 pub(super) fn variable(text: &str) -> Result<(), String> {
     let first = |byte: &u8| byte.is_ascii_alphabetic() || *byte == b'_';

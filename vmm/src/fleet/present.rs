@@ -7,7 +7,7 @@ use super::{
     file::{DIRECTORY, REGULAR},
     problem::{Finding, Path},
     resolve::{self, ResolveError},
-    schema::{Fleet, Source, Vm},
+    schema::{Credential, Fleet, Source, Vm},
     validate::Verdict,
     view,
 };
@@ -43,8 +43,10 @@ pub(super) fn check(fleet: &Fleet, verdict: &mut Verdict) {
     }
     for (name, vm) in &fleet.vms {
         let path = root.key("vms").key(name);
-        for (name, file) in &vm.credentials {
-            credential(resolve::of_host(file, REGULAR), &path.key("credentials").key(name), verdict);
+        for (name, given) in &vm.credentials {
+            let at = path.key("credentials").key(name);
+            let at = if matches!(given, Credential::File(_)) { at } else { at.key("file") };
+            credential(resolve::of_host(given.file(), REGULAR), &at, verdict);
         }
         // Where a source is missing, nothing can be said of what should be in it.
         if usable {

@@ -251,9 +251,9 @@ pub struct Vm {
     /// The network card.
     #[serde(default)]
     pub network: Network,
-    /// Secrets, by name, and the files on the host that hold them.
+    /// Secrets, by name: the files on the host that hold them, and what to restart in the guest when they change.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub credentials: BTreeMap<String, PathBuf>,
+    pub credentials: BTreeMap<String, Credential>,
     /// Programs that the agent keeps running; for VMs without `init`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<Service>,
@@ -343,6 +343,51 @@ pub struct IoLimits {
     #[schemars(range(min = 1))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub write_ops: Option<u32>,
+}
+
+/// A secret for a VM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum Credential {
+    /// The file on the host that holds it. The guest is given what it holds later on as well.
+    File(PathBuf),
+    /// The same, and who has to know of a change.
+    Rotated(RotatedCredential),
+}
+
+/// A secret of which something in the guest has to know when it changes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RotatedCredential {
+    /// The file on the host that holds it.
+    pub file: PathBuf,
+    /// What is restarted in the guest after a change: units of a system with `init`, such as `nginx.service`; otherwise names of services
+    /// listed here.
+    #[serde(default)]
+    pub restart: Vec<String>,
+}
+
+impl Credential {
+    /// The file on the host.
+    pub fn file(&self) -> &std::path::Path {
+        match self {
+            Self::File(file) | Self::Rotated(RotatedCredential { file, .. }) => file,
+        }
+    }
+
+    /// What is restarted after a change.
+    pub fn restart(&self) -> &[String] {
+        match self {
+            Self::File(_) => &[],
+            Self::Rotated(rotated) => &rotated.restart,
+        }
+    }
+}
+
+impl From<PathBuf> for Credential {
+    fn from(file: PathBuf) -> Self {
+        Self::File(file)
+    }
 }
 
 /// What makes a guest's `/nix/store` writable.

@@ -139,7 +139,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// One of several shapes: a choice of words, something that may be null, or tables that are told apart by their keys.
+    /// One of several shapes: a choice of words, something that may be null, text in place of a table, or tables that are told apart by
+    /// their keys.
     fn alternatives(&mut self, node: &Node, shapes: &'a [Json], path: &Path) {
         let is_null = |shape: &&Json| shape.get("type").and_then(Json::as_str) == Some("null");
         let null = shapes.iter().any(|shape| is_null(&shape));
@@ -155,10 +156,21 @@ impl<'a> Walk<'a> {
         if let [shape] = *shapes {
             return self.value(node, shape, path);
         }
-        let tables: Vec<&'a Json> = shapes.into_iter().map(|shape| self.definition(shape)).collect();
-        let Value::Table(entries) = &node.value else {
-            return self.mismatch(self.format.table(), &node.value, path);
+        let is_text = |shape: &&'a Json| shape.get("type").and_then(Json::as_str) == Some("string");
+        let shapes = shapes.into_iter().map(|shape| self.definition(shape));
+        let (texts_in_place, tables): (Vec<&'a Json>, Vec<&'a Json>) = shapes.partition(is_text);
+        let text = !texts_in_place.is_empty();
+        let entries = match &node.value {
+            Value::Table(entries) => entries,
+            Value::Text(_) if text => return,
+            value if text => {
+                return self.mismatch(&format!("text in quotes or {}", self.format.table()), value, path);
+            }
+            value => return self.mismatch(self.format.table(), value, path),
         };
+        if let [table] = *tables {
+            return self.table(entries, table, path);
+        }
         let known = |shape: &Json, key: &str| {
             shape.get("properties").and_then(Json::as_object).is_some_and(|fields| fields.contains_key(key))
         };

@@ -14,7 +14,8 @@
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
 use super::{
-    files, limits,
+    clock::{Cause, HostClocks},
+    credentials, limits,
     message::{self, MessageError},
     note::{chain, foreign},
     protocol::AgentState,
@@ -22,15 +23,15 @@ use super::{
     ticket::Ticket,
     vsock::DialError,
 };
-use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use lair_guest::wire::{
     AGENT_PORT, VERSION,
     frame::{self, FrameError},
-    message::{Answer, Ask, Event, Hello, HelloReply, HostOpen, Phase, Request},
+    message::{Answer, Ask, Event, Features, Hello, HelloReply, HostOpen, Phase, Request},
 };
 use std::{
-    collections::{BTreeMap, HashMap},
-    path::PathBuf,
+    cell::Cell,
+    collections::HashMap,
+    pin::pin,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -43,7 +44,7 @@ use tokio::{
 
 /// Why there is no control channel, or why it ended.
 #[derive(Debug, thiserror::Error)]
-enum ChannelError {
+pub(super) enum ChannelError {
     #[error("The agent cannot be reached")]
     Dial(#[from] DialError),
     #[error("There are no random numbers for a ticket")]
@@ -64,14 +65,19 @@ enum ChannelError {
     Silent,
     #[error("The agent takes no requests")]
     Stuck,
-    #[error("The first half of lair-guest held the control channel for {} s", limits::INIT_PHASE.as_secs())]
-    InitTooLong,
+    #[error("The first half of lair-guest asks for its credentials again, which it has had in this boot")]
+    Twice,
 }
 
 impl ChannelError {
     /// Whether it is worth a line on standard error. A guest that is not up yet is not.
     fn is_news(&self) -> bool {
         !matches!(self, Self::Dial(_) | Self::Closed)
+    }
+
+    /// Whether the way to the agent is open and the agent says nothing on it.
+    fn is_silence(&self) -> bool {
+        matches!(self, Self::Silent | Self::Stuck | Self::Hello(MessageError::TimedOut(_)))
     }
 }
 
@@ -83,7 +89,11 @@ pub(super) async fn keep(shim: &Shim) {
         let since = Instant::now();
         let error = channels(shim).await;
         shim.set_agent(None);
-        shim.observe(|seen| seen.agent = AgentState::Absent);
+        let heard = shim.guest().heard_unix_ms.filter(|_| error.is_silence());
+        shim.observe(|seen| {
+            seen.agent = AgentState::Absent;
+            seen.silent_since = seen.silent_since.or(heard);
+        });
         if error.is_news() {
             shim.notes.say(&chain(&error));
         }
@@ -102,10 +112,17 @@ async fn channels(shim: &Shim) -> ChannelError {
         Err(error) => return error,
     };
     loop {
+        let under_way = Cell::new(false);
+        let mut opening = pin!(async {
+            shim.renewed.notified().await;
+            under_way.set(true);
+            open(shim).await
+        });
         let renewed = tokio::select! {
-            error = run(shim, channel) => return error,
+            // The agent drops the old channel as soon as it takes the new one, which may be seen first.
+            error = run(shim, channel) => if under_way.get() { opening.await } else { return error },
             // The old channel is kept until the new one is open, and lost only then.
-            renewed = async { shim.renewed.notified().await; open(shim).await } => renewed,
+            renewed = &mut opening => renewed,
         };
         match renewed {
             Ok(new) => channel = new,
@@ -119,10 +136,10 @@ struct Channel {
     stream: UnixStream,
     boot_id: String,
     phase: Phase,
+    features: Features,
 }
 
 async fn open(shim: &Shim) -> Result<Channel, ChannelError> {
-    let credentials = credentials(shim).await;
     let mut stream = shim.dialer.dial(AGENT_PORT).await?;
     let ticket = Ticket::random().map_err(ChannelError::Random)?;
     let (links_out, links_in) = shim.links.for_agent();
@@ -131,8 +148,8 @@ async fn open(shim: &Shim) -> Result<Channel, ChannelError> {
         ticket: ticket.text().into(),
         links_out,
         links_in,
-        credentials,
         unix_ms: unix_ms(),
+        features: Features { journal: shim.journal.is_some(), ..Features::OURS },
     });
     shim.tickets().offer(ticket);
     message::send(&mut stream, &hello).await?;
@@ -141,11 +158,13 @@ async fn open(shim: &Shim) -> Result<Channel, ChannelError> {
         HelloReply::Welcome { boot_id, .. } if !is_boot_id(&boot_id) => {
             Err(ChannelError::BootId(foreign(&boot_id)))
         }
-        HelloReply::Welcome { boot_id, phase, .. } => {
+        HelloReply::Welcome { boot_id, phase, features, .. } => {
             if shim.tickets().taken(&boot_id) {
                 shim.guest_rebooted();
             }
-            Ok(Channel { stream, boot_id, phase })
+            shim.guest().contact(&boot_id, phase);
+            shim.observe(|seen| seen.silent_since = None);
+            Ok(Channel { stream, boot_id, phase, features })
         }
         HelloReply::Refused { reason } => Err(ChannelError::Refused(foreign(&reason))),
     }
@@ -156,47 +175,12 @@ fn is_boot_id(text: &str) -> bool {
     (1..=64).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
 }
 
-/// The credentials as their files are now. One that cannot be read is left out, and said: the guest waits for it.
-async fn credentials(shim: &Shim) -> BTreeMap<String, String> {
-    let files = shim.credentials();
-    if files.is_empty() {
-        return BTreeMap::new();
-    }
-    let read = tokio::task::spawn_blocking(move || read_credentials(&files));
-    let (found, missing) = read.await.unwrap_or_default();
-    if !missing.is_empty() {
-        shim.notes.say(&format!("Credentials are left out: {}", missing.join("; ")));
-    }
-    found
-}
-
-/// The credentials in base64, and why others are not among them.
-fn read_credentials(files: &BTreeMap<String, PathBuf>) -> (BTreeMap<String, String>, Vec<String>) {
-    let mut left = limits::CREDENTIAL_BYTES;
-    let (mut found, mut missing) = (BTreeMap::new(), Vec::new());
-    for (name, path) in files {
-        match files::read(path, left) {
-            Ok(bytes) => {
-                left = left.saturating_sub(bytes.len());
-                found.insert(name.clone(), BASE64.encode(bytes));
-            }
-            Err(error) => missing.push(format!("{name}: {}", chain(&error))),
-        }
-    }
-    (found, missing)
-}
-
 /// Serves one channel until it ends.
 async fn run(shim: &Shim, channel: Channel) -> ChannelError {
-    let Channel { mut stream, boot_id, phase } = channel;
+    let Channel { mut stream, boot_id, phase, features } = channel;
     if phase == Phase::Init {
-        // It takes credentials and leaves; what comes after that is the agent.
-        let mut rest = Vec::new();
-        let left = async { while let Ok(Some(_)) = frame::read(&mut stream, &mut rest).await {} };
-        return match timeout(limits::INIT_PHASE, left).await {
-            Ok(()) => ChannelError::Closed,
-            Err(_) => ChannelError::InitTooLong,
-        };
+        // It takes its credentials; what comes after that is the agent.
+        return credentials::deliver(shim, &mut stream, &boot_id).await;
     }
     shim.observe(|seen| {
         let same = matches!(&seen.agent, AgentState::Ready { boot_id: known, .. } if *known == boot_id);
@@ -211,7 +195,7 @@ async fn run(shim: &Shim, channel: Channel) -> ChannelError {
     tokio::select! {
         error = events(shim, &boot_id, &mut reader, &pending) => error,
         error = send_requests(queue, &mut writer, &pending) => error,
-        error = signs_of_life(requests, limits::PING_EVERY, limits::PING) => error,
+        error = keep_in_touch(shim, &boot_id, features, &requests) => error,
     }
 }
 
@@ -247,13 +231,26 @@ async fn events<R: AsyncRead + Unpin>(
     pending: &Pending,
 ) -> ChannelError {
     loop {
-        match message::next(reader, limits::EVENT_BYTES).await {
-            Ok(Some(Event::Ready { uptime_ms })) => shim.observe(|seen| {
-                // Said once for a channel: a guest that repeats it wakes nobody.
-                if matches!(seen.agent, AgentState::Connected { .. }) {
-                    seen.agent = AgentState::Ready { boot_id: boot_id.into(), uptime_ms };
+        let event = message::next(reader, limits::EVENT_BYTES).await;
+        if matches!(event, Ok(Some(_))) {
+            shim.guest().heard();
+        }
+        match event {
+            Ok(Some(Event::Ready { uptime_ms, trace })) => {
+                // Said once for a channel: a guest that repeats it changes nothing and wakes nobody.
+                if matches!(shim.observed.borrow().agent, AgentState::Connected { .. }) {
+                    shim.guest().ready(trace, uptime_ms);
+                    shim.observe(|seen| {
+                        seen.agent = AgentState::Ready { boot_id: boot_id.into(), uptime_ms };
+                    });
                 }
-            }),
+            }
+            Ok(Some(Event::Journal { entries })) => {
+                if let Some(journal) = &shim.journal {
+                    journal.take(entries);
+                }
+            }
+            Ok(Some(Event::Unknown)) => {}
             Ok(Some(Event::ServiceEnded { service, how })) => {
                 shim.notes.say(&format!(
                     "Service {} in the guest ended: {}",
@@ -294,23 +291,78 @@ async fn send_requests<W: AsyncWrite + Unpin>(
             Err(_) => return ChannelError::Stuck,
         }
     }
-    // The signs of life hold a sender as long as this runs.
+    // Whoever keeps in touch holds a sender as long as this runs.
     ChannelError::Closed
 }
 
-/// Asks for an answer, any answer, again and again: a hypervisor's vsock can die without closing anything.
-async fn signs_of_life(requests: mpsc::Sender<Asked>, every: Duration, limit: Duration) -> ChannelError {
+/// Asks for the guest's figures again and again: any answer is a sign of life. A hypervisor's vsock can die without closing anything.
+/// What the figures tell of the guest's clock is acted upon, and credentials that have changed are given to it.
+async fn keep_in_touch(
+    shim: &Shim,
+    boot_id: &str,
+    features: Features,
+    requests: &mpsc::Sender<Asked>,
+) -> ChannelError {
+    // A channel that is new may be so because the configuration is.
+    let mut at_once = true;
     loop {
-        sleep(every).await;
-        let (answer, answered) = oneshot::channel();
-        let ping = async {
-            // An error means that the channel is about to end anyway.
-            let _ = requests.send(Asked { ask: Ask::Ping, answer }).await;
-            answered.await
-        };
-        if !matches!(timeout(limit, ping).await, Ok(Ok(_))) {
-            return ChannelError::Silent;
+        let asked = HostClocks::now();
+        match ask(requests, Ask::Statistics, limits::PING).await {
+            Ok(Answer::Statistics(figures)) => {
+                let off = shim.guest().answered(figures, asked);
+                if let Some((skew_ms, cause)) = off
+                    && features.set_clock
+                    && let Err(error) = set_clock(shim, requests, skew_ms, cause).await
+                {
+                    return error;
+                }
+            }
+            Ok(_) => {}
+            Err(error) => return error,
         }
+        if features.credentials
+            && let Err(error) = credentials::renew(shim, requests, boot_id, at_once).await
+        {
+            return error;
+        }
+        at_once = false;
+        sleep(limits::PING_EVERY).await;
+    }
+}
+
+async fn set_clock(
+    shim: &Shim,
+    requests: &mpsc::Sender<Asked>,
+    skew_ms: i64,
+    cause: Cause,
+) -> Result<(), ChannelError> {
+    let why = match cause {
+        Cause::Pause(ms) => format!(" after a pause of {ms} ms"),
+        Cause::Off => String::new(),
+    };
+    let how = match ask(requests, Ask::SetClock { unix_ms: unix_ms() }, limits::PING).await? {
+        Answer::Failed(reason) => format!("could not be set: {}", foreign(&reason)),
+        Answer::Done | Answer::Statistics(_) => "is set".into(),
+    };
+    shim.notes.say(&format!("The guest's clock was off by {skew_ms} ms{why} and {how}"));
+    Ok(())
+}
+
+/// Asks, and waits for the answer; without one in time the agent is silent.
+pub(super) async fn ask(
+    requests: &mpsc::Sender<Asked>,
+    ask: Ask,
+    limit: Duration,
+) -> Result<Answer, ChannelError> {
+    let (answer, answered) = oneshot::channel();
+    let asked = async {
+        // An error means that the channel is about to end anyway.
+        let _ = requests.send(Asked { ask, answer }).await;
+        answered.await
+    };
+    match timeout(limit, asked).await {
+        Ok(Ok(answer)) => Ok(answer),
+        _ => Err(ChannelError::Silent),
     }
 }
 
@@ -319,18 +371,20 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_silent_agent_loses_its_channel() {
+    async fn a_silent_agent_is_told_from_one_that_refuses() {
         let (requests, mut queue) = mpsc::channel(4);
-        let (every, limit) = (Duration::from_millis(5), Duration::from_millis(50));
-        let life = tokio::spawn(signs_of_life(requests, every, limit));
-        for _ in 0..3 {
-            let asked = queue.recv().await.unwrap();
-            assert_eq!(asked.ask, Ask::Ping);
+        let agent = tokio::spawn(async move {
+            let asked: Asked = queue.recv().await.unwrap();
+            assert_eq!(asked.ask, Ask::Statistics);
             asked.answer.send(Answer::Failed("any answer is a sign of life".into())).unwrap();
-        }
-        assert!(!life.is_finished());
-        let _unanswered = queue.recv().await.unwrap();
-        assert!(matches!(life.await.unwrap(), ChannelError::Silent));
+            queue.recv().await
+        });
+        let answer = ask(&requests, Ask::Statistics, Duration::from_secs(60)).await;
+        assert!(matches!(answer, Ok(Answer::Failed(_))));
+        let silence = ask(&requests, Ask::Ping, Duration::from_millis(50)).await.unwrap_err();
+        assert!(matches!(silence, ChannelError::Silent) && silence.is_silence());
+        assert!(agent.await.unwrap().is_some());
+        assert!(!ChannelError::Closed.is_silence() && ChannelError::Stuck.is_silence());
     }
 
     #[test]

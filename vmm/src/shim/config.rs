@@ -1,6 +1,7 @@
 //! What `laird` writes for one VM's shim. The shim reads it at its start and when told to reload.
 
 use super::{files, limits};
+use crate::fleet::schema::Credential;
 use lair_guest::wire::message::{IncomingLink, OutgoingLink};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -23,16 +24,35 @@ pub struct ShimConfig {
     pub console_log: PathBuf,
     /// The size at which the console log is rotated, in bytes.
     pub console_limit: u64,
+    /// Where the guest's journal goes. Without it the guest is not asked for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub journal: Option<JournalTarget>,
     /// The audit log of the VM's links and sessions: JSON lines, appended.
     pub audit_log: PathBuf,
+    /// The directory of recordings of operators' terminals, made with the first one. `None` in a configuration of the previous
+    /// release: nothing is recorded.
+    #[serde(default)]
+    pub recordings: Option<PathBuf>,
     /// Where the shim listens.
     pub sockets: ShimSockets,
     /// Links that the guest may open.
     pub outgoing: Vec<Outgoing>,
     /// Links that end in the guest.
     pub incoming: Vec<Incoming>,
-    /// Credentials, by name, and the files that hold them.
-    pub credentials: BTreeMap<String, PathBuf>,
+    /// Credentials, by name: the files that hold them, and what to restart in the guest when they change.
+    pub credentials: BTreeMap<String, Credential>,
+}
+
+/// Where a guest's journal goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JournalTarget {
+    /// The socket of the host's journal.
+    pub socket: PathBuf,
+    /// The file for a host without one; the file before it has `.1` appended.
+    pub log: PathBuf,
+    /// The size at which that file is rotated, in bytes.
+    pub limit: u64,
 }
 
 /// The shim's listening sockets: one for each kind of client, so that directory rights keep them apart.

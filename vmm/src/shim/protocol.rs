@@ -1,6 +1,7 @@
 //! What is said on the shim's three sockets: [frames](lair_guest::wire::frame), messages first.
 
-use lair_guest::wire::message::{Answer, Ask, Exec};
+use crate::vm::trace::Times;
+use lair_guest::wire::message::{Answer, Ask, Exec, Statistics, Terminal};
 use serde::{Deserialize, Serialize};
 
 /// `laird` to shim, on the control socket. Every request has one [`ControlReply`]; [`Control::Watch`] has one after
@@ -10,8 +11,8 @@ use serde::{Deserialize, Serialize};
 pub enum Control {
     /// The shim's state, once.
     Status,
-    /// The shim's state, now and after each change of the agent, the console or the set of links. Counters that
-    /// move are no change.
+    /// The shim's state, now and after each change of the agent, the console or the set of links. Counters and
+    /// figures that move are no change.
     Watch,
     /// Allows one session.
     Grant(Grant),
@@ -60,6 +61,30 @@ pub struct ShimStatus {
     /// Every link that starts in this VM, and every one from the host into it, in the order of its configuration.
     /// A link from another VM is counted there, by the shim that carries it.
     pub links: Vec<LinkCounters>,
+    /// Since when the agent gives no sign of life though the way to it is open, milliseconds since 1970: the last time it was
+    /// heard. Until it is heard again. vhost-device-vsock can lose its worker, and then only a new device helps.
+    #[serde(default)]
+    pub silent_since_unix_ms: Option<u64>,
+    /// The guest's figures, as of the last sign of life in this boot.
+    #[serde(default)]
+    pub figures: Option<Box<Figures>>,
+    /// When what happened in this boot.
+    #[serde(default)]
+    pub times: Times,
+}
+
+/// A guest's figures, in its own words, with what the host can tell of its clock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Figures {
+    /// When they came, milliseconds since 1970.
+    pub at_unix_ms: u64,
+    /// The host's clock minus the guest's, in milliseconds.
+    pub clock_skew_ms: i64,
+    /// How long the answer took, in milliseconds; the skew is right to half of it.
+    pub round_trip_ms: u64,
+    /// The figures.
+    #[serde(flatten)]
+    pub statistics: Statistics,
 }
 
 /// The guest's agent, as the shim sees it.
@@ -120,12 +145,53 @@ pub struct Grant {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Session {
-    /// Runs a command in the guest. The client's frames and the agent's pass unchanged.
+    /// Runs a command in the guest, or with a terminal and no command a login shell. The client's frames and the agent's pass
+    /// unchanged. What a terminal shows is recorded.
     Exec(Exec),
+    /// Shows the guest's console, and types on it.
+    Console(Console),
     /// Connects to a vsock port of the guest. [`lair_guest::wire::frame::Kind::Data`] both ways.
     Connect {
         /// The port.
         port: u32,
+    },
+}
+
+/// A session with the guest's console. After the first message, a [`ConsoleEvent`], come frames of
+/// [`lair_guest::wire::frame::Kind::Stdout`] with what it shows; the client sends
+/// [`lair_guest::wire::frame::Kind::Data`] with what is typed, and [`lair_guest::wire::message::ExecInput`]s.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Console {
+    /// Only show it. What is typed is ignored, and nothing is recorded: it is all in the console log.
+    pub read_only: bool,
+    /// The client's terminal, for the recording.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<Terminal>,
+}
+
+/// What the shim says about a console, among the frames of its output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "console", rename_all = "snake_case")]
+pub enum ConsoleEvent {
+    /// The session has begun; what the console has shown last comes first.
+    Attached {
+        /// Whether this session types. One does at a time.
+        writable: bool,
+        /// The user whose session types instead.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        writer: Option<u32>,
+        /// Whether there is a console now. If not, it is shown once there is one.
+        connected: bool,
+    },
+    /// This client read too slowly, and output is missing here.
+    Lost {
+        /// How much.
+        bytes: u64,
+    },
+    /// The session ends, for this reason.
+    Ended {
+        /// For the operator.
+        reason: String,
     },
 }
 

@@ -86,6 +86,10 @@ pub async fn serve(config_path: &Path, logs: &[Log]) -> Result<(), ServeError> {
     let _ = timeout(limits::STOP, shim.quiet()).await;
     log.finish();
     logs.finish();
+    if let Some(journal) = &shim.journal {
+        journal.finish();
+    }
+    shim.finish_recordings();
     shim.audit.finish(limits::STOP);
     shim.notes.finish(limits::STOP);
     Ok(())

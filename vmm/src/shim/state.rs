@@ -3,15 +3,21 @@
 use super::{
     audit::Audit,
     config::{ConfigError, ShimConfig},
+    console::Console,
+    credentials::Given,
+    guest::Known,
     incoming::HostListeners,
+    journal::Journal,
     limits,
     links::Links,
     note::Notes,
     protocol::{AgentState, ShimStatus},
+    recorder::{Recorder, Recording},
     ticket::{BootTickets, Grants},
     vsock::Dialer,
 };
-use lair_guest::wire::message::{Answer, Ask};
+use crate::fleet::schema::Credential;
+use lair_guest::wire::message::{Answer, Ask, Terminal};
 use std::{
     collections::BTreeMap,
     io,
@@ -28,6 +34,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch}
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Observed {
     pub(super) agent: AgentState,
+    /// [`ShimStatus::silent_since_unix_ms`].
+    pub(super) silent_since: Option<u64>,
     pub(super) console: bool,
     /// Raised with each configuration.
     pub(super) generation: u64,
@@ -46,13 +54,20 @@ pub(super) struct Shim {
     pub(super) dialer: Dialer,
     pub(super) audit: Audit,
     pub(super) notes: Notes,
+    /// Where the guest's journal goes, if it goes anywhere.
+    pub(super) journal: Option<Journal>,
     pub(super) links: Links,
     pub(super) host_listeners: HostListeners,
-    credentials: Mutex<BTreeMap<String, PathBuf>>,
+    credentials: Mutex<BTreeMap<String, Credential>>,
+    given: Mutex<Given>,
     tickets: Mutex<BootTickets>,
     grants: Mutex<Grants>,
+    guest: Mutex<Known>,
     pub(super) observed: watch::Sender<Observed>,
+    pub(super) console: Console,
     pub(super) console_bytes: AtomicU64,
+    /// `None` if nothing is to be recorded.
+    recorder: Option<Recorder>,
     /// The way to the agent, while there is a control channel.
     agent: Mutex<Option<mpsc::Sender<Asked>>>,
     /// The agent is to be told of a new configuration.
@@ -76,17 +91,23 @@ impl Shim {
             dialer: Dialer::new(config.vsock.clone()),
             audit: Audit::start(config.audit_log.clone(), config.vm.clone())?,
             notes: Notes::start()?,
+            journal: config.journal.as_ref().map(|to| Journal::start(&config.vm, to)).transpose()?,
             links: Links::default(),
             host_listeners: HostListeners::default(),
             credentials: Mutex::default(),
+            given: Mutex::default(),
             tickets: Mutex::default(),
             grants: Mutex::default(),
+            guest: Mutex::new(Known::new()),
             observed: watch::Sender::new(Observed {
                 agent: AgentState::Absent,
+                silent_since: None,
                 console: false,
                 generation: 0,
             }),
+            console: Console::new(&config.console_log),
             console_bytes: AtomicU64::new(0),
+            recorder: config.recordings.clone().map(Recorder::new),
             agent: Mutex::default(),
             renewed: Notify::new(),
             stop: watch::Sender::new(false),
@@ -131,8 +152,13 @@ impl Shim {
         let _ = self.reboots.subscribe().changed().await;
     }
 
-    pub(super) fn credentials(&self) -> BTreeMap<String, PathBuf> {
+    pub(super) fn credentials(&self) -> BTreeMap<String, Credential> {
         locked(&self.credentials).clone()
+    }
+
+    /// Which of them the guest has.
+    pub(super) fn given(&self) -> MutexGuard<'_, Given> {
+        locked(&self.given)
     }
 
     pub(super) fn tickets(&self) -> MutexGuard<'_, BootTickets> {
@@ -143,14 +169,26 @@ impl Shim {
         locked(&self.grants)
     }
 
+    /// What is known of the guest.
+    pub(super) fn guest(&self) -> MutexGuard<'_, Known> {
+        locked(&self.guest)
+    }
+
     pub(super) fn status(&self) -> ShimStatus {
         let seen = self.observed.borrow().clone();
+        let (figures, times) = {
+            let guest = self.guest();
+            (guest.figures.clone(), guest.times.clone())
+        };
         ShimStatus {
             vm: self.vm.clone(),
             agent: seen.agent,
             console: seen.console,
             console_bytes: self.console_bytes.load(Relaxed),
             links: self.links.counters(&self.vm),
+            silent_since_unix_ms: seen.silent_since,
+            figures,
+            times,
         }
     }
 
@@ -181,6 +219,23 @@ impl Shim {
     /// Room for one more session.
     pub(super) fn session(&self) -> Option<OwnedSemaphorePermit> {
         self.sessions.clone().try_acquire_owned().ok()
+    }
+
+    /// Begins to record the terminal of a session of `kind`.
+    pub(super) fn record(
+        &self,
+        kind: &str,
+        uid: Option<u32>,
+        terminal: Option<&Terminal>,
+    ) -> Option<Recording> {
+        Some(self.recorder.as_ref()?.begin(&self.vm, kind, uid.unwrap_or_default(), terminal))
+    }
+
+    /// Writes what is left to the recordings.
+    pub(super) fn finish_recordings(&self) {
+        if let Some(recorder) = &self.recorder {
+            recorder.finish();
+        }
     }
 
     /// Ends the shim.

@@ -17,5 +17,6 @@ pub mod record;
 pub mod restart;
 pub mod running;
 pub mod steps;
+pub mod trace;
 pub mod users;
 mod watch;

@@ -7,7 +7,7 @@ use crate::{
     },
     host::facts::Engine,
     hypervisor::{Disk, Machine, qemu::command::CMDLINE},
-    shim::config::{Incoming, Outgoing, OutgoingTarget, ShimConfig, ShimSockets},
+    shim::config::{Incoming, JournalTarget, Outgoing, OutgoingTarget, ShimConfig, ShimSockets},
     state::dirs::{Dirs, DirsError, VmDirs},
 };
 use lair_guest::{boot, wire::message::OutgoingLink};
@@ -17,8 +17,12 @@ use std::path::{Path, PathBuf};
 /// The host's own name in `from` of a link.
 pub const HOST: &str = "host";
 
-/// The size at which a console log is rotated: two such files hold many boots and bound what a flood can fill.
+/// The size at which a console log is rotated, and a guest's journal where the host has none: two such files hold many boots and bound
+/// what a flood can fill.
 const CONSOLE_LIMIT: u64 = 4 << 20;
+
+/// The socket of the host's journal (sd_journal_print(3), systemd's "Native Journal Protocol").
+const HOST_JOURNAL: &str = "/run/systemd/journal/socket";
 
 /// A view with its registration on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -212,7 +216,13 @@ pub fn shim(
         console: vm_dirs.hypervisor().join("console.sock"),
         console_log: vm_dirs.log("console"),
         console_limit: CONSOLE_LIMIT,
+        journal: Some(JournalTarget {
+            socket: HOST_JOURNAL.into(),
+            log: vm_dirs.log("journal"),
+            limit: CONSOLE_LIMIT,
+        }),
         audit_log: vm_dirs.state.join("audit.jsonl"),
+        recordings: Some(vm_dirs.state.join("sessions")),
         sockets: sockets(vm_dirs),
         outgoing,
         incoming,

@@ -130,6 +130,9 @@ async fn shim(config: &ShimConfig) {
         console: true,
         console_bytes: 0,
         links: vec![],
+        silent_since_unix_ms: None,
+        figures: None,
+        times: lair_vmm::vm::trace::Times::default(),
     };
     let console = UnixStream::connect(&config.console).await.unwrap();
     let (reader, mut console) = console.into_split();

@@ -3,17 +3,33 @@
 use crate::support::*;
 use lair_guest::wire::{
     VERSION, frame,
-    message::{Answer, Ask, Event, HelloReply, Phase, Request},
+    message::{Answer, Ask, Event, Features, HelloReply, JournalEntry, Moment, Phase, Request, Statistics},
 };
 use lair_vmm::shim::{
     client::{self, ClientError},
+    config::JournalTarget,
     protocol::AgentState,
 };
-use std::time::Duration;
-use tokio::{io::AsyncWriteExt, time::sleep};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+use tokio::{
+    io::AsyncWriteExt,
+    net::{UnixDatagram, UnixListener},
+    time::sleep,
+};
 
 fn connected(boot_id: &str) -> AgentState {
     AgentState::Connected { boot_id: boot_id.into() }
+}
+
+fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    u64::try_from(since.as_millis()).unwrap()
 }
 
 fn ready(boot_id: &str, uptime_ms: u64) -> AgentState {
@@ -24,9 +40,6 @@ fn ready(boot_id: &str, uptime_ms: u64) -> AgentState {
 async fn a_boot_from_init_to_ready() {
     let host = Host::new();
     let mut config = host.config("hydra");
-    std::fs::write(host.path("key"), b"\x00secret\xff").unwrap();
-    config.credentials.insert("signing-key".into(), host.path("key"));
-    config.credentials.insert("missing".into(), host.path("missing"));
     config.outgoing = vec![to_host("store", host.path("store"))];
     config.incoming = vec![framed("web", 3000, &["host"]), raw("ssh", 22, &["host"])];
     let shim = host.start(config.clone()).await;
@@ -43,10 +56,6 @@ async fn a_boot_from_init_to_ready() {
     let hello = guest.hello.take().unwrap();
     assert_eq!(hello.version, VERSION);
     assert_eq!(hello.ticket.len(), 64);
-    assert_eq!(
-        hello.credentials.into_iter().collect::<Vec<_>>(),
-        [("signing-key".into(), "AHNlY3JldP8=".into())]
-    );
     assert_eq!(hello.links_out.len(), 1);
     let incoming: Vec<_> = hello.links_in.iter().map(|link| (link.name.as_str(), link.port)).collect();
     assert_eq!(incoming, [("web", 3000)], "A program that listens by itself is none of the agent's business");
@@ -57,12 +66,18 @@ async fn a_boot_from_init_to_ready() {
 
     guest.welcome("boot-1", Phase::Agent).await;
     assert_eq!(within(watch.next()).await.unwrap().unwrap().agent, connected("boot-1"));
-    guest.say(&Event::Ready { uptime_ms: 2500 }).await;
+    let moment = |name: &str, at_ms| Moment { name: name.into(), at_ms };
+    let trace = vec![moment("kernel", 0), moment("\u{1b}[2J", 7)];
+    guest.say(&Event::Ready { uptime_ms: 2500, trace }).await;
     assert_eq!(within(watch.next()).await.unwrap().unwrap().agent, ready("boot-1", 2500));
     // A guest that repeats itself wakes nobody.
     for uptime_ms in 0..100 {
-        guest.say(&Event::Ready { uptime_ms }).await;
+        guest.say(&Event::Ready { uptime_ms, trace: vec![] }).await;
     }
+    let times = shim.status().await.times;
+    let names = |moments: &[Moment]| -> Vec<String> { moments.iter().map(|m| m.name.clone()).collect() };
+    assert_eq!(names(&times.host), ["shim", "init", "agent", "ready"]);
+    assert_eq!(times.guest, [moment("kernel", 0), moment("\\u{1b}[2J", 7), moment("ready", 2500)]);
     let first = guest.ticket();
     assert_ne!(hello.ticket, first, "Each channel has its own ticket");
 
@@ -70,8 +85,6 @@ async fn a_boot_from_init_to_ready() {
     assert_eq!(within(watch.next()).await.unwrap().unwrap().agent, AgentState::Absent);
     guest.welcome("boot-2", Phase::Agent).await;
     assert_eq!(within(watch.next()).await.unwrap().unwrap().agent, connected("boot-2"));
-    let stderr = until(async || Some(shim.stderr()).filter(|text| text.contains("missing"))).await;
-    assert!(!stderr.contains("secret") && stderr.lines().count() <= 5, "{stderr}");
 }
 
 #[tokio::test]
@@ -119,8 +132,16 @@ async fn an_agent_without_a_sign_of_life_is_dialled_again() {
     let host = Host::new();
     let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
     let _silent = guest.control.take();
+    let mut watch = within(client::watch(shim.control())).await.unwrap();
+    assert_eq!(within(watch.next()).await.unwrap().unwrap().silent_since_unix_ms, None);
+    // Watchers hear of it: whoever can replace the device has to know.
+    let silent = within(watch.next()).await.unwrap().unwrap();
+    assert_eq!(silent.agent, AgentState::Absent);
+    let since = silent.silent_since_unix_ms.expect("Silent since when?");
+    assert!(since > 0 && since < unix_ms(), "{since}");
     guest.welcome("boot-1", Phase::Agent).await;
-    assert_eq!(shim.status().await.agent, connected("boot-1"));
+    shim.until_agent(|agent| *agent == connected("boot-1")).await;
+    assert_eq!(shim.status().await.silent_since_unix_ms, None);
     assert!(shim.stderr().contains("no sign of life for 15 s"), "{}", shim.stderr());
 }
 
@@ -146,7 +167,12 @@ async fn vs7_an_agent_of_another_version_is_not_taken() {
     guest.start_agent();
     let shim = host.start(config).await;
     let (_, mut stream) = guest.agent_connection().await;
-    let old = HelloReply::Welcome { version: 99, boot_id: "boot-1".into(), phase: Phase::Agent };
+    let old = HelloReply::Welcome {
+        version: 99,
+        boot_id: "boot-1".into(),
+        phase: Phase::Agent,
+        features: Features::default(),
+    };
     frame::write_message(&mut stream, &old).await.unwrap();
     assert_closed(&mut stream).await;
     let (_, mut stream) = guest.agent_connection().await;
@@ -154,7 +180,12 @@ async fn vs7_an_agent_of_another_version_is_not_taken() {
     frame::write_message(&mut stream, &refused).await.unwrap();
     assert_closed(&mut stream).await;
     let (_, mut stream) = guest.agent_connection().await;
-    let odd = HelloReply::Welcome { version: VERSION, boot_id: "\u{1b}[2J".into(), phase: Phase::Agent };
+    let odd = HelloReply::Welcome {
+        version: VERSION,
+        boot_id: "\u{1b}[2J".into(),
+        phase: Phase::Agent,
+        features: Features::default(),
+    };
     frame::write_message(&mut stream, &odd).await.unwrap();
     assert_closed(&mut stream).await;
     assert_eq!(shim.status().await.agent, AgentState::Absent);
@@ -217,17 +248,265 @@ async fn a_reload_replaces_the_channel_and_keeps_the_state() {
     let (shim, mut guest) = host.start_ready(config.clone()).await;
     let mut old = guest.control.take().unwrap();
     let before = guest.ticket();
-    std::fs::write(host.path("key"), "new").unwrap();
-    config.credentials.insert("key".into(), host.path("key"));
+    config.outgoing = vec![to_host("store", host.path("store"))];
     let mut watch = within(client::watch(shim.control())).await.unwrap();
     within(watch.next()).await.unwrap().unwrap();
     shim.reload(&host, &config).await.unwrap();
     guest.welcome("boot-1", Phase::Agent).await;
-    assert_eq!(guest.hello.as_ref().unwrap().credentials["key"], "bmV3");
+    assert_eq!(guest.hello.as_ref().unwrap().links_out.len(), 1);
     assert_ne!(guest.ticket(), before);
     let mut rest = Vec::new();
     within(tokio::io::AsyncReadExt::read_to_end(&mut old, &mut rest)).await.unwrap();
     // The reload is told, and no other state than before.
     assert_eq!(within(watch.next()).await.unwrap().unwrap().agent, ready("boot-1", 1234));
     assert_eq!(shim.status().await.agent, ready("boot-1", 1234));
+}
+
+/// Answers everything that is asked on the channel, with these figures; what was asked.
+async fn answer_with(guest: &mut Guest, figures: Statistics, asks: usize) -> Vec<Ask> {
+    let mut asked = Vec::new();
+    while asked.len() < asks {
+        let channel = guest.control.as_mut().unwrap();
+        let Request { id, ask } = within(frame::read_message(channel)).await.unwrap();
+        let answer = match ask {
+            Ask::Statistics => Answer::Statistics(figures.clone()),
+            _ => Answer::Done,
+        };
+        guest.say(&Event::Reply { id, answer }).await;
+        asked.push(ask);
+    }
+    asked
+}
+
+#[tokio::test]
+async fn figures_come_with_the_signs_of_life_and_a_wrong_clock_is_set() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
+    let behind = Statistics {
+        memory_total: 7,
+        uptime_ms: 2000,
+        unix_ms: unix_ms() - 3_600_000,
+        ..Statistics::default()
+    };
+    let asked = answer_with(&mut guest, behind, 2).await;
+    assert_eq!(asked[0], Ask::Statistics);
+    let Ask::SetClock { unix_ms: told } = asked[1] else { panic!("{asked:?}") };
+    assert!(told.abs_diff(unix_ms()) < 60_000);
+    let status = shim.status().await;
+    let figures = status.figures.unwrap();
+    assert_eq!(figures.statistics.memory_total, 7);
+    assert!(figures.clock_skew_ms.abs_diff(3_600_000) < 60_000, "{}", figures.clock_skew_ms);
+    let start = status.times.guest_start_ms.unwrap();
+    let names: Vec<_> = status.times.merged().into_iter().map(|point| point.name).collect();
+    assert!(start > 0 && names.contains(&"ready".to_owned()), "{names:?}");
+    until(async || shim.stderr().contains("clock was off by").then_some(())).await;
+}
+
+/// It knows no request but the first release's, and one that it does not know would end the channel.
+#[tokio::test]
+async fn vs7_an_old_agent_is_asked_nothing_that_it_does_not_know() {
+    let host = Host::new();
+    let config = host.config("hydra");
+    let mut guest = Guest::new(&config);
+    guest.start_agent();
+    let shim = host.start(config).await;
+    let (_, mut stream) = guest.agent_connection().await;
+    let old = br#"{"hello":"welcome","version":1,"boot_id":"boot-1","phase":"agent"}"#;
+    frame::write(&mut stream, frame::Kind::Message, old).await.unwrap();
+    guest.control = Some(stream);
+    frame::write(
+        guest.control.as_mut().unwrap(),
+        frame::Kind::Message,
+        br#"{"event":"ready","uptime_ms":9}"#,
+    )
+    .await
+    .unwrap();
+    // Its clock is wrong as well, and it is left alone.
+    let old = br#"{"event":"reply","id":1,"answer":{"statistics":{"memory_total":7,"memory_available":3,"load_thousandths":[1,2,3],"uptime_ms":9,"unix_ms":9}}}"#;
+    let channel = guest.control.as_mut().unwrap();
+    let Request { id: 1, ask: Ask::Statistics } = within(frame::read_message(channel)).await.unwrap() else {
+        panic!("Not the figures")
+    };
+    frame::write(channel, frame::Kind::Message, old).await.unwrap();
+    let asked = answer_with(&mut guest, Statistics::default(), 1).await;
+    assert_eq!(asked, [Ask::Statistics]);
+    let status = shim.status().await;
+    assert_eq!(status.agent, ready("boot-1", 9));
+    assert_eq!(status.figures.unwrap().statistics.tasks, 0);
+}
+
+#[tokio::test]
+async fn vs7_what_a_newer_agent_says_is_let_pass() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
+    let newer = br#"{"event":"weather","sun":true}"#;
+    frame::write(guest.control.as_mut().unwrap(), frame::Kind::Message, newer).await.unwrap();
+    let asked = answer_with(&mut guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 2).await;
+    assert_eq!(asked, [Ask::Statistics, Ask::Statistics]);
+    assert_eq!(shim.status().await.agent, ready("boot-1", 1234));
+}
+
+#[tokio::test]
+async fn vs7_an_agent_that_comes_twice_has_one_channel() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
+    // It was started again: its old connection goes, the next one is of the same boot, and readiness is said anew.
+    for _ in 0..3 {
+        guest.control = None;
+        guest.welcome("boot-1", Phase::Agent).await;
+        shim.until_agent(|agent| *agent == connected("boot-1")).await;
+        guest.say(&Event::Ready { uptime_ms: 1234, trace: vec![] }).await;
+        shim.until_agent(|agent| *agent == ready("boot-1", 1234)).await;
+    }
+    let answered =
+        answer_with(&mut guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 1).await;
+    assert_eq!(answered, [Ask::Statistics]);
+    let marks: Vec<_> = shim.status().await.times.host.into_iter().map(|moment| moment.name).collect();
+    assert_eq!(marks, ["shim", "agent", "ready"], "One boot, however often its agent came");
+}
+
+/// The shim has no say in how long a boot may take (that deadline is the supervisor's); it only never invents a state.
+#[tokio::test]
+async fn vs7_an_agent_that_never_comes_is_absent() {
+    let host = Host::new();
+    let config = host.config("hydra");
+    let _guest = Guest::new(&config);
+    let shim = host.start(config).await;
+    sleep(Duration::from_secs(2)).await;
+    let status = shim.status().await;
+    assert_eq!((status.agent, status.silent_since_unix_ms), (AgentState::Absent, None));
+    assert!(status.figures.is_none() && status.times.guest.is_empty());
+    assert_eq!(shim.stderr(), "");
+}
+
+fn journal_entry(message: &str) -> JournalEntry {
+    JournalEntry {
+        message: message.into(),
+        priority: 3,
+        identifier: "nginx".into(),
+        unit: String::new(),
+        realtime_us: 7,
+        dropped_before: 0,
+    }
+}
+
+#[tokio::test]
+async fn the_guests_journal_reaches_the_hosts() {
+    let host = Host::new();
+    let mut config = host.config("hydra");
+    let target =
+        JournalTarget { socket: host.path("journal"), log: host.path("journal.log"), limit: 1 << 20 };
+    config.journal = Some(target.clone());
+    let journal = UnixDatagram::bind(&target.socket).unwrap();
+    let (_shim, mut guest) = host.start_ready(config).await;
+    assert!(guest.hello.as_ref().unwrap().features.journal);
+    guest.say(&Event::Journal { entries: vec![journal_entry("hello"), journal_entry("again")] }).await;
+    let mut datagram = vec![0; 1 << 16];
+    for message in ["hello", "again"] {
+        let length = within(journal.recv(&mut datagram)).await.unwrap();
+        let text = String::from_utf8_lossy(&datagram[..length]).into_owned();
+        assert!(text.starts_with("LAIR_VM\n\u{5}\0\0\0\0\0\0\0hydra\n"), "{text:?}");
+        assert!(text.contains("hydra/nginx") && text.contains(message), "{text:?}");
+    }
+    assert!(!target.log.exists());
+}
+
+#[tokio::test]
+async fn vs5_a_flooded_journal_is_bounded_and_nothing_else_waits_for_it() {
+    let host = Host::new();
+    let mut config = host.config("hydra");
+    // The host has no journal.
+    let target = JournalTarget { socket: host.path("none"), log: host.path("journal.log"), limit: 1 << 16 };
+    config.journal = Some(target.clone());
+    let (shim, mut guest) = host.start_ready(config).await;
+    let before = shim.resident_kib();
+    let flood = Event::Journal { entries: vec![journal_entry(&"x".repeat(2000)); 20] };
+    for _ in 0..2000 {
+        guest.say(&flood).await;
+    }
+    let asked = answer_with(&mut guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 1).await;
+    assert_eq!(asked, [Ask::Statistics]);
+    assert_eq!(shim.status().await.agent, ready("boot-1", 1234));
+    assert!(shim.resident_kib() < before + 16_384, "{before} to {} KiB", shim.resident_kib());
+    sleep(Duration::from_millis(1100)).await;
+    guest.say(&Event::Journal { entries: vec![journal_entry("after the flood")] }).await;
+    let text = || std::fs::read_to_string(&target.log).unwrap_or_default();
+    let text = until(async || Some(text()).filter(|text| text.contains("after the flood"))).await;
+    assert!(text.contains("entries of this guest's journal were left out"), "{}", text.len());
+    assert!(text.len() <= 1 << 16);
+}
+
+/// A guest that was never asked for its journal, or a VM of an earlier configuration.
+#[tokio::test]
+async fn a_journal_that_nobody_wants_is_let_pass() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
+    assert!(!guest.hello.as_ref().unwrap().features.journal);
+    guest.say(&Event::Journal { entries: vec![journal_entry("hello")] }).await;
+    answer_with(&mut guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 2).await;
+    assert_eq!(shim.status().await.agent, ready("boot-1", 1234));
+}
+
+#[tokio::test]
+async fn vs10_readiness_forged_early_or_never_said_is_that_vms_own() {
+    let host = Host::new();
+    let (honest, mut honest_guest) = host.start_ready(host.config("hydra")).await;
+    let config = host.config("liar");
+    let mut liar = Guest::new(&config);
+    let shim = host.start(config).await;
+    liar.start_agent();
+    // In the initramfs, where nothing can be ready.
+    liar.welcome("boot-1", Phase::Init).await;
+    liar.say(&Event::Ready { uptime_ms: 1, trace: vec![] }).await;
+    assert_eq!(shim.status().await.agent, AgentState::Absent);
+    liar.control = None;
+    // At once, with a trace from the end of time.
+    liar.welcome("boot-1", Phase::Agent).await;
+    let forged = Moment { name: "x".repeat(10_000), at_ms: u64::MAX };
+    liar.say(&Event::Ready { uptime_ms: u64::MAX, trace: vec![forged; 5] }).await;
+    shim.until_agent(|agent| *agent == ready("boot-1", u64::MAX)).await;
+    let asked = answer_with(
+        &mut liar,
+        Statistics { uptime_ms: u64::MAX, unix_ms: u64::MAX, ..Statistics::default() },
+        1,
+    );
+    asked.await;
+    assert!(!shim.status().await.times.merged().is_empty());
+    let asked =
+        answer_with(&mut honest_guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 1).await;
+    assert_eq!(asked, [Ask::Statistics]);
+    assert_eq!(honest.status().await.agent, ready("boot-1", 1234));
+}
+
+/// A guest's kernel without room resets connections, at any point.
+#[tokio::test]
+async fn vs6_a_guest_that_resets_every_dial_is_dialled_ever_more_slowly() {
+    let host = Host::new();
+    let config = host.config("hydra");
+    let guest = UnixListener::bind(&config.vsock).unwrap();
+    let dials = Arc::new(AtomicU64::new(0));
+    let counted = dials.clone();
+    let resetting = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = guest.accept().await.unwrap();
+            // Every other one after its greeting has begun: what is unread makes it a reset.
+            if counted.fetch_add(1, Ordering::Relaxed) % 2 == 1 {
+                let _ = stream.write_all(b"OK 1073741824\n\0").await;
+            }
+        }
+    });
+    let shim = host.start(config.clone()).await;
+    sleep(Duration::from_secs(4)).await;
+    let attempts = dials.load(Ordering::Relaxed);
+    // Pauses of 50 ms, doubled up to 1 s: seven in four seconds, fewer on a busy machine.
+    assert!((2..=9).contains(&attempts), "{attempts} dials");
+    let descriptors = shim.open_descriptors();
+    assert_eq!(shim.status().await.agent, AgentState::Absent);
+    assert!(shim.stderr().lines().count() <= 5, "{}", shim.stderr());
+    // The guest recovers.
+    resetting.abort();
+    let mut guest = Guest::new(&config);
+    guest.boot("boot-1").await;
+    shim.until_agent(|agent| *agent == ready("boot-1", 1234)).await;
+    assert!(shim.open_descriptors() <= descriptors + 4);
 }

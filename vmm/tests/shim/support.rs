@@ -3,12 +3,15 @@
 
 use lair_guest::wire::{
     AGENT_PORT, VERSION, frame,
-    message::{Event, Hello, HelloReply, HostOpen, LinkOpen, LinkReply, OutgoingLink, Phase},
+    message::{
+        Answer, Ask, Event, Features, Hello, HelloReply, HostOpen, LinkOpen, LinkReply, OutgoingLink, Phase,
+        Request, Statistics, Terminal, TerminalSize,
+    },
 };
 use lair_vmm::shim::{
     client,
     config::{Incoming, Outgoing, OutgoingTarget, ShimConfig, ShimSockets},
-    protocol::{AgentState, LinkCounters, ShimStatus},
+    protocol::{AgentState, Grant, LinkCounters, Session, ShimStatus},
 };
 use serde_json::Value;
 use std::{
@@ -16,7 +19,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use tempfile::TempDir;
 use tokio::{
@@ -71,7 +74,9 @@ impl Host {
             console: file("console"),
             console_log: file("console.log"),
             console_limit: 1 << 20,
+            journal: None,
             audit_log: file("audit"),
+            recordings: Some(file("sessions")),
             sockets: ShimSockets { control: file("control"), session: file("session"), dial: file("dial") },
             outgoing: vec![],
             incoming: vec![],
@@ -193,6 +198,34 @@ impl Shim {
     }
 }
 
+pub(crate) fn in_ms(milliseconds: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    u64::try_from(now.as_millis()).unwrap() + milliseconds
+}
+
+/// Allows a session; returns its ticket.
+pub(crate) async fn grant(shim: &Shim, digit: char, session: Session) -> String {
+    let ticket = digit.to_string().repeat(64);
+    let grant = Grant { ticket: ticket.clone(), expires_unix_ms: in_ms(60_000), uid: 1000, session };
+    within(client::grant(shim.control(), grant)).await.unwrap();
+    ticket
+}
+
+pub(crate) fn terminal(rows: u16, columns: u16) -> Terminal {
+    Terminal { term: "xterm".into(), size: TerminalSize { rows, columns } }
+}
+
+/// The lines of a recording, once it has ended with a word about the end.
+pub(crate) async fn recording(shim: &Shim, name: &str) -> Vec<Value> {
+    let path = shim.config.recordings.as_ref().unwrap().join(name);
+    until(async || {
+        let text = std::fs::read_to_string(&path).ok()?;
+        let lines: Vec<Value> = text.lines().map_while(|line| serde_json::from_str(line).ok()).collect();
+        (lines.last()?[1] == "m").then_some(lines)
+    })
+    .await
+}
+
 type Ports = Arc<Mutex<HashMap<u32, mpsc::UnboundedSender<UnixStream>>>>;
 
 /// What is behind a shim's vsock socket.
@@ -242,7 +275,12 @@ impl Guest {
     pub(crate) async fn welcome(&mut self, boot_id: &str, phase: Phase) {
         let (open, mut stream) = self.agent_connection().await;
         let HostOpen::Control(hello) = open else { panic!("Not a control channel") };
-        let welcome = HelloReply::Welcome { version: VERSION, boot_id: boot_id.into(), phase };
+        let welcome = HelloReply::Welcome {
+            version: VERSION,
+            boot_id: boot_id.into(),
+            phase,
+            features: Features::OURS,
+        };
         within(frame::write_message(&mut stream, &welcome)).await.unwrap();
         self.control = Some(stream);
         self.hello = Some(hello);
@@ -252,11 +290,34 @@ impl Guest {
         within(frame::write_message(self.control.as_mut().unwrap(), event)).await.unwrap();
     }
 
+    /// The next request on the control channel.
+    pub(crate) async fn asked(&mut self) -> Request {
+        within(frame::read_message(self.control.as_mut().unwrap())).await.unwrap()
+    }
+
+    /// The next request that is no sign of life; those are answered, with a clock that is right.
+    pub(crate) async fn asked_more(&mut self) -> Request {
+        loop {
+            let request = self.asked().await;
+            if request.ask != Ask::Statistics {
+                return request;
+            }
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+            let figures =
+                Statistics { unix_ms: u64::try_from(now.as_millis()).unwrap(), ..Statistics::default() };
+            self.answer(request.id, Answer::Statistics(figures)).await;
+        }
+    }
+
+    pub(crate) async fn answer(&mut self, id: u64, answer: Answer) {
+        self.say(&Event::Reply { id, answer }).await;
+    }
+
     /// An agent that is up and ready.
     pub(crate) async fn boot(&mut self, boot_id: &str) {
         self.start_agent();
         self.welcome(boot_id, Phase::Agent).await;
-        self.say(&Event::Ready { uptime_ms: 1234 }).await;
+        self.say(&Event::Ready { uptime_ms: 1234, trace: vec![] }).await;
     }
 
     pub(crate) fn ticket(&self) -> String {

@@ -3,7 +3,8 @@
 use crate::{
     Context,
     error::CommandError,
-    output::{bytes, duration, harmless, print_table, state_cell, table},
+    guest,
+    output::{bytes, duration, harmless, harmless_json, print_table, state_cell, table},
 };
 use comfy_table::Cell;
 use lair_vmm::{
@@ -38,7 +39,7 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
 pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<(), CommandError> {
     let text =
         serde_json::to_string_pretty(value).map_err(|error| CommandError::failed(error.to_string()))?;
-    println!("{text}");
+    println!("{}", harmless_json(&text));
     Ok(())
 }
 
@@ -95,6 +96,7 @@ fn notes(host: &HostStatus) -> Vec<String> {
     }
     if let Some(applied) = &host.applied {
         let file = host.fleet_file.display();
+        let applied = harmless(applied);
         notes.push(format!("The fleet is {applied}, applied until laird starts again with {file}"));
     }
     if host.engine == lair_vmm::host::facts::Engine::Tcg {
@@ -133,6 +135,13 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
     if let Some(boot) = vm.boot_ms {
         facts.push(("boot", format!("{boot} ms from kernel to ready")));
     }
+    if let Some(since) = vm.agent_silent_since {
+        let age = duration(now.as_second().saturating_sub(since.as_second()));
+        facts.push(("agent", format!("silent for {age}, since {}", since.strftime("%F %T UTC"))));
+    }
+    if let Some(figures) = &vm.guest {
+        facts.extend(guest::figures(figures, now));
+    }
     if vm.pending_restart {
         facts.push(("pending", "the fleet file has changed; `vmctl restart` makes it follow".into()));
     }
@@ -144,6 +153,10 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
         rows.add_row(vec![key.to_owned(), value]);
     }
     print_table(&rows)?;
+    if let Some(trace) = guest::trace(&vm.trace) {
+        println!();
+        print_table(&trace)?;
+    }
     if !vm.counters.is_empty() {
         println!();
         print_links(std::slice::from_ref(vm))?;

@@ -68,6 +68,27 @@ fn cf3_names_of_vms() {
 }
 
 #[test]
+fn cf2_what_a_credential_restarts_has_to_be_there() {
+    let units = "[\"nginx.service\"]";
+    let many = format!("[{}]", "\"a.service\", ".repeat(33));
+    let service = |name: &str| {
+        format!("autostart = false\ncredentials.key = {{ file = \"/run/key\", restart = [\"{name}\"] }}")
+    };
+    let (known, unknown) = (service("httpd"), service("httpd.service"));
+    insta::assert_snapshot!(said_of_changes(&[
+        (units, "[\"nginx\"]"),
+        (units, "[\"-h.service\"]"),
+        (units, "[\"a b.service\", \".service\", \"home.mount\"]"),
+        (units, &many),
+        ("autostart = false", &unknown),
+    ]));
+    let escaped = "[\"nginx.service\", \"user@0.service\", \"sshd.socket\", \"a\\\\x2db.target\"]";
+    for (from, to) in [(units, "[]"), (units, escaped), ("autostart = false", &known)] {
+        assert_eq!(said("fleet.toml", EXAMPLE.replace(from, to).as_bytes()), "fine", "{to}");
+    }
+}
+
+#[test]
 fn cf3_other_names() {
     let all = said_of_changes(&[
         ("[links.build]", "[links.\"a/b\"]"),
@@ -158,6 +179,7 @@ fn cf6_paths() {
             "init = \"/sbin/init\"",
         ),
         ("/run/secrets/hydra-ssh-key", "hydra-ssh-key"),
+        ("/run/secrets/tls", "tls"),
         ("mount = \"/var\"", "mount = \"/\""),
         ("mount = \"/var\"", "mount = \"/nix\""),
         ("mount = \"/var\"", "mount = \"/proc/x\""),

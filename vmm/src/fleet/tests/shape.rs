@@ -56,6 +56,10 @@ fn values_of_the_wrong_kind() {
         ("overlay = { tmpfs = \"8GiB\" }", "overlay = \"tmpfs\""),
         ("[vms.hydra]", "[vms]\nx = 1\n[vms.hydra]"),
         ("sources = [", "sources = [ 7,"),
+        ("\"/run/secrets/hydra-ssh-key\"", "7"),
+        ("\"/run/secrets/hydra-ssh-key\"", "{}"),
+        ("\"/run/secrets/hydra-ssh-key\"", "{ file = \"/k\", restrat = [] }"),
+        ("[\"nginx.service\"]", "\"nginx.service\""),
     ]);
     insta::assert_snapshot!(all);
 }

@@ -5,7 +5,7 @@ use crate::fleet::{
     limits::{HostFacts, MEMORY_MIN, MEMORY_STEP},
     names,
     problem::{Finding, Path, Spot, listed, nearest, quoted},
-    schema::{Overlay, Service, Vm, Volume},
+    schema::{Credential, Overlay, Service, Vm, Volume},
     units::Size,
 };
 
@@ -14,6 +14,9 @@ const VOLUMES_MAX: usize = 16;
 
 /// The most roots, services, arguments, variables or credentials.
 const LIST_MAX: usize = 1024;
+
+/// The most units that a change of one credential restarts.
+const RESTART_MAX: usize = 32;
 
 /// Sizes of volumes: what ext4 can be made on, and what a mistyped unit exceeds.
 const VOLUME_SIZES: (Size, Size) = (Size(16 << 20), Size(256 << 40));
@@ -44,12 +47,7 @@ pub(super) fn check(name: &str, vm: &Vm, path: &Path, host: &HostFacts, verdict:
     view(vm, path, verdict);
     volumes(&vm.volumes, &path.key("volumes"), verdict);
     overlay(vm, &path.key("overlay"), verdict);
-    let credentials = path.key("credentials");
-    verdict.value(&credentials, count(vm.credentials.len()));
-    for (name, source) in vm.credentials.iter().take(LIST_MAX) {
-        verdict.key(&credentials.key(name), names::credential(name));
-        verdict.value(&credentials.key(name), file(source));
-    }
+    credentials(vm, &path.key("credentials"), verdict);
     services(&vm.services, &path.key("services"), verdict);
     limits(vm, &path.key("limits"), verdict);
 }
@@ -240,6 +238,42 @@ pub(super) fn unknown(path: &Path, what: &str, name: &str, names: Vec<&str>) -> 
         1..=20 => finding.hint(format!("there are: {}", listed(names))),
         more => finding.hint(format!("there are {more}")),
     }
+}
+
+fn credentials(vm: &Vm, path: &Path, verdict: &mut Verdict) {
+    verdict.value(path, count(vm.credentials.len()));
+    for (name, credential) in vm.credentials.iter().take(LIST_MAX) {
+        let path = path.key(name);
+        verdict.key(&path, names::credential(name));
+        let rotated = match credential {
+            Credential::File(source) => {
+                verdict.value(&path, file(source));
+                continue;
+            }
+            Credential::Rotated(rotated) => rotated,
+        };
+        verdict.value(&path.key("file"), file(&rotated.file));
+        let path = path.key("restart");
+        if rotated.restart.len() > RESTART_MAX {
+            let message = format!("has {} entries; at most {RESTART_MAX} are allowed", rotated.restart.len());
+            verdict.error(Finding::at(&path, message));
+        }
+        for (index, restarted) in rotated.restart.iter().enumerate().take(RESTART_MAX) {
+            let checked = if vm.init.is_some() { names::unit(restarted) } else { service_of(vm, restarted) };
+            verdict.value(&path.index(index), checked);
+        }
+    }
+}
+
+/// Whether the agent runs a service of this name.
+fn service_of(vm: &Vm, name: &str) -> Result<(), String> {
+    let mut known = vm.services.iter().map(|service| service.name.as_str());
+    if known.any(|service| service == name) {
+        return Ok(());
+    }
+    let known = listed(vm.services.iter().take(LIST_MAX).map(|service| service.name.as_str()));
+    let known = if known.is_empty() { "it has none".into() } else { format!("it has {known}") };
+    Err(format!("this VM has no service {}; {known}", quoted(name)))
 }
 
 fn services(services: &[Service], path: &Path, verdict: &mut Verdict) {

@@ -6,7 +6,7 @@ use lair_harness::{
     keys::{SshKey, secret},
     testbed::Testbed,
 };
-use lair_vmm::fleet::schema::{Fleet, Role, Volume};
+use lair_vmm::fleet::schema::{Credential, Fleet, Role, Volume};
 use std::{
     collections::BTreeMap,
     fs,
@@ -115,6 +115,6 @@ pub(crate) fn fleet(testbed: &Testbed, keys: &Keys) -> Result<Fleet> {
     Ok(fleet)
 }
 
-fn credentials(named: &[(&str, &Path)]) -> BTreeMap<String, PathBuf> {
-    named.iter().map(|(name, path)| ((*name).into(), (*path).into())).collect()
+fn credentials(named: &[(&str, &Path)]) -> BTreeMap<String, Credential> {
+    named.iter().map(|(name, path)| ((*name).into(), PathBuf::from(path).into())).collect()
 }

@@ -1,0 +1,143 @@
+//! What `vmctl status VM` says of the guest itself: its figures and how it booted.
+
+use crate::output::{bytes, duration, harmless, table};
+use comfy_table::{CellAlignment, Table};
+use lair_vmm::{
+    shim::protocol::Figures,
+    vm::trace::{Point, Source},
+};
+
+/// The guest's figures, as rows of a table of facts. All text in them is the guest's.
+pub(crate) fn figures(figures: &Figures, now: jiff::Timestamp) -> Vec<(&'static str, String)> {
+    let guest = &figures.statistics;
+    let mut facts = vec![("guest memory", used(guest.memory_total, guest.memory_available))];
+    if guest.swap_total > 0 {
+        facts.push(("guest swap", used(guest.swap_total, guest.swap_free)));
+    }
+    for disk in &guest.disks {
+        facts.push(("guest disk", format!("{} {}", harmless(&disk.mount), used(disk.total, disk.available))));
+    }
+    let load = guest.load_thousandths.map(|load| decimal(load / 10)).join(" ");
+    facts.push(("guest load", format!("{load}, {} tasks", guest.tasks)));
+    if let Some(pressure) = guest.pressure {
+        let [cpu, memory, io] =
+            [pressure.cpu, pressure.memory, pressure.io].map(|hundredths| decimal(hundredths.into()));
+        facts.push(("guest pressure", format!("cpu {cpu}%, memory {memory}%, io {io}%")));
+    }
+    facts.push(("guest clock", skew(figures.clock_skew_ms, figures.round_trip_ms / 2)));
+    let at = i64::try_from(figures.at_unix_ms / 1000).unwrap_or(i64::MAX);
+    facts.push(("guest figures", format!("{} old", duration(now.as_second().saturating_sub(at)))));
+    facts
+}
+
+fn used(total: u64, available: u64) -> String {
+    format!("{} of {} used", bytes(total.saturating_sub(available)), bytes(total))
+}
+
+/// A number of hundredths with its point.
+fn decimal(hundredths: u64) -> String {
+    format!("{}.{:02}", hundredths / 100, hundredths % 100)
+}
+
+/// The host's clock minus the guest's, in words.
+fn skew(ms: i64, uncertain_ms: u64) -> String {
+    let off = ms.unsigned_abs();
+    match ms {
+        _ if off <= uncertain_ms => format!("right (within {} ms)", uncertain_ms.max(1)),
+        1.. => format!("{off} ms behind the host's"),
+        _ => format!("{off} ms ahead of the host's"),
+    }
+}
+
+/// A boot trace as a table; `None` if there is none.
+pub(crate) fn trace(points: &[Point]) -> Option<Table> {
+    if points.is_empty() {
+        return None;
+    }
+    let mut rows = table(&["BOOT MS", "STEP MS", "BY", "POINT"]);
+    for column in [0, 1] {
+        if let Some(column) = rows.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    let mut before = 0;
+    for point in points {
+        let by = match point.source {
+            Source::Host => "host",
+            Source::Guest => "guest",
+        };
+        let step = point.at_ms.saturating_sub(before);
+        rows.add_row([
+            point.at_ms.to_string(),
+            step.to_string(),
+            by.into(),
+            harmless(&point.name).into_owned(),
+        ]);
+        before = point.at_ms;
+    }
+    Some(rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lair_guest::wire::message::{DiskUse, Pressure, Statistics};
+
+    const NOW: i64 = 1_700_000_003;
+
+    fn told(statistics: Statistics, clock_skew_ms: i64) -> String {
+        let figures = Figures { at_unix_ms: 1_700_000_000_000, clock_skew_ms, round_trip_ms: 4, statistics };
+        let facts = super::figures(&figures, jiff::Timestamp::from_second(NOW).unwrap());
+        facts.iter().map(|(key, value)| format!("{key:<15}{value}\n")).collect()
+    }
+
+    #[test]
+    fn figures_are_good_to_read() {
+        let disk = |mount: &str, total, available| DiskUse { mount: mount.into(), total, available };
+        let statistics = Statistics {
+            memory_total: 8 << 30,
+            memory_available: 5 << 30,
+            swap_total: 1 << 30,
+            swap_free: 1 << 30,
+            disks: vec![disk("/", 4 << 30, 3 << 30), disk("/var", 40 << 30, 10 << 30)],
+            load_thousandths: [1_230, 450, 60],
+            tasks: 123,
+            pressure: Some(Pressure { cpu: 1234, memory: 0, io: 5 }),
+            uptime_ms: 1,
+            unix_ms: 1,
+        };
+        insta::assert_snapshot!(told(statistics, -1500));
+    }
+
+    /// Nothing but zeros where an agent of an earlier release does not know it.
+    #[test]
+    fn vs7_an_old_agent_tells_less() {
+        let statistics =
+            Statistics { memory_total: 1 << 30, memory_available: 1 << 29, ..Statistics::default() };
+        insta::assert_snapshot!(told(statistics, 2));
+    }
+
+    #[test]
+    fn cl14_what_the_guest_says_steers_no_terminal() {
+        let disks = vec![DiskUse { mount: "\x1b[2J".into(), total: u64::MAX, available: 0 }];
+        let text = told(Statistics { disks, ..Statistics::default() }, i64::MIN);
+        assert!(!text.contains('\x1b') && text.contains("\\x1b[2J"), "{text}");
+        let point = Point { name: "\x1b[2J".into(), source: Source::Guest, at_ms: u64::MAX };
+        assert!(!trace(&[point]).unwrap().to_string().contains('\x1b'));
+    }
+
+    #[test]
+    fn a_trace_is_a_table() {
+        let point = |name: &str, source, at_ms| Point { name: name.into(), source, at_ms };
+        let points = [
+            point("shim", Source::Host, 0),
+            point("kernel", Source::Guest, 180),
+            point("init", Source::Guest, 620),
+            point("service-nix-daemon", Source::Guest, 1_450),
+            point("ready", Source::Guest, 1_451),
+            point("ready", Source::Host, 1_453),
+        ];
+        insta::assert_snapshot!(trace(&points).unwrap().to_string());
+        assert!(trace(&[]).is_none());
+    }
+}
