@@ -221,7 +221,7 @@ impl Host {
     }
 
     pub(crate) fn apply(&mut self) -> Result<(), ClientError> {
-        self.ask(async |client| client.apply(&ApplyRequest { file: None }).await.map(drop))
+        self.ask(async |client| client.apply(&ApplyRequest::default()).await.map(drop))
     }
 
     pub(crate) fn status(&mut self) -> Result<BTreeMap<String, VmStatus>, ClientError> {
