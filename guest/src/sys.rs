@@ -1,5 +1,5 @@
-//! What needs `unsafe` in this program: work between fork and exec, and real-time signals.
-#![allow(unsafe_code)] // The two calls below have no safe counterpart in std or nix.
+//! What needs `unsafe` in this program: work between fork and exec, descriptors in the runtime, and real-time signals.
+#![allow(unsafe_code)] // The calls below have no safe counterpart in std or nix.
 
 use nix::{
     errno::Errno,
@@ -10,7 +10,8 @@ use nix::{
     },
 };
 use seccompiler::BpfProgram;
-use std::io;
+use std::{io, os::fd::OwnedFd};
+use tokio::io::unix::AsyncFd;
 
 /// The most descriptors of the agent: two for a connection of a link, up to six for a command.
 const AGENT_DESCRIPTORS: u64 = 16_384;
@@ -46,6 +47,22 @@ pub(crate) fn isolate(command: &mut tokio::process::Command, filter: Option<BpfP
     unsafe {
         command.pre_exec(prepare);
     }
+}
+
+/// Makes the command's standard input its controlling terminal. It must come after [`isolate`], which gives it the
+/// session that such a terminal belongs to.
+pub(crate) fn control_terminal(command: &mut tokio::process::Command) {
+    let prepare = || -> io::Result<()> { Ok(rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?) };
+    // SAFETY: the closure runs in the forked child and makes one system call.
+    unsafe {
+        command.pre_exec(prepare);
+    }
+}
+
+/// Has the runtime tell when a descriptor is ready.
+pub(crate) fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: what is registered owns its descriptor and always gives the same one, until it is dropped.
+    Ok(unsafe { AsyncFd::register(fd) }?)
 }
 
 /// Sends systemd as PID 1 the real-time signal `SIGRTMIN + offset` (systemd(1), "Signals").

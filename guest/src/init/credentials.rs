@@ -209,7 +209,8 @@ mod tests {
         let (got, replies) = conversation(&hello(9), vec![delivery(&["key"])]).await;
         assert!(got.is_none());
         assert!(replies[0].contains("version 9") && replies.len() == 1);
-        let exec = HostOpen::Exec(Exec { command: vec!["id".into()], environment: BTreeMap::new() });
+        let exec =
+            HostOpen::Exec(Exec { command: vec!["id".into()], environment: BTreeMap::new(), terminal: None });
         let (got, replies) = conversation(&exec, vec![]).await;
         assert!(got.is_none());
         assert!(replies[0].contains("still starting"));

@@ -299,16 +299,55 @@ pub struct Pressure {
 /// A command to run in the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Exec {
-    /// The program, looked up in the guest's PATH, and its arguments.
+    /// The program, looked up in the guest's PATH, and its arguments. None with a terminal: root's login shell.
     pub command: Vec<String>,
     /// Added to the agent's environment.
     #[serde(default)]
     pub environment: BTreeMap<String, String>,
+    /// A terminal for the command: then its output is all [`super::frame::Kind::Stdout`]. Whether it has one says
+    /// [`ExecEvent::Started`], because an agent or a shim of an earlier release ignores this field.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<Terminal>,
+}
+
+impl Exec {
+    /// Whether it is root's login shell.
+    pub fn is_shell(&self) -> bool {
+        self.command.is_empty() && self.terminal.is_some()
+    }
+}
+
+/// The terminal in front of the operator.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terminal {
+    /// Its type, for `TERM`.
+    pub term: String,
+    /// Its size.
+    pub size: TerminalSize,
+}
+
+/// The size of a terminal in characters; 0 where it is not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub columns: u16,
+}
+
+/// What the host says about a command that has a terminal, among the frames of its input. Not before
+/// [`ExecEvent::Started`] has said that it has one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "input", rename_all = "snake_case")]
+pub enum ExecInput {
+    /// The terminal's size has changed.
+    Resize(TerminalSize),
 }
 
 /// What the agent says about a command, among the frames of its output.
 ///
-/// `Started` comes before any output, `Exited` or `Killed` after all of it; `Failed` in place of all.
+/// `Started` comes before any output, `Exited` or `Killed` after all of it. `Failed` comes in place of all, and from the
+/// shim in place of the end where the session is cut off.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "exec", rename_all = "snake_case")]
 pub enum ExecEvent {
@@ -316,6 +355,9 @@ pub enum ExecEvent {
     Started {
         /// Its process id in the guest.
         pid: u32,
+        /// Whether it has a terminal.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        terminal: bool,
     },
     /// The command exited with this status.
     Exited {
@@ -327,7 +369,7 @@ pub enum ExecEvent {
         /// The signal's number.
         signal: i32,
     },
-    /// The command did not start, for this reason.
+    /// The command did not start, or its end will not be known, for this reason.
     Failed {
         /// For the operator.
         reason: String,

@@ -7,7 +7,7 @@
 //! | who connects | to | first frame | then |
 //! |---|---|---|---|
 //! | host | guest port [`AGENT_PORT`] | [`message::HostOpen::Control`] | requests and events, JSON messages |
-//! | host | guest port [`AGENT_PORT`] | [`message::HostOpen::Exec`] | stdin one way, stdout, stderr and the exit status the other |
+//! | host | guest port [`AGENT_PORT`] | [`message::HostOpen::Exec`] | stdin and, with a terminal, its changes of size one way; stdout, stderr and the exit status the other |
 //! | host | guest port of a link | none | the agent says [`message::LinkReply`], then data both ways |
 //! | guest | host port [`LINK_PORT`] | [`message::LinkOpen`] | the host says [`message::LinkReply`], then data both ways |
 //!

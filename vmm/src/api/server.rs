@@ -240,11 +240,13 @@ async fn session(
     Json(request): Json<SessionRequest>,
 ) -> Result<Json<SessionReply>, ApiError> {
     let (verb, detail) = match &request.session {
-        Session::Exec(exec) => ("exec", serde_json::to_string(&exec.command).unwrap_or_default()),
-        Session::Connect { port } => ("connect", port.to_string()),
+        Session::Exec(exec) if exec.is_shell() => ("shell", None),
+        Session::Exec(exec) => ("exec", serde_json::to_string(&exec.command).ok()),
+        Session::Console(console) => ("console", console.read_only.then(|| "read only".into())),
+        Session::Connect { port } => ("connect", Some(port.to_string())),
     };
     let outcome = grant(&api, peer, &vm, request.session).await;
-    api.audited(peer, verb, Some(&vm), Some(detail), outcome).map(Json)
+    api.audited(peer, verb, Some(&vm), detail, outcome).map(Json)
 }
 
 async fn grant(api: &Api, peer: Peer, vm: &str, session: Session) -> Result<SessionReply, ApiError> {

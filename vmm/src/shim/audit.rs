@@ -35,6 +35,10 @@ pub(super) enum Subject {
     Link { link: String },
     /// A command in the guest.
     Exec { command: Vec<String> },
+    /// Root's login shell in the guest.
+    Shell,
+    /// The guest's console.
+    Console { read_only: bool },
     /// An operator's connection to a port of the guest.
     Connect { port: u32 },
     /// Credentials for the guest.
@@ -81,6 +85,12 @@ pub(super) struct Record {
     /// How the command ended: the signal that ended it.
     #[serde(skip_serializing_if = "Option::is_none")]
     signal: Option<i32>,
+    /// The file with the recording of its terminal, in the VM's directory of recordings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    recording: Option<String>,
+    /// Its recording could not be written, or not to its end.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    recording_failed: bool,
     bytes_out: u64,
     bytes_in: u64,
     duration_ms: u64,
@@ -92,6 +102,8 @@ pub(super) struct Outcome {
     pub(super) reason: Option<String>,
     pub(super) status: Option<i32>,
     pub(super) signal: Option<i32>,
+    pub(super) recording: Option<String>,
+    pub(super) recording_failed: bool,
     pub(super) bytes_out: u64,
     pub(super) bytes_in: u64,
     pub(super) duration: Duration,
@@ -119,6 +131,8 @@ impl Attempt {
             reason: outcome.reason,
             status: outcome.status,
             signal: outcome.signal,
+            recording: outcome.recording,
+            recording_failed: outcome.recording_failed,
             bytes_out: outcome.bytes_out,
             bytes_in: outcome.bytes_in,
             duration_ms: u64::try_from(outcome.duration.as_millis()).unwrap_or(u64::MAX),

@@ -31,6 +31,11 @@ impl Backlog {
     pub(super) fn take(&mut self) -> (u64, Vec<u8>) {
         (std::mem::take(&mut self.lost), std::mem::take(&mut self.bytes).into())
     }
+
+    /// All that wait, which goes on waiting.
+    pub(super) fn copy(&self) -> Vec<u8> {
+        self.bytes.iter().copied().collect()
+    }
 }
 
 #[cfg(test)]
@@ -42,6 +47,7 @@ mod tests {
         let mut backlog = Backlog::new(8);
         backlog.push(b"abcde");
         backlog.push(b"fgh");
+        assert_eq!(backlog.copy(), b"abcdefgh");
         backlog.push(b"ijk");
         assert_eq!(backlog.take(), (3, b"defghijk".to_vec()));
         assert_eq!(backlog.take(), (0, vec![]));

@@ -29,6 +29,10 @@ pub struct ShimConfig {
     pub journal: Option<JournalTarget>,
     /// The audit log of the VM's links and sessions: JSON lines, appended.
     pub audit_log: PathBuf,
+    /// The directory of recordings of operators' terminals, made with the first one. `None` in a configuration of the previous
+    /// release: nothing is recorded.
+    #[serde(default)]
+    pub recordings: Option<PathBuf>,
     /// Where the shim listens.
     pub sockets: ShimSockets,
     /// Links that the guest may open.

@@ -23,6 +23,29 @@ pub(super) const GRANTS: usize = 256;
 /// Requests to the agent that wait for their answers.
 pub(super) const ASKS: usize = 64;
 
+/// Console bytes that wait for one session that shows the console. One that reads more slowly misses the oldest.
+pub(super) const CONSOLE_VIEW: usize = 256 << 10;
+
+/// How much of what the console has shown is shown to a new session first, in bytes.
+pub(super) const CONSOLE_RECENT: usize = 8 << 10;
+
+/// How long the guest may take for what is typed on its console. Then it is dropped, as by a terminal whose buffer is full.
+pub(super) const CONSOLE_TYPED: Duration = Duration::from_secs(5);
+
+/// Recordings of a VM's sessions that are kept; the oldest go first.
+pub(super) const RECORDINGS: usize = 500;
+
+/// One recording, in bytes.
+pub(super) const RECORDING_BYTES: u64 = 8 << 20;
+
+/// All recordings of a VM, in bytes: at least as much as all sessions together may need.
+pub(super) const RECORDINGS_BYTES: u64 = 512 << 20;
+
+const _: () = assert!(RECORDINGS >= SESSIONS && RECORDINGS_BYTES >= SESSIONS as u64 * RECORDING_BYTES);
+
+/// What waits to be recorded, in bytes, for all sessions together.
+pub(super) const RECORDING_QUEUE: usize = 1 << 20;
+
 /// The longest first message on a link, session or dial connection, and the longest answer to it, in bytes.
 pub(super) const HANDSHAKE_BYTES: usize = 4 << 10;
 
@@ -76,6 +99,9 @@ pub(super) const OUTPUT_BACKLOG: usize = 256 << 10;
 
 /// How long a stop waits for connections to end and logs to be written.
 pub(super) const STOP: Duration = Duration::from_secs(2);
+
+/// How long a session that is cut off may take to hear why, and the last input of a client that has left to reach the guest.
+pub(super) const PARTING: Duration = Duration::from_secs(1);
 
 /// Refusals a second with an audit record each; the others share one that counts them.
 pub(super) const REFUSALS: u32 = 10;

@@ -7,16 +7,18 @@
 //! | [`serve`] | the shim itself: start, stop |
 //! | `state`, `limits` | what all connections share; every bound in one place |
 //! | `outgoing`, `target`, `incoming`, `links`, `carry` | links: opened by the guest, reached, ended in the guest; counters; the relay |
-//! | `session`, `frames` | operators' sessions |
+//! | `session`, `exec`, `console_view`, `frames`, `half` | operators' sessions: admitted, a command in the guest, the console |
+//! | `recorder`, `asciicast`, `retention` | recordings of terminals |
 //! | `agent`, `ticket`, `vsock` | the control channel to the guest's agent |
 //! | `guest`, `clock` | what the guest says of itself; whether its clock is right |
 //! | `credentials` | the guest's secrets: given once in a boot, and when they change |
-//! | `console`, `output`, `journal` | the console log; what the VM's other programs say; the guest's journal |
+//! | `console`, `output`, `journal` | the console: its log, and what sessions share of it; what the VM's other programs say; the guest's journal |
 //! | `ring`, `backlog` | bounded files, and what waits for them |
 //! | `audit`, `note`, `rate`, `worker` | the audit log and standard error, at a bounded rate, off the relay's thread |
 //! | `socket`, `fd`, `message`, `files` | sockets by path, descriptors, first messages, small files |
 
 mod agent;
+mod asciicast;
 mod audit;
 mod backlog;
 mod carry;
@@ -24,12 +26,15 @@ pub mod client;
 mod clock;
 pub mod config;
 mod console;
+mod console_view;
 mod control;
 mod credentials;
+mod exec;
 mod fd;
 mod files;
 mod frames;
 mod guest;
+mod half;
 mod incoming;
 mod journal;
 mod limits;
@@ -40,6 +45,8 @@ mod outgoing;
 pub mod output;
 pub mod protocol;
 mod rate;
+mod recorder;
+mod retention;
 mod ring;
 pub mod serve;
 mod session;

@@ -1,7 +1,7 @@
 //! What is said on the shim's three sockets: [frames](lair_guest::wire::frame), messages first.
 
 use crate::vm::trace::Times;
-use lair_guest::wire::message::{Answer, Ask, Exec, Statistics};
+use lair_guest::wire::message::{Answer, Ask, Exec, Statistics, Terminal};
 use serde::{Deserialize, Serialize};
 
 /// `laird` to shim, on the control socket. Every request has one [`ControlReply`]; [`Control::Watch`] has one after
@@ -145,12 +145,53 @@ pub struct Grant {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Session {
-    /// Runs a command in the guest. The client's frames and the agent's pass unchanged.
+    /// Runs a command in the guest, or with a terminal and no command a login shell. The client's frames and the agent's pass
+    /// unchanged. What a terminal shows is recorded.
     Exec(Exec),
+    /// Shows the guest's console, and types on it.
+    Console(Console),
     /// Connects to a vsock port of the guest. [`lair_guest::wire::frame::Kind::Data`] both ways.
     Connect {
         /// The port.
         port: u32,
+    },
+}
+
+/// A session with the guest's console. After the first message, a [`ConsoleEvent`], come frames of
+/// [`lair_guest::wire::frame::Kind::Stdout`] with what it shows; the client sends
+/// [`lair_guest::wire::frame::Kind::Data`] with what is typed, and [`lair_guest::wire::message::ExecInput`]s.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Console {
+    /// Only show it. What is typed is ignored, and nothing is recorded: it is all in the console log.
+    pub read_only: bool,
+    /// The client's terminal, for the recording.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<Terminal>,
+}
+
+/// What the shim says about a console, among the frames of its output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "console", rename_all = "snake_case")]
+pub enum ConsoleEvent {
+    /// The session has begun; what the console has shown last comes first.
+    Attached {
+        /// Whether this session types. One does at a time.
+        writable: bool,
+        /// The user whose session types instead.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        writer: Option<u32>,
+        /// Whether there is a console now. If not, it is shown once there is one.
+        connected: bool,
+    },
+    /// This client read too slowly, and output is missing here.
+    Lost {
+        /// How much.
+        bytes: u64,
+    },
+    /// The session ends, for this reason.
+    Ended {
+        /// For the operator.
+        reason: String,
     },
 }
 

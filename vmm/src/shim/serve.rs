@@ -89,6 +89,7 @@ pub async fn serve(config_path: &Path, logs: &[Log]) -> Result<(), ServeError> {
     if let Some(journal) = &shim.journal {
         journal.finish();
     }
+    shim.finish_recordings();
     shim.audit.finish(limits::STOP);
     shim.notes.finish(limits::STOP);
     Ok(())

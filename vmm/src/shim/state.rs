@@ -3,6 +3,7 @@
 use super::{
     audit::Audit,
     config::{ConfigError, ShimConfig},
+    console::Console,
     credentials::Given,
     guest::Known,
     incoming::HostListeners,
@@ -11,11 +12,12 @@ use super::{
     links::Links,
     note::Notes,
     protocol::{AgentState, ShimStatus},
+    recorder::{Recorder, Recording},
     ticket::{BootTickets, Grants},
     vsock::Dialer,
 };
 use crate::fleet::schema::Credential;
-use lair_guest::wire::message::{Answer, Ask};
+use lair_guest::wire::message::{Answer, Ask, Terminal};
 use std::{
     collections::BTreeMap,
     io,
@@ -62,7 +64,10 @@ pub(super) struct Shim {
     grants: Mutex<Grants>,
     guest: Mutex<Known>,
     pub(super) observed: watch::Sender<Observed>,
+    pub(super) console: Console,
     pub(super) console_bytes: AtomicU64,
+    /// `None` if nothing is to be recorded.
+    recorder: Option<Recorder>,
     /// The way to the agent, while there is a control channel.
     agent: Mutex<Option<mpsc::Sender<Asked>>>,
     /// The agent is to be told of a new configuration.
@@ -100,7 +105,9 @@ impl Shim {
                 console: false,
                 generation: 0,
             }),
+            console: Console::new(&config.console_log),
             console_bytes: AtomicU64::new(0),
+            recorder: config.recordings.clone().map(Recorder::new),
             agent: Mutex::default(),
             renewed: Notify::new(),
             stop: watch::Sender::new(false),
@@ -212,6 +219,23 @@ impl Shim {
     /// Room for one more session.
     pub(super) fn session(&self) -> Option<OwnedSemaphorePermit> {
         self.sessions.clone().try_acquire_owned().ok()
+    }
+
+    /// Begins to record the terminal of a session of `kind`.
+    pub(super) fn record(
+        &self,
+        kind: &str,
+        uid: Option<u32>,
+        terminal: Option<&Terminal>,
+    ) -> Option<Recording> {
+        Some(self.recorder.as_ref()?.begin(&self.vm, kind, uid.unwrap_or_default(), terminal))
+    }
+
+    /// Writes what is left to the recordings.
+    pub(super) fn finish_recordings(&self) {
+        if let Some(recorder) = &self.recorder {
+            recorder.finish();
+        }
     }
 
     /// Ends the shim.

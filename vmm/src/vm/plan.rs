@@ -222,6 +222,7 @@ pub fn shim(
             limit: CONSOLE_LIMIT,
         }),
         audit_log: vm_dirs.state.join("audit.jsonl"),
+        recordings: Some(vm_dirs.state.join("sessions")),
         sockets: sockets(vm_dirs),
         outgoing,
         incoming,

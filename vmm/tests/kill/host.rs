@@ -139,6 +139,11 @@ impl Host {
         nix::unistd::Pid::from_raw(self.laird.as_ref().unwrap().id().cast_signed())
     }
 
+    /// What `laird` said, all of them.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.path("laird.log")).unwrap()
+    }
+
     /// Whether `laird` has ended.
     pub(crate) fn is_dead(&mut self) -> bool {
         self.laird.as_mut().is_none_or(|laird| laird.try_wait().unwrap().is_some())
@@ -235,11 +240,7 @@ impl Host {
                 if states == wanted {
                     return Some(vms);
                 }
-                assert!(
-                    began.elapsed() < LIMIT,
-                    "{states:?} does not become {wanted:?}\n{}",
-                    fs::read_to_string(self.path("laird.log")).unwrap()
-                );
+                assert!(began.elapsed() < LIMIT, "{states:?} does not become {wanted:?}\n{}", self.log());
             } else if self.is_dead() {
                 return None;
             }

@@ -6,8 +6,11 @@
 mod agent;
 mod console;
 mod credentials;
+mod laird;
 mod links;
+mod operator;
 mod output;
 mod process;
 mod sessions;
 mod support;
+mod terminal;

@@ -3,33 +3,26 @@
 use crate::support::*;
 use lair_guest::wire::{
     frame::{self, Kind},
-    message::{Exec, ExecEvent, HostOpen, LinkReply},
+    message::{Exec, ExecEvent, ExecInput, HostOpen, LinkReply, TerminalSize},
 };
 use lair_vmm::shim::{
     client::{self, ClientError},
     protocol::{Grant, Session},
 };
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
 };
 
-fn in_ms(milliseconds: u64) -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    u64::try_from(now.as_millis()).unwrap() + milliseconds
-}
-
 fn exec(command: &[&str]) -> Session {
     let command = command.iter().map(|&word| word.into()).collect();
-    Session::Exec(Exec { command, environment: [("LANG".into(), "C".into())].into() })
+    Session::Exec(Exec { command, environment: [("LANG".into(), "C".into())].into(), terminal: None })
 }
 
-async fn grant(shim: &Shim, digit: char, session: Session) -> String {
-    let ticket = digit.to_string().repeat(64);
-    let grant = Grant { ticket: ticket.clone(), expires_unix_ms: in_ms(60_000), uid: 1000, session };
-    within(client::grant(shim.control(), grant)).await.unwrap();
-    ticket
+fn shell() -> Session {
+    let terminal = Some(terminal(40, 132));
+    Session::Exec(Exec { command: vec![], environment: [].into(), terminal })
 }
 
 /// A session that must open, and what the guest gets of it.
@@ -37,6 +30,125 @@ async fn open(shim: &Shim, guest: &mut Guest, ticket: &str) -> (UnixStream, Host
     let client = client::open_session(&shim.config.sockets.session, ticket);
     let (client, (open, agent)) = tokio::join!(within(client), guest.agent_connection());
     (client.unwrap(), open, agent)
+}
+
+/// What the shim says in place of the command's end.
+async fn cut_off(client: &mut UnixStream) -> String {
+    match within(frame::read_message(client)).await.unwrap() {
+        ExecEvent::Failed { reason } => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_terminal_is_recorded_as_it_was_seen() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', shell()).await;
+    let (mut client, opened, mut agent) = open(&shim, &mut guest, &ticket).await;
+    let HostOpen::Exec(exec) = opened else { panic!("Not a command") };
+    assert!(exec.is_shell() && exec.terminal == Some(terminal(40, 132)));
+    let started = ExecEvent::Started { pid: 42, terminal: true };
+    frame::write_message(&mut agent, &started).await.unwrap();
+    assert_eq!(within(frame::read_message::<ExecEvent, _>(&mut client)).await.unwrap(), started);
+    frame::write(&mut agent, Kind::Stdout, "Password: \u{1b}[31m€".as_bytes()).await.unwrap();
+    send(&mut client, b"secret\r").await;
+    expect(&mut agent, b"secret\r").await;
+    let resize = ExecInput::Resize(TerminalSize { rows: 50, columns: 90 });
+    frame::write_message(&mut client, &resize).await.unwrap();
+    assert_eq!(within(frame::read_message::<ExecInput, _>(&mut agent)).await.unwrap(), resize);
+    frame::write_message(&mut agent, &ExecEvent::Exited { status: 0 }).await.unwrap();
+
+    let record = shim.audit(1).await.remove(0);
+    assert_eq!((&record["kind"], &record["status"]), (&"shell".into(), &0.into()));
+    assert!(record.get("recording_failed").is_none() && record.get("command").is_none());
+    let name = record["recording"].as_str().unwrap();
+    assert!(name.ends_with("Z-1000-shell.cast"), "{name}");
+    let lines = recording(&shim, name).await;
+    assert_eq!((&lines[0]["width"], &lines[0]["height"]), (&132.into(), &40.into()));
+    assert_eq!(lines[0]["env"]["TERM"], "xterm");
+    let events: Vec<_> = lines[1..].iter().map(|line| (line[1].as_str(), line[2].as_str())).collect();
+    assert_eq!(
+        events,
+        [
+            (Some("o"), Some("Password: \u{1b}[31m€")),
+            (Some("r"), Some("90x50")),
+            (Some("m"), Some("exited with status 0"))
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_command_without_a_terminal_is_not_recorded() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', exec(&["cat"])).await;
+    let (_client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+    frame::write(&mut agent, Kind::Stdout, b"data").await.unwrap();
+    frame::write_message(&mut agent, &ExecEvent::Exited { status: 0 }).await.unwrap();
+    assert!(shim.audit(1).await[0].get("recording").is_none());
+    assert!(!host.path("builder-sessions").exists());
+}
+
+#[tokio::test]
+async fn a_recording_that_cannot_be_written_stops_no_session_and_is_told() {
+    let host = Host::new();
+    let mut config = host.config("builder");
+    config.recordings = Some(host.path("missing/sessions"));
+    let (shim, mut guest) = host.start_ready(config).await;
+    for (digit, lines) in [('a', 1), ('b', 2)] {
+        let ticket = grant(&shim, digit, shell()).await;
+        let (_client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+        until(async || (!shim.stderr().is_empty()).then_some(())).await;
+        frame::write(&mut agent, Kind::Stdout, b"data").await.unwrap();
+        frame::write_message(&mut agent, &ExecEvent::Exited { status: 0 }).await.unwrap();
+        assert_eq!(shim.audit(lines).await[lines - 1]["status"], 0);
+    }
+    assert_eq!(shim.audit(2).await[0]["recording_failed"], true);
+    assert!(shim.stderr().starts_with("Cannot write recording "), "{}", shim.stderr());
+}
+
+#[tokio::test]
+async fn a_session_that_is_cut_off_hears_why() {
+    let host = Host::new();
+    let (mut shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', shell()).await;
+    let (mut first, _, agent) = open(&shim, &mut guest, &ticket).await;
+    drop(agent);
+    assert_eq!(cut_off(&mut first).await, "The agent closed before the end of the command");
+    assert_closed(&mut first).await;
+    let ticket = grant(&shim, 'b', shell()).await;
+    let (mut second, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+    within(client::stop(shim.control())).await.unwrap();
+    assert_eq!(cut_off(&mut second).await, "The shim was stopped");
+    assert_closed(&mut agent).await;
+    assert!(within(shim.child.wait()).await.unwrap().success());
+    // The recording was ended before the process.
+    let records = shim.audit_now();
+    let lines = recording(&shim, records[1]["recording"].as_str().unwrap()).await;
+    assert_eq!(lines.last().unwrap()[2], "The shim was stopped");
+}
+
+#[tokio::test]
+async fn sessions_have_a_cap() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let mut open_ones = Vec::new();
+    for n in 0..65_usize {
+        let ticket = format!("{n:064}");
+        let grant =
+            Grant { ticket: ticket.clone(), expires_unix_ms: in_ms(60_000), uid: 1000, session: shell() };
+        within(client::grant(shim.control(), grant)).await.unwrap();
+        if n < 64 {
+            open_ones.push(open(&shim, &mut guest, &ticket).await);
+        } else {
+            let refused = within(client::open_session(&shim.config.sockets.session, &ticket)).await;
+            let text = refused.unwrap_err().to_string();
+            assert_eq!(text, "The shim refused: Limit of 64 open sessions is reached");
+        }
+    }
+    drop(open_ones);
+    assert_eq!(shim.audit(65).await.len(), 65);
 }
 
 #[tokio::test]
@@ -47,9 +159,9 @@ async fn exec_carries_streams_and_the_status() {
     let (mut client, opened, mut agent) = open(&shim, &mut guest, &ticket).await;
     let HostOpen::Exec(exec) = opened else { panic!("Not a command") };
     assert_eq!((exec.command.join(" "), exec.environment["LANG"].as_str()), ("sh -c cat".into(), "C"));
-    frame::write_message(&mut agent, &ExecEvent::Started { pid: 42 }).await.unwrap();
+    frame::write_message(&mut agent, &ExecEvent::Started { pid: 42, terminal: false }).await.unwrap();
     let started: ExecEvent = within(frame::read_message(&mut client)).await.unwrap();
-    assert_eq!(started, ExecEvent::Started { pid: 42 });
+    assert_eq!(started, ExecEvent::Started { pid: 42, terminal: false });
     send(&mut client, b"input").await;
     send_eof(&mut client).await;
     assert_eq!(receive_to_eof(&mut agent).await, b"input");
@@ -114,6 +226,7 @@ async fn other_ends_of_a_command_are_recorded() {
     let ticket = grant(&shim, 'e', exec(&["sleep"])).await;
     let (mut client, _, agent) = open(&shim, &mut guest, &ticket).await;
     drop(agent);
+    assert_eq!(cut_off(&mut client).await, "The agent closed before the end of the command");
     assert_closed(&mut client).await;
     assert_eq!(shim.audit(5).await[4]["reason"], "The agent closed before the end of the command");
 }
@@ -235,6 +348,36 @@ async fn vs8_output_without_end_waits_for_its_reader() {
     assert!(written < 4, "{written} MiB without a reader");
     assert!(shim.resident_kib() < before + 4096, "{before} to {} KiB", shim.resident_kib());
     drop(client);
+    assert_closed(&mut agent).await;
+}
+
+#[tokio::test]
+async fn vs8_a_client_that_leaves_is_noticed_while_the_guest_takes_no_input() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', exec(&["sleep"])).await;
+    let (mut client, _, _agent) = open(&shim, &mut guest, &ticket).await;
+    let flood = async {
+        loop {
+            frame::write(&mut client, Kind::Data, &[0; 65536]).await.unwrap();
+        }
+    };
+    assert!(tokio::time::timeout(Duration::from_secs(1), flood).await.is_err());
+    drop(client);
+    // The agent neither reads nor writes.
+    assert_eq!(shim.audit(1).await[0]["reason"], "The client left");
+}
+
+#[tokio::test]
+async fn the_last_input_of_a_client_that_leaves_arrives() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', exec(&["cat"])).await;
+    let (mut client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+    let text = vec![b'x'; 100_000];
+    send(&mut client, &text).await;
+    drop(client);
+    expect(&mut agent, &text).await;
     assert_closed(&mut agent).await;
 }
 

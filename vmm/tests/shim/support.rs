@@ -5,13 +5,13 @@ use lair_guest::wire::{
     AGENT_PORT, VERSION, frame,
     message::{
         Answer, Ask, Event, Features, Hello, HelloReply, HostOpen, LinkOpen, LinkReply, OutgoingLink, Phase,
-        Request, Statistics,
+        Request, Statistics, Terminal, TerminalSize,
     },
 };
 use lair_vmm::shim::{
     client,
     config::{Incoming, Outgoing, OutgoingTarget, ShimConfig, ShimSockets},
-    protocol::{AgentState, LinkCounters, ShimStatus},
+    protocol::{AgentState, Grant, LinkCounters, Session, ShimStatus},
 };
 use serde_json::Value;
 use std::{
@@ -19,7 +19,7 @@ use std::{
     path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, Mutex},
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 use tempfile::TempDir;
 use tokio::{
@@ -76,6 +76,7 @@ impl Host {
             console_limit: 1 << 20,
             journal: None,
             audit_log: file("audit"),
+            recordings: Some(file("sessions")),
             sockets: ShimSockets { control: file("control"), session: file("session"), dial: file("dial") },
             outgoing: vec![],
             incoming: vec![],
@@ -195,6 +196,34 @@ impl Shim {
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
+}
+
+pub(crate) fn in_ms(milliseconds: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    u64::try_from(now.as_millis()).unwrap() + milliseconds
+}
+
+/// Allows a session; returns its ticket.
+pub(crate) async fn grant(shim: &Shim, digit: char, session: Session) -> String {
+    let ticket = digit.to_string().repeat(64);
+    let grant = Grant { ticket: ticket.clone(), expires_unix_ms: in_ms(60_000), uid: 1000, session };
+    within(client::grant(shim.control(), grant)).await.unwrap();
+    ticket
+}
+
+pub(crate) fn terminal(rows: u16, columns: u16) -> Terminal {
+    Terminal { term: "xterm".into(), size: TerminalSize { rows, columns } }
+}
+
+/// The lines of a recording, once it has ended with a word about the end.
+pub(crate) async fn recording(shim: &Shim, name: &str) -> Vec<Value> {
+    let path = shim.config.recordings.as_ref().unwrap().join(name);
+    until(async || {
+        let text = std::fs::read_to_string(&path).ok()?;
+        let lines: Vec<Value> = text.lines().map_while(|line| serde_json::from_str(line).ok()).collect();
+        (lines.last()?[1] == "m").then_some(lines)
+    })
+    .await
 }
 
 type Ports = Arc<Mutex<HashMap<u32, mpsc::UnboundedSender<UnixStream>>>>;

@@ -23,7 +23,8 @@ const DESCRIPTORS: u64 = 4096;
 /// session (for operators with a ticket from laird) and dial (for the shims of VMs that have a link to this one);
 /// on the vsock path with _4000000000 appended, for links that the guest opens; and where links from the host say.
 ///
-/// Each link connection and each session leaves one JSON line in the audit log.
+/// Each link connection and each session leaves one JSON line in the audit log. What the terminals of sessions have shown is
+/// recorded (asciicast v2).
 #[derive(Parser)]
 #[command(version, name = "lair-shim")]
 struct Arguments {

@@ -4,17 +4,22 @@ mod apply;
 mod check;
 mod completions;
 mod connect;
+mod console;
 mod doctor;
 mod error;
+mod escape;
 mod exec;
 mod guest;
+mod interactive;
 mod logs;
 mod output;
 mod schema;
 mod session;
+mod shell;
 mod start;
 mod status;
 mod stop;
+mod terminal;
 mod wait;
 
 use clap::{Parser, Subcommand};
@@ -28,7 +33,7 @@ const EVERY_VERB: &str = "Options of every verb";
 /// Operates the microVMs of a Lair host.
 ///
 /// Exit status: 0 done, 1 failed, 2 wrong usage or configuration, 3 not permitted, 4 no such thing, 5 timed out.
-/// `exec` gives the command's own status, and 125 where Lair failed.
+/// `exec` and `shell` give the command's own status, and 125 where Lair failed.
 #[derive(Debug, Parser)]
 #[command(name = "vmctl", version, max_term_width = 100)]
 pub(crate) struct Arguments {
@@ -79,9 +84,24 @@ enum Verb {
     Logs(logs::Arguments),
     /// Run a command in a VM
     ///
-    /// Standard input, output and error are the command's; there is no terminal. The exit status is the command's own, 128 and the
-    /// number of the signal that killed it, or 125 where Lair failed.
+    /// Standard input, output and error are the command's; there is no terminal, unless -t asks for one. The exit status is the command's
+    /// own, 128 and the number of the signal that killed it, or 125 where Lair failed.
+    ///
+    /// On a terminal, `~.` at the beginning of a line ends the session and what runs in it (exit status 125), `~~` sends a `~`, `~?` shows
+    /// a help. A session goes on while laird is restarted.
     Exec(exec::Arguments),
+    /// Open a login shell in a VM
+    ///
+    /// It is root's shell, on the terminal of standard input. `~.` at the beginning of a line ends the session and what runs in it (exit
+    /// status 125), `~~` sends a `~`, `~?` shows a help. Through ssh, which has the same escapes, type `~~.`. Otherwise the exit status is the
+    /// shell's own, or 125 where Lair failed. A session goes on while laird is restarted. What the terminal shows is recorded.
+    Shell(shell::Arguments),
+    /// Show a VM's console as it is, and type on it
+    ///
+    /// Its recent end comes first. Unlike in `vmctl logs`, escape sequences of the guest reach the terminal. One session types at a time; others
+    /// only see. `~.` at the beginning of a line leaves, `~~` sends a `~`, `~?` shows a help. A session goes on while laird is restarted and
+    /// while the guest reboots. What the terminal shows in a session that types is recorded.
+    Console(console::Arguments),
     /// Connect standard input and output to a vsock port of a VM
     Connect(connect::Arguments),
     /// Make a fleet file the fleet: new VMs start, removed VMs stop, links change at once
@@ -140,6 +160,8 @@ async fn run(verb: Verb, context: &Context) -> Result<ExitCode, CommandError> {
         Verb::Stop(arguments) => stop::run(arguments, context).await,
         Verb::Logs(arguments) => logs::run(arguments, context).await,
         Verb::Exec(arguments) => Ok(exec::run(arguments, context).await),
+        Verb::Shell(arguments) => Ok(shell::run(arguments, context).await),
+        Verb::Console(arguments) => console::run(arguments, context).await,
         Verb::Connect(arguments) => connect::run(arguments, context).await,
         Verb::Apply(arguments) => apply::run(arguments, context).await,
         Verb::Check(arguments) => check::run(&arguments, context),

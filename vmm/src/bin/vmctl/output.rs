@@ -104,6 +104,17 @@ pub(crate) fn harmless(text: &str) -> Cow<'_, str> {
     Cow::Owned(out)
 }
 
+/// A JSON document in which control characters can do nothing. Those of ASCII are escaped in it already; a terminal obeys those above
+/// (U+0080 to U+009F) as well. They can stand in strings only, where the escape means the same.
+pub(crate) fn harmless_json(text: &str) -> Cow<'_, str> {
+    let wild = |c: char| c.is_control() && !c.is_ascii() || c == '\x7f';
+    if !text.contains(wild) {
+        return Cow::Borrowed(text);
+    }
+    let escape = |c: char| if wild(c) { format!("\\u{:04x}", u32::from(c)) } else { c.into() };
+    Cow::Owned(text.chars().map(escape).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,5 +135,14 @@ mod tests {
             "ok\n\\x1b]0;title\\x07\\x9b31m\tend\n"
         );
         assert!(matches!(harmless("plain\n"), Cow::Borrowed(_)));
+    }
+
+    #[test]
+    fn cl14_a_json_document_says_the_same_without_control_characters() {
+        let value = "ok\n\x1b]0;title\x07\u{9b}31m\x7fä";
+        let text = serde_json::to_string_pretty(&[value]).unwrap();
+        let shown = harmless_json(&text);
+        assert_eq!(shown, "[\n  \"ok\\n\\u001b]0;title\\u0007\\u009b31m\\u007fä\"\n]");
+        assert_eq!(serde_json::from_str::<[String; 1]>(&shown).unwrap(), [value]);
     }
 }

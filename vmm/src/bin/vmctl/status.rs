@@ -4,7 +4,7 @@ use crate::{
     Context,
     error::CommandError,
     guest,
-    output::{bytes, duration, harmless, print_table, state_cell, table},
+    output::{bytes, duration, harmless, harmless_json, print_table, state_cell, table},
 };
 use comfy_table::Cell;
 use lair_vmm::{
@@ -39,7 +39,7 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
 pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<(), CommandError> {
     let text =
         serde_json::to_string_pretty(value).map_err(|error| CommandError::failed(error.to_string()))?;
-    println!("{text}");
+    println!("{}", harmless_json(&text));
     Ok(())
 }
 
@@ -89,6 +89,7 @@ fn notes(host: &HostStatus) -> Vec<String> {
     }
     if let Some(applied) = &host.applied {
         let file = host.fleet_file.display();
+        let applied = harmless(applied);
         notes.push(format!("The fleet is {applied}, applied until laird starts again with {file}"));
     }
     if host.engine == lair_vmm::host::facts::Engine::Tcg {

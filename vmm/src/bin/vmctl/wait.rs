@@ -1,6 +1,6 @@
 //! Waiting for VMs, with a line that says so on a terminal.
 
-use crate::{Context, error::CommandError};
+use crate::{Context, error::CommandError, output::harmless};
 use lair_vmm::api::types::VmStatus;
 use std::{
     io::{IsTerminal, Write},
@@ -53,7 +53,7 @@ impl Line {
     fn show(&mut self, text: &str) {
         let mut terminal = std::io::stderr();
         if terminal.is_terminal() {
-            let _ = write!(terminal, "\r\x1b[K{text}");
+            let _ = write!(terminal, "\r\x1b[K{}", harmless(text));
             let _ = terminal.flush();
             self.shown = true;
         }
