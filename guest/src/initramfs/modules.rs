@@ -10,8 +10,9 @@ use std::{
 /// What `depmod` has written about the modules of one kernel. Modules go by name, with `_` for `-`.
 #[derive(Debug, Default)]
 pub(super) struct Index {
-    /// Files, relative to the folder of modules, and the names of what they need.
-    files: BTreeMap<String, (String, Vec<String>)>,
+    /// Files, relative to the folder of modules, and those that they need, with blanks between them. A kernel has thousands, of which a few
+    /// are looked at.
+    files: BTreeMap<String, (String, String)>,
     /// Names that are part of the kernel.
     builtin: BTreeSet<String>,
     /// Names of modules and what is to be loaded before, if it exists: names or aliases.
@@ -40,8 +41,7 @@ impl Index {
     fn parse(dep: &str, builtin: &str, softdep: &str, alias: &str) -> Self {
         let mut index = Self::default();
         for (file, needs) in dep.lines().filter_map(|line| line.split_once(':')) {
-            let needs = needs.split_whitespace().map(name_of).collect();
-            index.files.insert(name_of(file), (file.to_string(), needs));
+            index.files.insert(name_of(file), (file.to_string(), needs.to_string()));
         }
         index.builtin = builtin.lines().map(name_of).collect();
         for line in softdep.lines() {
@@ -52,7 +52,8 @@ impl Index {
                 index.softdeps.entry(name_of(module)).or_default().extend(before.map(name_of));
             }
         }
-        for line in alias.lines() {
+        // Tens of thousands have wildcards, for devices.
+        for line in alias.lines().filter(|line| !line.contains('*')) {
             let words: Vec<_> = line.split_whitespace().collect();
             if let ["alias", alias, module] = words[..] {
                 index.aliases.entry(name_of(alias)).or_default().push(name_of(module));
@@ -98,8 +99,8 @@ impl Order<'_> {
                 }
             }
         }
-        for need in needs {
-            self.add(need)?;
+        for need in needs.split_whitespace() {
+            self.add(&name_of(need))?;
         }
         self.files.push(file.clone());
         Ok(())

@@ -9,6 +9,7 @@ use super::{
     socket::{ClientStream, accept},
     types::{API_HEADER, API_VERSION, ApiError, ErrorKind},
 };
+use crate::host::memory;
 use axum::Router;
 use hyper::{Request, body::Incoming, server::conn::http1, service::Service};
 use hyper_util::{
@@ -101,6 +102,7 @@ impl Connections {
                 _ = connection => {}
                 _ = gives_way => {}
             }
+            memory::used();
         });
     }
 }

@@ -6,6 +6,7 @@ pub mod facts;
 pub mod ids;
 pub mod listen;
 pub mod logging;
+pub mod memory;
 pub mod process;
 pub mod tools;
 

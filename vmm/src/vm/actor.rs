@@ -25,6 +25,7 @@ use crate::{
         limits::Need,
         schema::{Fleet, Restart},
     },
+    host::memory,
     hypervisor::Heard,
     shim::protocol::{AgentState, ShimStatus},
 };
@@ -302,7 +303,7 @@ impl Actor {
                     self.running.note(Stopwatch::only_waited);
                 }
                 self.inputs.push_back(input);
-                self.shim_status = Some(status);
+                self.shim_status = Some(*status);
                 self.publish();
             }
             Mail::Input(input) => self.inputs.push_back(input),
@@ -411,6 +412,9 @@ impl Actor {
             self.publish();
         }
         let recorded = if to_record { self.record().await } else { Ok(()) };
+        if to_record {
+            memory::used();
+        }
         match recorded {
             Ok(()) => self.perform(actions).await,
             Err(error) => {

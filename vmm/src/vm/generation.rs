@@ -18,6 +18,7 @@ use lair_virtiofs::{
 };
 use std::{
     collections::HashSet,
+    fs,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
@@ -79,7 +80,37 @@ pub fn make(vm: &Vm, sources: &[Source], directory: &Path) -> Result<Generation,
         paths: closure.len().try_into().unwrap_or(u64::MAX),
         bytes: closure.iter().map(|info| info.nar_size).sum(),
     };
-    view.write(&generation.view)?;
-    file::replace(&generation.registration, registration(&closure).as_bytes(), 0o640)?;
+    // At most starts all of it is there already, and each file that is written waits for the disk twice.
+    if !holds(&generation.view, view.text().as_bytes()) {
+        view.write(&generation.view)?;
+    }
+    let registration = registration(&closure);
+    if !holds(&generation.registration, registration.as_bytes()) {
+        file::replace(&generation.registration, registration.as_bytes(), 0o640)?;
+    }
     Ok(generation)
+}
+
+/// Whether a file has these contents.
+fn holds(path: &Path, contents: &[u8]) -> bool {
+    let length = fs::metadata(path).map(|metadata| metadata.len());
+    length.is_ok_and(|length| length == contents.len() as u64)
+        && fs::read(path).is_ok_and(|found| found == contents)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_same_contents_are_the_same() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("view");
+        assert!(!holds(&path, b"") && !holds(directory.path(), b""));
+        fs::write(&path, "text").unwrap();
+        assert!(holds(&path, b"text"));
+        for other in ["", "tex", "texts", "Text"] {
+            assert!(!holds(&path, other.as_bytes()), "{other}");
+        }
+    }
 }

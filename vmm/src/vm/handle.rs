@@ -91,7 +91,7 @@ pub(super) enum Mail {
     /// The host shuts down: it is to end and stays down.
     Close(Stage),
     Ended(Part, ProcessId, String),
-    Shim(ShimStatus),
+    Shim(Box<ShimStatus>),
     Input(Input),
     /// The hypervisor is connected again.
     Connected,

@@ -26,6 +26,7 @@ use crate::{
         Host,
         confine::Confinement,
         listen::listen,
+        memory,
         process::{self, Launch, Process, ProcessError, Sink},
         tools,
     },
@@ -46,7 +47,7 @@ use std::{
     time::Duration,
 };
 use tokio::{
-    sync::{Notify, watch},
+    sync::{Notify, Semaphore, watch},
     time::{Instant, sleep, timeout},
 };
 
@@ -63,6 +64,10 @@ const WORK: Duration = Duration::from_secs(15 * 60);
 
 /// How long any other step may take.
 const STEP: Duration = Duration::from_secs(60);
+
+/// How many closures are computed and initramfs made at once: each takes some ten megabytes for a moment, and all VMs of a host may start
+/// together.
+static LARGE: Semaphore = Semaphore::const_new(2);
 
 /// What the steps may use.
 #[derive(Debug, Clone)]
@@ -103,7 +108,7 @@ impl Job {
     /// Performs a step, within its deadline and unless it is cancelled.
     pub async fn perform(self, step: Step) -> Result<(), StepError> {
         let deadline = match step {
-            Step::View | Step::Index | Step::Volumes => WORK,
+            Step::View | Step::Index | Step::Volumes | Step::Initramfs => WORK,
             _ => STEP,
         };
         let mut cancel = self.cancel.clone();
@@ -121,7 +126,7 @@ impl Job {
     async fn step(&self, step: Step) -> Result<(), StepError> {
         if step == Step::View {
             let (context, fleet) = (self.context.clone(), Arc::clone(&self.fleet));
-            let plan = self.blocking(move || view(&context, &fleet)).await?;
+            let plan = self.large(move || view(&context, &fleet)).await?;
             self.running.set_plan(Arc::new(plan));
             return Ok(());
         }
@@ -148,7 +153,7 @@ impl Job {
             }
             Step::Initramfs => {
                 let guest = find(tools::GUEST)?;
-                self.blocking(move || {
+                self.large(move || {
                     write_initramfs(&plan, &guest)?;
                     Ok(users.own_initramfs(&plan)?)
                 })
@@ -406,6 +411,17 @@ impl Job {
             Some(qmp) => qmp.execute("query-status").await.is_ok(),
             None => false,
         }
+    }
+
+    /// Does work that blocks on a thread and takes much memory.
+    async fn large<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
+    ) -> Result<T, StepError> {
+        let _place = LARGE.acquire().await;
+        let outcome = self.blocking(work).await;
+        memory::used();
+        outcome
     }
 
     /// Does work that blocks on a thread. It cannot be cancelled, so a clean-up waits for its end.

@@ -38,7 +38,7 @@ pub(super) async fn shim(control: PathBuf, queue: mpsc::Sender<Mail>) {
     while !queue.is_closed() {
         if let Ok(mut changes) = client::watch(&control).await {
             while let Ok(Some(status)) = changes.next().await {
-                if queue.send(Mail::Shim(status)).await.is_err() {
+                if queue.send(Mail::Shim(Box::new(status))).await.is_err() {
                     return;
                 }
             }

@@ -13,7 +13,7 @@ use lair_vmm::{
     host::{
         Host, facts, happenings,
         ids::{self, Ids},
-        process,
+        memory, process,
         tools::Tools,
     },
     state::{
@@ -55,6 +55,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    memory::set_up();
     lair_vmm::host::logging::start();
     match run(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -145,6 +146,7 @@ async fn serve(dirs: Dirs, host: Host, fleet_file: PathBuf, loaded: Loaded) -> R
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let listener = listen(&dirs)?;
+    tokio::spawn(memory::give_back());
     let supervisor = Supervisor::start(dirs, host, fleet_file, loaded).await;
     // Not an error where no systemd waits for it.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);

@@ -27,6 +27,9 @@ use tokio::{
 /// The longest line that is read, in bytes. The greeting and all answers that we ask for are below 1 KiB.
 const LINE_MAX: u64 = 1 << 20;
 
+/// How much is read at once, in bytes. Each VM has such a buffer as long as it runs.
+const BUFFER: usize = 1 << 10;
+
 /// How long QEMU may take to answer a command. Under emulation on a loaded host it has been seen to take over a second.
 const ANSWER: Duration = Duration::from_secs(10);
 
@@ -98,7 +101,7 @@ impl Qmp {
             }
         };
         let (reader, writer) = stream.into_split();
-        let mut lines = BufReader::new(reader);
+        let mut lines = BufReader::with_capacity(BUFFER, reader);
         let greeting = read_line(&mut lines).await?.ok_or(QmpError::Malformed)?;
         let greeting: Value = serde_json::from_slice(&greeting).map_err(|_| QmpError::Malformed)?;
         if greeting.get("QMP").is_none() {
