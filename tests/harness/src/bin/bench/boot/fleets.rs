@@ -25,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// The threads on which `laird` does what blocks end after 10 s without work (tokio's `thread_keep_alive`).
 const REST: Duration = Duration::from_secs(13);
 
+/// What a start and an answer took for a moment is given back after a second.
+const SETTLED: Duration = Duration::from_secs(3);
+
 /// What `laird` took with so many VMs.
 #[derive(Debug, Serialize)]
 pub(crate) struct FleetRow {
@@ -33,7 +36,7 @@ pub(crate) struct FleetRow {
     pub(crate) start_ms: u64,
     /// `vmctl --json status`.
     pub(crate) status_ms: u64,
-    /// When all are ready.
+    /// When all are ready, a moment later.
     pub(crate) at_ready: Usage,
     /// When nothing has happened for a while.
     pub(crate) at_rest: Usage,
@@ -90,6 +93,7 @@ pub(super) fn measure(testbed: &Testbed, vms: usize, seconds: u64) -> Result<Fle
     }
     let start_ms = u64::try_from(began.elapsed().as_millis())?;
     let laird = host.laird_pid().context("laird does not run")?;
+    sleep(SETTLED);
     let at_ready = usage(laird)?;
     let mut times = Vec::new();
     for _ in 0..5 {
@@ -97,7 +101,7 @@ pub(super) fn measure(testbed: &Testbed, vms: usize, seconds: u64) -> Result<Fle
         host.run_vmctl(&["--json", "status"])?;
         times.push(u64::try_from(began.elapsed().as_millis())?);
     }
-    sleep(REST);
+    sleep(REST.saturating_add(SETTLED));
     let (before, began) = (usage(laird)?, Instant::now());
     sleep(Duration::from_secs(seconds));
     let at_rest = usage(laird)?;

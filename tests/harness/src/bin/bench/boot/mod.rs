@@ -66,6 +66,8 @@ pub(crate) struct Results {
 #[derive(Debug, Serialize)]
 struct Starts {
     engine: &'static str,
+    /// Starts that hung, by `laird` or by hand, and were repeated.
+    hung: usize,
     pairs: Vec<Pair>,
     /// From the start to the agent's being ready, in milliseconds.
     ready_ms: Compared,
@@ -113,8 +115,8 @@ pub(crate) fn boot(arguments: &Arguments) -> Result<()> {
         }
     }
     if !arguments.no_guest {
-        let pairs = pairs::measure(&testbed, if arguments.quick { 3 } else { 20 })?;
-        results.start = Some(Starts::of(pairs)?);
+        let (pairs, hung) = pairs::measure(&testbed, if arguments.quick { 3 } else { 20 })?;
+        results.start = Some(Starts::of(pairs, hung)?);
     }
     results.gates = gates(&results);
     if let Some(out) = &arguments.out {
@@ -132,7 +134,7 @@ pub(crate) fn boot(arguments: &Arguments) -> Result<()> {
 }
 
 impl Starts {
-    fn of(pairs: Vec<Pair>) -> Result<Self> {
+    fn of(pairs: Vec<Pair>, hung: usize) -> Result<Self> {
         use lair_vmm::{
             fleet::schema::Accel,
             host::facts::{Engine, engine},
@@ -154,6 +156,7 @@ impl Starts {
             runs_ms: compared(|start| start.runs_ms),
             own_ms: Spread::of(pairs.iter().map(own).collect()),
             steps: steps(&pairs),
+            hung,
             pairs,
         })
     }
@@ -248,7 +251,7 @@ mod tests {
             bench: "boot",
             schema: 1,
             host: HostFacts { processor: "a processor".into(), processors: 2, kernel: "6.1".into() },
-            start: Some(Starts::of((0..20).map(pair).collect()).unwrap()),
+            start: Some(Starts::of((0..20).map(pair).collect(), 1).unwrap()),
             fleets: [1, 10, MANY].map(fleet).into(),
             gates: vec![],
         };
@@ -282,7 +285,7 @@ mod tests {
             pair.steps.clear();
         }
         let pairs = std::mem::take(&mut results.start.as_mut().unwrap().pairs);
-        results.start = Some(Starts::of(pairs).unwrap());
+        results.start = Some(Starts::of(pairs, 0).unwrap());
         assert!(!met(&results)[0]);
     }
 

@@ -31,8 +31,12 @@ fn starts(start: &Starts) -> String {
     for row in &start.steps {
         steps.add_row([row.step.clone(), ms(row.worked_us), ms(row.waited_us)]);
     }
+    let hung = match start.hung {
+        0 => String::new(),
+        hung => format!("; {hung} more hung, and were repeated"),
+    };
     format!(
-        "\nA start of a guest ({}), {} pairs: ms, median (10th to 90th percentile)\n{rows}\n\
+        "\nA start of a guest ({}), {} pairs{hung}: ms, median (10th to 90th percentile)\n{rows}\n\
          \nWhat laird does for it: ms, medians; its own work is {} ms in all\n{steps}\n",
         start.engine,
         start.pairs.len(),
@@ -48,6 +52,7 @@ fn fleets(results: &Results) -> String {
         "RESIDENT, MIB",
         "ANONYMOUS",
         "AT REST",
+        "PEAK",
         "THREADS",
         "IDLE CPU, MS",
         "WAKE-UPS",
@@ -63,6 +68,7 @@ fn fleets(results: &Results) -> String {
             mib(row.at_ready.rss_bytes),
             mib(row.at_ready.rss_anon_bytes),
             mib(row.at_rest.rss_bytes),
+            mib(row.at_rest.peak_bytes),
             row.at_rest.threads.to_string(),
             format!("{:.2}", row.idle_cpu_us as f64 / 1e3),
             row.wakes.to_string(),
