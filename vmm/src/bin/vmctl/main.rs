@@ -12,6 +12,7 @@ mod exec;
 mod guest;
 mod interactive;
 mod logs;
+mod man;
 mod output;
 mod schema;
 mod session;
@@ -117,11 +118,18 @@ enum Verb {
     Check(check::Arguments),
     /// Print the JSON Schema of the fleet file
     Schema,
-    /// Check this host point by point, and say how to mend what is missing
+    /// Check this host point by point, and say how to mend each; needs no running laird
     ///
-    /// `note`: Lair works, with less. `missing`: VMs cannot start, and the exit status is 1. Programs are looked for beside vmctl and in
-    /// PATH; laird looks beside itself and in its own PATH.
-    Doctor,
+    /// `warning`: Lair works, with less or with a risk. `bad`: VMs do not start as the host is set up, and the exit status is 1. What the fleet
+    /// file says is taken into account: without KVM is bad only where it asks for KVM.
+    ///
+    /// Programs are looked for beside vmctl and in PATH; laird looks beside itself and in its own PATH. Run it as the user that laird
+    /// runs as.
+    Doctor(doctor::Arguments),
+    /// Write man pages of Lair's programs into a directory
+    ///
+    /// As root: vmctl man /usr/local/share/man/man1 && mandb
+    Man(man::Arguments),
     /// Print the completions for a shell
     ///
     /// For bash: vmctl completions bash > ~/.local/share/bash-completion/completions/vmctl
@@ -132,6 +140,7 @@ enum Verb {
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) client: Client,
+    pub(crate) socket: PathBuf,
     pub(crate) json: bool,
 }
 
@@ -142,7 +151,7 @@ fn main() -> ExitCode {
     let socket = arguments
         .socket
         .unwrap_or_else(|| Dirs { state: Dirs::default_state(), run: Dirs::default_run() }.api_socket());
-    let context = Context { client: Client::new(&socket), json: arguments.json };
+    let context = Context { client: Client::new(&socket), socket, json: arguments.json };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return CommandError::failed(format!("Cannot start: {error}")).report(),
@@ -166,7 +175,8 @@ async fn run(verb: Verb, context: &Context) -> Result<ExitCode, CommandError> {
         Verb::Apply(arguments) => apply::run(arguments, context).await,
         Verb::Check(arguments) => check::run(&arguments, context),
         Verb::Schema => schema::run(),
-        Verb::Doctor => doctor::run(context),
+        Verb::Doctor(arguments) => doctor::run(arguments, context).await,
+        Verb::Man(arguments) => man::run(&arguments),
         Verb::Completions(arguments) => completions::run(&arguments),
     }
 }

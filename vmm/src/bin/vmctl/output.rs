@@ -23,6 +23,13 @@ pub(crate) fn print_table(table: &Table) -> std::io::Result<()> {
     Ok(())
 }
 
+/// How wide the terminal of standard output is, in columns; none where it is no terminal, or does not know. Read more easily than a line
+/// of more than 120 columns is one that is broken.
+pub(crate) fn width() -> Option<u16> {
+    let known = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?.ws_col;
+    (known > 0).then_some(known.clamp(40, 120))
+}
+
 /// Whether standard output may be coloured.
 pub(crate) fn colour() -> bool {
     std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
