@@ -1,9 +1,12 @@
 //! All VMs of one host: adopts what runs, starts what should, follows the fleet file.
 
 use crate::{
-    api::types::{ApplyReply, HostStatus, VmStatus},
+    api::{
+        observe::Observed,
+        types::{ApplyReply, EventKind, HostStatus, VmStatus},
+    },
     fleet::{
-        Loaded, Place, Problem, Problems,
+        Loaded, Place, Problem, Problems, diff,
         schema::{Fleet, Limits, Users},
     },
     host::Host,
@@ -55,6 +58,7 @@ pub struct Supervisor {
     /// Held by an apply: two at once would both make a VM that is new to them.
     applying: tokio::sync::Mutex<()>,
     vms: Mutex<BTreeMap<String, Handle>>,
+    observed: Observed,
 }
 
 /// Why a VM did not do what was asked.
@@ -101,7 +105,9 @@ impl Supervisor {
             differs: Mutex::new(None),
             applying: tokio::sync::Mutex::new(()),
             vms: Mutex::new(BTreeMap::new()),
+            observed: Observed::default(),
         });
+        supervisor.observed.listen(supervisor.host.happened.subscribe());
         let fleet = supervisor.fleet();
         leftovers::remove(&supervisor.dirs, &fleet).await;
         let names: BTreeSet<_> =
@@ -141,6 +147,7 @@ impl Supervisor {
                         let mut vms = supervisor.vms();
                         if !supervisor.fleet.borrow().vms.contains_key(&name) {
                             vms.remove(&name);
+                            supervisor.observed.forget(&name);
                             tracing::info!(vm = name, "removed");
                             return;
                         }
@@ -174,6 +181,7 @@ impl Supervisor {
         };
         let (handle, task) = actor::spawn(context, self.fleet.subscribe(), beginning);
         self.vms().insert(name.into(), handle.clone());
+        self.observed.follow(name, handle.watch());
         (handle, task)
     }
 
@@ -220,6 +228,16 @@ impl Supervisor {
         Arc::clone(&self.fleet.borrow())
     }
 
+    /// The fleet, as it becomes another.
+    pub fn watch_fleet(&self) -> watch::Receiver<Arc<Fleet>> {
+        self.fleet.subscribe()
+    }
+
+    /// What is told and counted of VMs.
+    pub fn observed(&self) -> &Observed {
+        &self.observed
+    }
+
     /// The host.
     pub fn host(&self) -> &Host {
         &self.host
@@ -254,6 +272,37 @@ impl Supervisor {
         self.vm(name)?.request(request).await.map_err(refused)
     }
 
+    /// What differs where `fleet` becomes the fleet.
+    fn changes(&self, fleet: &Fleet) -> Vec<diff::Change> {
+        let known = self.vms().clone();
+        let running = known.into_iter().filter_map(|(name, handle)| Some((name, handle.snapshot().started?)));
+        diff::changes(&self.fleet(), fleet, &running.collect())
+    }
+
+    /// What [`Self::apply`] would say. Nothing is changed.
+    pub fn preview(&self, loaded: Loaded, other_file: Option<String>) -> ApplyReply {
+        let Loaded { fleet, mut warnings } = loaded;
+        if fleet.host != self.fleet().host {
+            warnings.problems.push(self.host_stays(other_file.as_deref()));
+        }
+        let changes = self.changes(&fleet);
+        let vms = |actions: &[diff::Action]| {
+            let vms = changes.iter().filter(|change| change.what == diff::What::Vm);
+            vms.filter(|change| actions.contains(&change.action)).map(|change| change.name.clone()).collect()
+        };
+        use diff::Action::{Add, PendingRestart, Remove, Start, Stop};
+        ApplyReply {
+            dry_run: true,
+            added: vms(&[Start, Add]),
+            removed: vms(&[Stop, Remove]),
+            pending_restart: vms(&[PendingRestart]),
+            links_changed: self.fleet().links != fleet.links,
+            changes,
+            warnings: warnings.problems,
+            omitted_warnings: warnings.omitted,
+        }
+    }
+
     /// Makes `fleet` the fleet: VMs that are new start, VMs that are gone stop, links change at once; a VM that is
     /// otherwise different keeps what it was started with until its next start.
     pub async fn apply(self: &Arc<Self>, loaded: Loaded, other_file: Option<String>) -> ApplyReply {
@@ -263,11 +312,13 @@ impl Supervisor {
             warnings.problems.push(self.host_stays(other_file.as_deref()));
         }
         log(&warnings);
+        let changes = self.changes(&fleet);
         let fleet = Arc::new(fleet);
         let before = self.fleet.send_replace(Arc::clone(&fleet));
-        *self.differs.lock().unwrap_or_else(PoisonError::into_inner) = other_file;
+        *self.differs.lock().unwrap_or_else(PoisonError::into_inner) = other_file.clone();
         let known = self.vms().clone();
         let mut reply = ApplyReply {
+            changes,
             warnings: warnings.problems,
             omitted_warnings: warnings.omitted,
             ..ApplyReply::default()
@@ -298,6 +349,13 @@ impl Supervisor {
             }
         }
         reply.links_changed = before.links != fleet.links;
+        self.observed.events.publish(EventKind::Applied {
+            file: other_file,
+            added: reply.added.clone(),
+            removed: reply.removed.clone(),
+            pending_restart: reply.pending_restart.clone(),
+            links_changed: reply.links_changed,
+        });
         reply
     }
 

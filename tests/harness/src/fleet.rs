@@ -4,8 +4,8 @@ use crate::testbed::Testbed;
 use anyhow::Result;
 use lair_vmm::fleet::{
     schema::{
-        Accel, Fleet, Host, Limits, Link, Overlay, Role, RootSource, SCHEMA, Service, Source, Store, Target,
-        Users, Vm, VmTarget,
+        Accel, Access, Fleet, Host, Limits, Link, Metrics, Overlay, Role, RootSource, SCHEMA, Service,
+        Source, Store, Target, Users, Vm, VmTarget,
     },
     units::Size,
 };
@@ -25,6 +25,8 @@ pub fn empty(testbed: &Testbed) -> Fleet {
         store: Store { sources: vec![Source::Root(RootSource { root: testbed.store_root.clone() })] },
         vms: BTreeMap::new(),
         links: BTreeMap::new(),
+        access: Access::default(),
+        metrics: Metrics::default(),
     }
 }
 

@@ -1,18 +1,21 @@
 //! The client: `vmctl`'s end of the API.
 
 use super::types::{
-    ApiError, ApplyReply, ApplyRequest, ErrorKind, HostStatus, SessionReply, SessionRequest, VmStatus,
+    API_HEADER, API_VERSION, ApiError, ApplyReply, ApplyRequest, AuditQuery, AuditRecord, ErrorKind, Event,
+    EventsQuery, HostStatus, Progress, SessionReply, SessionRequest, VersionReply, VmStatus,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
     client::conn::http1,
+    header::{CONTENT_TYPE, HOST, HeaderValue},
 };
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     io,
+    marker::PhantomData,
     path::{Path, PathBuf},
 };
 use tokio::net::UnixStream;
@@ -35,6 +38,12 @@ pub enum ClientError {
     /// The connection failed.
     #[error("The connection to laird failed")]
     Http(#[from] hyper::Error),
+    /// The connection ended before the answer did.
+    #[error("laird ended, or closed the connection, before the answer was whole")]
+    Ended,
+    /// The other end is of another release.
+    #[error("laird speaks version {0} of the API, this client speaks version {API_VERSION}")]
+    Version(String),
     /// The answer is not one of this API.
     #[error("laird answered {0} with what is not this version's API; is it another release?")]
     Malformed(StatusCode),
@@ -55,6 +64,11 @@ impl Client {
         Self { socket: socket.into() }
     }
 
+    /// The versions of the other end.
+    pub async fn version(&self) -> Result<VersionReply, ClientError> {
+        self.call(Method::GET, "/v1/version", &()).await
+    }
+
     /// The host and its VMs.
     pub async fn status(&self) -> Result<HostStatus, ClientError> {
         self.call(Method::GET, "/v1/status", &()).await
@@ -67,25 +81,38 @@ impl Client {
 
     /// Starts a VM; returns when the request is taken.
     pub async fn start(&self, vm: &str) -> Result<(), ClientError> {
-        self.send(Method::POST, &vm_path(vm, "/start"), &()).await.map(drop)
+        self.change(vm, "start", None).await.map(drop)
     }
 
     /// Stops a VM; returns when the request is taken.
     pub async fn stop(&self, vm: &str) -> Result<(), ClientError> {
-        self.send(Method::POST, &vm_path(vm, "/stop"), &()).await.map(drop)
+        self.change(vm, "stop", None).await.map(drop)
     }
 
     /// Stops a VM and starts it again; returns when the request is taken.
     pub async fn restart(&self, vm: &str) -> Result<(), ClientError> {
-        self.send(Method::POST, &vm_path(vm, "/restart"), &()).await.map(drop)
+        self.change(vm, "restart", None).await.map(drop)
     }
 
     /// Ends a VM without asking its guest; returns when the request is taken.
     pub async fn kill(&self, vm: &str) -> Result<(), ClientError> {
-        self.send(Method::POST, &vm_path(vm, "/kill"), &()).await.map(drop)
+        self.change(vm, "kill", None).await.map(drop)
     }
 
-    /// Makes a fleet the fleet.
+    /// Asks a VM to `start`, `stop`, `restart` or be `kill`ed. It returns when the request is taken; how far the VM is comes then, for as
+    /// many seconds as `wait` says, or once.
+    pub async fn change(
+        &self,
+        vm: &str,
+        verb: &str,
+        wait: Option<u64>,
+    ) -> Result<Lines<Progress>, ClientError> {
+        let query = wait.map(|seconds| format!("?wait=true&timeout={seconds}")).unwrap_or_default();
+        let response = self.send(Method::POST, &vm_path(vm, &format!("/{verb}{query}")), &()).await?;
+        Ok(Lines::of(response))
+    }
+
+    /// Makes a fleet the fleet, or says what that would change.
     pub async fn apply(&self, request: &ApplyRequest) -> Result<ApplyReply, ClientError> {
         self.call(Method::POST, "/v1/apply", request).await
     }
@@ -99,6 +126,37 @@ impl Client {
     pub async fn log(&self, vm: &str, follow: bool) -> Result<Incoming, ClientError> {
         let path = vm_path(vm, if follow { "/log?follow=true" } else { "/log" });
         Ok(self.send(Method::GET, &path, &()).await?.into_body())
+    }
+
+    /// What happens, after the event of an id.
+    pub async fn events(&self, query: &EventsQuery) -> Result<Lines<Event>, ClientError> {
+        let after = query.after.map(|id| format!("&after={id}")).unwrap_or_default();
+        let path = format!("/v1/events?follow={}{after}", query.follow);
+        Ok(Lines::of(self.send(Method::GET, &path, &()).await?))
+    }
+
+    /// Records of the audit logs.
+    pub async fn audit(&self, query: &AuditQuery) -> Result<Lines<AuditRecord>, ClientError> {
+        let mut path = format!("/v1/audit?follow={}", query.follow);
+        for (key, value) in [
+            ("since", query.since.map(|since| since.to_string())),
+            ("vm", query.vm.clone()),
+            ("limit", query.limit.map(|limit| limit.to_string())),
+        ] {
+            if let Some(value) = value {
+                path.push_str(&format!("&{key}={}", encoded(&value)));
+            }
+        }
+        Ok(Lines::of(self.send(Method::GET, &path, &()).await?))
+    }
+
+    /// Counters for Prometheus, as text.
+    pub async fn metrics(&self) -> Result<String, ClientError> {
+        let response = self.send(Method::GET, "/metrics", &()).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
+        let text = body.ok().and_then(|body| String::from_utf8(body.to_bytes().into()).ok());
+        text.ok_or(ClientError::Malformed(status))
     }
 
     async fn call<T: DeserializeOwned>(
@@ -134,11 +192,17 @@ impl Client {
         // Only characters that are legal in a VM's name are in it, so it parses; any other is the server's to refuse.
         *request.uri_mut() = path.parse().unwrap_or_default();
         let headers = request.headers_mut();
-        headers.insert(hyper::header::HOST, hyper::header::HeaderValue::from_static("laird"));
-        headers
-            .insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+        headers.insert(HOST, HeaderValue::from_static("laird"));
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(API_HEADER, HeaderValue::from(API_VERSION));
         let response = sender.send_request(request).await?;
         let status = response.status();
+        // What another version says is not looked at: it might mean something else.
+        let theirs = response.headers().get(API_HEADER).map(HeaderValue::as_bytes);
+        if theirs != Some(API_VERSION.to_string().as_bytes()) {
+            let theirs = theirs.map(|theirs| String::from_utf8_lossy(theirs).into_owned());
+            return Err(ClientError::Version(theirs.unwrap_or_else(|| "0".into())));
+        }
         if status.is_success() {
             return Ok(response);
         }
@@ -147,27 +211,85 @@ impl Client {
     }
 }
 
+/// An answer in JSON lines, as they come.
+#[derive(Debug)]
+pub struct Lines<T> {
+    body: Incoming,
+    status: StatusCode,
+    buffer: Vec<u8>,
+    of: PhantomData<fn() -> T>,
+}
+
+impl<T: DeserializeOwned> Lines<T> {
+    fn of(response: Response<Incoming>) -> Self {
+        let status = response.status();
+        Self { body: response.into_body(), status, buffer: Vec::new(), of: PhantomData }
+    }
+
+    /// The next line; `None` at the end.
+    pub async fn next(&mut self) -> Result<Option<T>, ClientError> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return serde_json::from_slice(&line)
+                    .map(Some)
+                    .map_err(|_| ClientError::Malformed(self.status));
+            }
+            match self.body.frame().await {
+                Some(frame) => {
+                    let frame = frame.map_err(|error| {
+                        if error.is_incomplete_message() { ClientError::Ended } else { error.into() }
+                    })?;
+                    if let Ok(data) = frame.into_data() {
+                        self.buffer.extend_from_slice(&data);
+                    }
+                    if self.buffer.len() > ANSWER_MAX {
+                        return Err(ClientError::Malformed(self.status));
+                    }
+                }
+                None if self.buffer.is_empty() => return Ok(None),
+                None => return Err(ClientError::Ended),
+            }
+        }
+    }
+}
+
 impl ClientError {
     /// What kind of error it is, for the exit status.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Denied(_) => ErrorKind::NotPermitted,
+            Self::Version(_) => ErrorKind::Version,
             Self::Api(error) => error.kind,
             _ => ErrorKind::Failed,
+        }
+    }
+
+    /// What may help.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Down(_) => Some(
+                "start it, such as by `systemctl start lair`; --socket or LAIR_SOCKET name another".into(),
+            ),
+            Self::Version(_) => Some("use the vmctl that came with this laird".into()),
+            Self::Api(error) => error.hint.clone(),
+            _ => None,
         }
     }
 }
 
 /// A VM's name comes from a command line: what cannot stand in a path is encoded, so that it names nothing else.
 fn vm_path(vm: &str, rest: &str) -> String {
-    let name: String = vm
-        .bytes()
+    format!("/v1/vms/{}{rest}", encoded(vm))
+}
+
+fn encoded(text: &str) -> String {
+    text.bytes()
         .map(|byte| match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' => char::from(byte).to_string(),
             other => format!("%{other:02X}"),
         })
-        .collect();
-    format!("/v1/vms/{name}{rest}")
+        .collect()
 }
 
 async fn read<T: DeserializeOwned>(response: Response<Incoming>) -> Option<T> {

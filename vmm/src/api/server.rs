@@ -1,86 +1,155 @@
-//! The server: `laird`'s end of the API.
+//! The server: `laird`'s end of the API. Each call is the same: who is it, may it, what does it say, do it, record it.
 
 use super::{
-    audit::{Attempt, AuditLog},
-    log,
-    types::{
-        ApiError, ApplyReply, ApplyRequest, ErrorKind, HostStatus, SessionReply, SessionRequest, VmStatus,
-    },
+    access::{CurrentAccess, Role},
+    audit::{Attempt, AuditLog, Verdict, now},
+    connection::Connections,
+    json,
+    limits::{self, Limits},
+    peer::Peer,
+    routes::{Method, ROUTES, Recorded, Route},
+    scrape,
+    stream::Pieces,
+    types::{API_HEADER, API_VERSION, ApiError, ErrorKind},
 };
-use crate::{
-    error::chain,
-    fleet,
-    shim::{
-        client,
-        protocol::{Grant, Session},
-    },
-    supervisor::{Supervisor, SupervisorError},
-    vm::machine::{Request, State},
-};
+use crate::supervisor::{Supervisor, SupervisorError};
 use axum::{
     Json, Router,
     body::Body,
-    extract::{ConnectInfo, DefaultBodyLimit, Path, Query, State as Shared, connect_info::Connected},
-    http::StatusCode,
+    extract::{DefaultBodyLimit, FromRequestParts, Query, RawPathParams, Request},
+    http::{HeaderMap, HeaderValue, StatusCode, Uri, request::Parts},
     response::{IntoResponse, Response},
     routing::{get, post},
-    serve::IncomingStream,
 };
-use http_body_util::channel::Channel;
-use hyper::body::Bytes;
-use serde::Deserialize;
-use std::{sync::Arc, time::Duration};
-use tokio::{
-    net::{UnixListener, unix::UCred},
-    sync::mpsc,
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::{
+    body::{Body as _, Bytes},
+    header::CONTENT_TYPE,
 };
-
-/// The largest request body in bytes: a fleet file of thousands of VMs.
-const BODY_MAX: usize = 4 << 20;
-
-/// How long a ticket is good for.
-const TICKET_MS: i64 = 10_000;
-
-/// How often a log that is followed is looked at.
-const LOG_POLL: Duration = Duration::from_millis(200);
+use serde::{Serialize, de::DeserializeOwned};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+use tokio::{net::UnixListener, sync::mpsc, time::timeout};
 
 /// What every handler may use.
 #[derive(Debug)]
-pub struct Api {
-    supervisor: Arc<Supervisor>,
+pub(super) struct Api {
+    pub(super) supervisor: Arc<Supervisor>,
+    pub(super) connections: Connections,
+    /// Records that no disk has.
+    pub(super) unwritten: Arc<AtomicU64>,
+    /// Bytes of console logs that readers were too slow for.
+    pub(super) log_dropped: Arc<AtomicU64>,
+    /// Attempts, allowed and refused.
+    pub(super) attempts: [AtomicU64; 2],
     audit: AuditLog,
+    access: Arc<CurrentAccess>,
+    request: Duration,
 }
 
-/// Who is at the other end.
-#[derive(Debug, Clone, Copy)]
-struct Peer {
-    uid: u32,
+/// One call of an API route by somebody who may.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) api: Arc<Api>,
+    pub(super) peer: Arc<Peer>,
+    /// The VM in the path, where the route has one.
+    pub(super) vm: String,
+    uri: Uri,
+    body: Bytes,
 }
 
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        // A peer whose credentials the kernel does not tell is nobody.
-        Self { uid: stream.io().peer_cred().as_ref().map_or(u32::MAX, UCred::uid) }
+impl Call {
+    /// The query.
+    pub(super) fn query<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        let query = Query::try_from_uri(&self.uri);
+        let invalid = |error: axum::extract::rejection::QueryRejection| {
+            ApiError::new(ErrorKind::Invalid, format!("The query: {}", error.body_text()))
+        };
+        query.map(|Query(query)| query).map_err(invalid)
+    }
+
+    /// The body.
+    pub(super) fn body<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        let invalid = |error| ApiError::new(ErrorKind::Invalid, format!("The request's body: {error}"));
+        json::parse(&self.body).map_err(invalid)
+    }
+}
+
+/// What came of a call.
+pub(super) struct Done {
+    pub(super) outcome: Result<Response, ApiError>,
+    /// What the audit log calls it, if not by its route.
+    pub(super) verb: Option<&'static str>,
+    /// More about what was asked, for the audit log.
+    pub(super) detail: Option<String>,
+}
+
+impl From<Result<Response, ApiError>> for Done {
+    fn from(outcome: Result<Response, ApiError>) -> Self {
+        Self { outcome, verb: None, detail: None }
     }
 }
 
 /// Serves the API on `listener` until the future is dropped.
 pub async fn serve(listener: UnixListener, supervisor: Arc<Supervisor>) -> std::io::Result<()> {
-    let audit = AuditLog::new(&supervisor.dirs().audit_log());
-    let api = Arc::new(Api { supervisor, audit });
-    let router = Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/apply", post(apply))
-        .route("/v1/vms/{vm}", get(vm_status))
-        .route("/v1/vms/{vm}/start", post(start))
-        .route("/v1/vms/{vm}/stop", post(stop))
-        .route("/v1/vms/{vm}/restart", post(restart))
-        .route("/v1/vms/{vm}/kill", post(kill))
-        .route("/v1/vms/{vm}/log", get(console_log))
-        .route("/v1/vms/{vm}/sessions", post(session))
-        .layer(DefaultBodyLimit::max(BODY_MAX))
-        .with_state(api);
-    axum::serve(listener, router.into_make_service_with_connect_info::<Peer>()).await
+    serve_within(Limits::default(), listener, supervisor).await
+}
+
+/// [`serve`] with other limits.
+pub async fn serve_within(
+    limits: Limits,
+    listener: UnixListener,
+    supervisor: Arc<Supervisor>,
+) -> std::io::Result<()> {
+    let unwritten = Arc::new(AtomicU64::new(0));
+    let audit = AuditLog::start(&supervisor.dirs().audit_log(), Arc::clone(&unwritten))?;
+    let request = limits.request;
+    let connections = Connections::new(limits);
+    let api = Arc::new(Api {
+        supervisor,
+        connections,
+        unwritten,
+        log_dropped: Arc::default(),
+        attempts: Default::default(),
+        audit,
+        access: Arc::default(),
+        request,
+    });
+    let router = router(&api);
+    tokio::select! {
+        () = api.connections.serve(&listener, &router) => Ok(()),
+        () = scrape::serve(&api) => Ok(()),
+    }
+}
+
+fn router(api: &Arc<Api>) -> Router {
+    let mut router = Router::new();
+    for route in ROUTES {
+        let api = Arc::clone(api);
+        let handler = move |request: Request| answer(Arc::clone(&api), route, request);
+        router = router.route(
+            route.path,
+            match route.method {
+                Method::Get => get(handler),
+                Method::Post => post(handler),
+            },
+        );
+    }
+    let unknown = async |uri: Uri| {
+        let error = format!("There is no {} in this version of the API", uri.path());
+        versioned(ApiError::new(ErrorKind::NotFound, error).into_response())
+    };
+    let wrong_method = async |uri: Uri| {
+        let error = format!("{} is not asked with this method", uri.path());
+        versioned(ApiError::new(ErrorKind::Invalid, error).into_response())
+    };
+    // Bodies are read, and bounded, by `answer`.
+    router.fallback(unknown).method_not_allowed_fallback(wrong_method).layer(DefaultBodyLimit::disable())
 }
 
 impl IntoResponse for ApiError {
@@ -90,6 +159,9 @@ impl IntoResponse for ApiError {
             ErrorKind::Invalid => StatusCode::BAD_REQUEST,
             ErrorKind::NotPermitted => StatusCode::FORBIDDEN,
             ErrorKind::NotFound => StatusCode::NOT_FOUND,
+            ErrorKind::TimedOut => StatusCode::REQUEST_TIMEOUT,
+            ErrorKind::Version => StatusCode::NOT_ACCEPTABLE,
+            ErrorKind::Busy => StatusCode::SERVICE_UNAVAILABLE,
         };
         (status, Json(self)).into_response()
     }
@@ -101,196 +173,168 @@ impl From<SupervisorError> for ApiError {
             SupervisorError::NoSuchVm(..) => ErrorKind::NotFound,
             SupervisorError::Refused { .. } => ErrorKind::Failed,
         };
-        Self { kind, message: error.to_string() }
+        Self::new(kind, error.to_string())
     }
 }
 
-fn failed(message: String) -> ApiError {
-    ApiError { kind: ErrorKind::Failed, message }
+/// An error of the kind that has no other.
+pub(super) fn failed(message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorKind::Failed, message)
 }
 
-fn lost() -> ApiError {
-    failed("Internal error: a task ended without a result".into())
+/// A task of ours was lost.
+pub(super) fn lost() -> ApiError {
+    failed("Internal error: a task ended without a result")
 }
 
-/// Does what was begun to its end and its record, also where the client does not wait for it.
-async fn whole<T: Send + 'static>(
-    work: impl Future<Output = Result<T, ApiError>> + Send + 'static,
-) -> Result<T, ApiError> {
-    tokio::spawn(work).await.unwrap_or_else(|_| Err(lost()))
+/// One JSON document.
+pub(super) fn document(value: impl Serialize) -> Response {
+    Json(value).into_response()
 }
 
-impl Api {
-    /// Records an attempt with what came of it.
-    fn audited<T>(
-        &self,
-        peer: Peer,
-        verb: &str,
-        vm: Option<&str>,
-        detail: Option<String>,
-        outcome: Result<T, ApiError>,
-    ) -> Result<T, ApiError> {
-        self.audit.record(&Attempt {
-            time: jiff::Timestamp::now(),
-            uid: peer.uid,
-            verb,
-            vm,
-            detail,
-            verdict: if outcome.is_ok() { "allowed" } else { "refused" },
-            reason: outcome.as_ref().err().map(ToString::to_string),
-        });
-        outcome
+/// An answer that goes on, and where its pieces go: as soon as the client has room for them.
+pub(super) fn bytes(media_type: &'static str) -> (mpsc::Sender<Bytes>, Response) {
+    let (sender, receiver) = mpsc::channel(1);
+    let mut response = Body::new(Pieces(receiver)).into_response();
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
+    (sender, response)
+}
+
+/// An answer in JSON lines that goes on.
+#[derive(Debug)]
+pub(super) struct Lines(mpsc::Sender<Bytes>);
+
+impl Lines {
+    /// The answer, and where its lines go.
+    pub(super) fn new() -> (Self, Response) {
+        let (sender, response) = bytes("application/jsonl");
+        (Self(sender), response)
+    }
+
+    /// Sends a line as soon as the client has room for it; `false` if the client is gone.
+    pub(super) async fn send(&mut self, value: &impl Serialize) -> bool {
+        let mut line = serde_json::to_vec(value).unwrap_or_default();
+        line.push(b'\n');
+        self.0.send(line.into()).await.is_ok()
+    }
+
+    /// Returns when the client is gone.
+    pub(super) async fn closed(&self) {
+        self.0.closed().await;
     }
 }
 
-async fn status(Shared(api): Shared<Arc<Api>>) -> Json<HostStatus> {
-    Json(api.supervisor.status().await)
+fn versioned(mut response: Response) -> Response {
+    response.headers_mut().insert(API_HEADER, HeaderValue::from(API_VERSION));
+    response
 }
 
-async fn vm_status(
-    Shared(api): Shared<Arc<Api>>,
-    Path(vm): Path<String>,
-) -> Result<Json<VmStatus>, ApiError> {
-    Ok(Json(api.supervisor.vm_status(&vm).await?))
+/// Answers a call. What was begun is done to its end and its record, also where the client does not wait for it.
+async fn answer(api: Arc<Api>, route: &'static Route, request: Request) -> Response {
+    let done = tokio::spawn(attempt(api, route, request)).await;
+    versioned(done.unwrap_or_else(|_| lost().into_response()))
 }
 
-async fn change(
-    api: Arc<Api>,
-    peer: Peer,
-    vm: String,
-    verb: &'static str,
-    request: Request,
-) -> Result<(), ApiError> {
-    whole(async move {
-        let outcome = api.supervisor.request(&vm, request).await.map_err(ApiError::from);
-        api.audited(peer, verb, Some(&vm), None, outcome)
-    })
-    .await
-}
-
-async fn start(
-    Shared(api): Shared<Arc<Api>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(vm): Path<String>,
-) -> Result<(), ApiError> {
-    change(api, peer, vm, "start", Request::Start).await
-}
-
-async fn stop(
-    Shared(api): Shared<Arc<Api>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(vm): Path<String>,
-) -> Result<(), ApiError> {
-    change(api, peer, vm, "stop", Request::Stop).await
-}
-
-async fn restart(
-    Shared(api): Shared<Arc<Api>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(vm): Path<String>,
-) -> Result<(), ApiError> {
-    change(api, peer, vm, "restart", Request::Restart).await
-}
-
-async fn kill(
-    Shared(api): Shared<Arc<Api>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(vm): Path<String>,
-) -> Result<(), ApiError> {
-    change(api, peer, vm, "kill", Request::Kill).await
-}
-
-async fn apply(
-    Shared(api): Shared<Arc<Api>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    Json(request): Json<ApplyRequest>,
-) -> Result<Json<ApplyReply>, ApiError> {
-    whole(async move {
-        let detail = match &request.file {
-            Some(file) => file.name.clone(),
-            None => api.supervisor.fleet_file().display().to_string(),
-        };
-        let outcome = check_and_apply(&api.supervisor, request).await;
-        api.audited(peer, "apply", None, Some(detail), outcome).map(Json)
-    })
-    .await
-}
-
-async fn check_and_apply(
-    supervisor: &Arc<Supervisor>,
-    request: ApplyRequest,
-) -> Result<ApplyReply, ApiError> {
-    let name = request.file.as_ref().map(|file| file.name.clone());
-    let (path, host) = (supervisor.fleet_file().to_owned(), supervisor.host().facts);
-    let checked = tokio::task::spawn_blocking(move || match request.file {
-        Some(file) => fleet::check(&file.name, file.text.as_bytes(), &host),
-        None => fleet::check_file(&path, &host),
-    });
-    let loaded = checked
-        .await
-        .map_err(|_| lost())?
-        .map_err(|problems| ApiError { kind: ErrorKind::Invalid, message: problems.to_string() })?;
-    Ok(supervisor.apply(loaded, name).await)
-}
-
-async fn session(
-    Shared(api): Shared<Arc<Api>>,
-    ConnectInfo(peer): ConnectInfo<Peer>,
-    Path(vm): Path<String>,
-    Json(request): Json<SessionRequest>,
-) -> Result<Json<SessionReply>, ApiError> {
-    let (verb, detail) = match &request.session {
-        Session::Exec(exec) if exec.is_shell() => ("shell", None),
-        Session::Exec(exec) => ("exec", serde_json::to_string(&exec.command).ok()),
-        Session::Console(console) => ("console", console.read_only.then(|| "read only".into())),
-        Session::Connect { port } => ("connect", Some(port.to_string())),
+async fn attempt(api: Arc<Api>, route: &'static Route, request: Request) -> Response {
+    let began = Instant::now();
+    let (mut parts, body) = request.into_parts();
+    // It is there: every connection has a peer.
+    let Some(peer) = parts.extensions.get::<Arc<Peer>>().map(Arc::clone) else {
+        return lost().into_response();
     };
-    let outcome = grant(&api, peer, &vm, request.session).await;
-    api.audited(peer, verb, Some(&vm), detail, outcome).map(Json)
-}
-
-async fn grant(api: &Api, peer: Peer, vm: &str, session: Session) -> Result<SessionReply, ApiError> {
-    let snapshot = api.supervisor.vm(vm)?.snapshot();
-    let (State::Booting | State::Ready, Some(plan)) = (&snapshot.state, &snapshot.plan) else {
-        return Err(failed(format!("VM {vm} is {}", snapshot.state.word())));
+    let fleet = api.supervisor.fleet();
+    let role = match route.role {
+        Some(_) => api.access.role(&fleet, &peer, api.request).await,
+        None => Ok(None),
     };
-    let mut ticket = [0; 32];
-    getrandom::fill(&mut ticket).map_err(|error| failed(format!("No random numbers: {error}")))?;
-    let ticket: String = ticket.iter().map(|byte| format!("{byte:02x}")).collect();
-    let expires = jiff::Timestamp::now().as_millisecond().saturating_add(TICKET_MS);
-    let grant = Grant {
-        ticket: ticket.clone(),
-        expires_unix_ms: u64::try_from(expires).unwrap_or_default(),
-        uid: peer.uid,
-        session,
+    let (role, role_known) = match role {
+        Ok(role) => (role, Ok(())),
+        Err(error) => (None, Err(failed(error.to_string()))),
     };
-    client::grant(&plan.shim.sockets.control, grant).await.map_err(|error| failed(chain(&error)))?;
-    Ok(SessionReply { ticket, socket: plan.shim.sockets.session.clone() })
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct LogQuery {
-    #[serde(default)]
-    follow: bool,
-}
-
-async fn console_log(
-    Shared(api): Shared<Arc<Api>>,
-    Path(vm): Path<String>,
-    Query(query): Query<LogQuery>,
-) -> Result<Response, ApiError> {
-    api.supervisor.vm(&vm)?;
-    let dirs = api.supervisor.dirs().vm(&vm).map_err(|error| failed(error.to_string()))?;
-    let (sender, mut chunks) = mpsc::channel(1);
-    tokio::spawn(log::send(dirs.log("console"), query.follow, LOG_POLL, sender));
-    let (mut body, channel) = Channel::<Bytes>::new(1);
-    tokio::spawn(async move {
-        while let Some(chunk) = chunks.recv().await {
-            if body.send_data(chunk.into()).await.is_err() {
-                return;
+    let vm = vm(&mut parts).await;
+    let admitted = role_known.and_then(|()| admit(route, role, &peer, &parts.headers));
+    let done = match admitted.and(vm.clone()) {
+        Ok(vm) => match read(body, route.body_limit(), api.request).await {
+            Ok(body) => {
+                let call = Call { api: Arc::clone(&api), peer: Arc::clone(&peer), vm, uri: parts.uri, body };
+                (route.handler)(call).await
             }
+            Err(error) => Err(error).into(),
+        },
+        Err(error) => Err(error).into(),
+    };
+    let verdict = if done.outcome.is_ok() { Verdict::Allowed } else { Verdict::Refused };
+    let denied = matches!(&done.outcome, Err(error) if error.kind == ErrorKind::NotPermitted);
+    if denied || route.recorded == Recorded::All {
+        if let Some(count) = api.attempts.get(usize::from(verdict == Verdict::Refused)) {
+            count.fetch_add(1, Relaxed);
         }
-    });
-    Ok(Body::new(channel).into_response())
+        let attempt = Attempt {
+            time: now(),
+            uid: peer.uid,
+            gid: peer.gid,
+            role,
+            verb: done.verb.unwrap_or(route.verb).into(),
+            vm: vm.ok().filter(|vm| !vm.is_empty()),
+            detail: done.detail,
+            verdict,
+            reason: done.outcome.as_ref().err().map(ToString::to_string),
+            duration_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+        };
+        api.audit.record(attempt).await;
+    }
+    done.outcome.unwrap_or_else(IntoResponse::into_response)
+}
+
+/// The VM's name in the path; empty where the route has none.
+async fn vm(parts: &mut Parts) -> Result<String, ApiError> {
+    let params = RawPathParams::from_request_parts(parts, &()).await;
+    let invalid = |_| ApiError::new(ErrorKind::Invalid, "The path is not UTF-8");
+    Ok(params.map_err(invalid)?.iter().next().map(|(_, vm)| vm.to_owned()).unwrap_or_default())
+}
+
+/// Whether a call is answered at all.
+fn admit(route: &Route, role: Option<Role>, peer: &Peer, headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(needed) = route.role else { return Ok(()) };
+    if let Some(theirs) = headers.get(API_HEADER)
+        && theirs.as_bytes() != API_VERSION.to_string().as_bytes()
+    {
+        let theirs = String::from_utf8_lossy(theirs.as_bytes()).escape_debug().to_string();
+        let message =
+            format!("This client speaks version {theirs} of the API, laird speaks version {API_VERSION}");
+        return Err(
+            ApiError::new(ErrorKind::Version, message).hint("use the vmctl that came with this laird")
+        );
+    }
+    if role >= Some(needed) {
+        return Ok(());
+    }
+    let has = role.map_or("none".into(), |role| format!("`{}`", role.word()));
+    let message = format!("{} takes the role `{}`; uid {} has {has}", route.verb, needed.word(), peer.uid);
+    Err(ApiError::new(ErrorKind::NotPermitted, message)
+        .hint("the roles are in the table `access` of the fleet file"))
+}
+
+/// The body of a request.
+async fn read(body: Body, limit: usize, patience: Duration) -> Result<Bytes, ApiError> {
+    let too_long =
+        || ApiError::new(ErrorKind::Invalid, format!("The request's body has more than {limit} bytes"));
+    // What says that it is too long is not read.
+    if body.size_hint().lower() > u64::try_from(limit).unwrap_or(u64::MAX) {
+        return Err(too_long());
+    }
+    match timeout(patience, Limited::new(body, limit).collect()).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_long()),
+        Ok(Err(_)) => Err(ApiError::new(ErrorKind::Invalid, "The request's body ended early")),
+        Err(_) => {
+            let message = format!("The request's body did not come within {patience:?}");
+            Err(ApiError::new(ErrorKind::TimedOut, message))
+        }
+    }
+}
+
+/// The longest wait for a VM.
+pub(super) fn patience(seconds: Option<u64>) -> Option<Duration> {
+    seconds.map(|seconds| Duration::from_secs(seconds.min(limits::WAIT_SECONDS)))
 }

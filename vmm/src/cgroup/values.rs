@@ -39,7 +39,7 @@ pub struct Setting {
 pub struct Values {
     /// `memory.max` in bytes: guest, overhead and page cache of the store. A multiple of any page size, so that the kernel does not round.
     pub memory_max: u64,
-    /// `cpu.max`, microseconds of each [`PERIOD`]; no bound if none.
+    /// `cpu.max`, microseconds of each 100 ms; no bound if none.
     pub cpu_quota: Option<u64>,
     /// `cpu.weight`, 1 to 10000.
     pub cpu_weight: u32,

@@ -7,6 +7,7 @@
 // Text comes from files and from clients of the API.
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
+pub mod diff;
 mod document;
 mod file;
 pub mod limits;

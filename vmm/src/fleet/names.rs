@@ -67,6 +67,15 @@ pub(super) fn variable(text: &str) -> Result<(), String> {
     Err("must be letters (a to z), digits and underscores, the first no digit, as names of environment variables are".into())
 }
 
+/// The name or number of a user or group, as shadow's tools take it.
+pub(super) fn user(text: &str) -> Result<(), String> {
+    let legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    if (1..=32).contains(&text.len()) && !text.starts_with(['-', '.']) && text.bytes().all(legal) {
+        return Ok(());
+    }
+    Err("must be the name or number of a user, or of a group with an @ before it".into())
+}
+
 /// An absolute path on one line, without `.` and `..`, as it will be used.
 pub(super) fn path(text: &str) -> Result<(), String> {
     if !text.starts_with('/') {

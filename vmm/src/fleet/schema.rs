@@ -36,6 +36,49 @@ pub struct Fleet {
     /// The links, by name: which VM may connect to what. Anything else is refused.
     #[serde(default)]
     pub links: BTreeMap<String, Link>,
+    /// Who may do what over the API of laird.
+    #[serde(default)]
+    pub access: Access,
+    /// Counters for Prometheus.
+    #[serde(default)]
+    pub metrics: Metrics,
+}
+
+/// Who may do what over the API of laird: names of users, or of groups with an `@` before them, or their numbers.
+///
+/// Root and the user who runs laird may always administer. Whoever else is to be served must be in the group `lair`, to which the socket
+/// belongs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Access {
+    /// Who may look: status, logs, events, metrics.
+    pub view: Vec<String>,
+    /// Who may also start, stop, restart and kill VMs, and get into them (exec, shell, console, connect).
+    pub operate: Vec<String>,
+    /// Who may also apply a fleet file and read the audit log.
+    pub administer: Vec<String>,
+}
+
+impl Default for Access {
+    fn default() -> Self {
+        Self { view: vec![], operate: vec!["@lair".into()], administer: vec![] }
+    }
+}
+
+impl Access {
+    /// No access but for root and the user who runs laird.
+    pub fn nobody() -> Self {
+        Self { view: vec![], operate: vec![], administer: vec![] }
+    }
+}
+
+/// Counters for Prometheus.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Metrics {
+    /// A loopback `ADDRESS:PORT` where everybody on this host may read them, besides the API of laird.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub listen: Option<String>,
 }
 
 /// How this host runs its VMs.

@@ -24,7 +24,8 @@ use std::{
     process::Command,
 };
 
-/// Files and sockets that the program makes are for its user and group.
+/// Files and sockets of a program with a user of its own are for that and its group. What others make, the index above all, is for these to
+/// read.
 const UMASK: Mode = Mode::from_bits_truncate(0o007);
 
 /// Has `command` confine itself. It must be started before `confinement` is dropped, whose descriptors it uses.
@@ -69,8 +70,8 @@ impl Child {
         {
             let _ = write(&file, b"0");
         }
-        umask(UMASK);
         if let Some((uid, gid)) = self.ids {
+            umask(UMASK);
             setgroups(&self.groups)?;
             setresgid(gid, gid, gid)?;
             // All capabilities go with the last of root's ids.

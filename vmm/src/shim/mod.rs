@@ -44,7 +44,7 @@ mod note;
 mod outgoing;
 pub mod output;
 pub mod protocol;
-mod rate;
+pub(crate) mod rate;
 mod recorder;
 mod retention;
 mod ring;

@@ -1,5 +1,5 @@
 //! What the VM's other programs say: the shim has the reading ends of their standard output and error, and keeps the end of each in a
-//! bounded [`Ring`].
+//! bounded ring.
 //!
 //! The pipes are read whatever a disk does: a hypervisor whose pipe is full stops. They outlive `laird`, as the shim does.
 

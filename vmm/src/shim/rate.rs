@@ -6,7 +6,7 @@ const WINDOW: Duration = Duration::from_secs(1);
 
 /// Lets a number of things pass in each second and counts the others.
 #[derive(Debug)]
-pub(super) struct Rate {
+pub(crate) struct Rate {
     each_second: u32,
     since: Option<Instant>,
     passed: u32,
@@ -14,12 +14,12 @@ pub(super) struct Rate {
 }
 
 impl Rate {
-    pub(super) fn new(each_second: u32) -> Self {
+    pub(crate) fn new(each_second: u32) -> Self {
         Self { each_second, since: None, passed: 0, suppressed: 0 }
     }
 
     /// Whether one more passes now.
-    pub(super) fn admit(&mut self, now: Instant) -> bool {
+    pub(crate) fn admit(&mut self, now: Instant) -> bool {
         if self.since.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW) {
             self.since = Some(now);
             self.passed = 0;
@@ -34,13 +34,19 @@ impl Rate {
     }
 
     /// How many were left out, once their second is over; then it counts from zero.
-    pub(super) fn suppressed(&mut self, now: Instant) -> Option<u64> {
+    pub(crate) fn suppressed(&mut self, now: Instant) -> Option<u64> {
         let over = self.since.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW);
         (over && self.suppressed > 0).then(|| std::mem::take(&mut self.suppressed))
     }
 
+    /// Whether its second is over, and nothing is left to tell of it.
+    pub(crate) fn is_over(&self, now: Instant) -> bool {
+        let over = self.since.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW);
+        over && self.suppressed == 0
+    }
+
     /// How many were left out, now.
-    pub(super) fn rest(&mut self) -> Option<u64> {
+    pub(crate) fn rest(&mut self) -> Option<u64> {
         Some(std::mem::take(&mut self.suppressed)).filter(|n| *n > 0)
     }
 }

@@ -1,11 +1,16 @@
 //! One `laird` for one run directory.
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
 use std::{
     fs::{File, OpenOptions},
     io,
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 /// Held for as long as it lives; the kernel lets go of it however the process ends.
@@ -23,6 +28,10 @@ pub enum LockError {
     Io(PathBuf, #[source] io::Error),
 }
 
+/// How long another's lock is waited for. A `laird` that was killed has lent it to a child that it had forked and that has not
+/// executed its program yet.
+const FORKED: Duration = Duration::from_secs(2);
+
 /// Takes the lock of a run directory, or says who has it.
 pub fn lock(run_dir: &Path) -> Result<Lock, LockError> {
     let path = run_dir.join("laird.lock");
@@ -33,10 +42,17 @@ pub fn lock(run_dir: &Path) -> Result<Lock, LockError> {
         .mode(0o600)
         .open(&path)
         .map_err(|e| LockError::Io(path.clone(), e))?;
-    let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        nix::errno::Errno::EWOULDBLOCK => LockError::Held(run_dir.to_owned()),
-        other => LockError::Io(path.clone(), other.into()),
-    })?;
+    let began = Instant::now();
+    let mut file = file;
+    let locked = loop {
+        file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => break locked,
+            Err((file, Errno::EWOULDBLOCK)) if began.elapsed() < FORKED => file,
+            Err((_, Errno::EWOULDBLOCK)) => return Err(LockError::Held(run_dir.to_owned())),
+            Err((_, other)) => return Err(LockError::Io(path.clone(), other.into())),
+        };
+        sleep(Duration::from_millis(20));
+    };
     // For people who look; it is the lock that counts.
     let pid = format!("{}\n", std::process::id());
     locked
@@ -57,5 +73,17 @@ mod tests {
         assert!(matches!(lock(directory.path()), Err(LockError::Held(_))));
         drop(first);
         lock(directory.path()).unwrap();
+    }
+
+    #[test]
+    fn sv1_a_child_of_a_laird_that_was_killed_holds_up_the_next_one_for_a_moment_only() {
+        let directory = tempfile::tempdir().unwrap();
+        let child = lock(directory.path()).unwrap();
+        let let_go = std::thread::spawn(move || {
+            sleep(FORKED / 4);
+            drop(child);
+        });
+        lock(directory.path()).unwrap();
+        let_go.join().unwrap();
     }
 }

@@ -60,7 +60,7 @@ async fn cf5_a_vm_that_an_apply_adds_is_failed_where_there_is_no_memory() {
     host.running("a", &fleet);
     let client = host.serve(&fleet).await;
     std::fs::write(host.path("fleet.toml"), host.fleet(&VMS[..2])).unwrap();
-    let reply = client.apply(&lair_vmm::api::types::ApplyRequest { file: None }).await.unwrap();
+    let reply = client.apply(&lair_vmm::api::types::ApplyRequest::default()).await.unwrap();
     assert_eq!(reply.added, ["b"]);
     let b = until(&client, "b", "failed").await;
     assert!(b.detail.unwrap().contains("more than the budget of 1678MiB"));

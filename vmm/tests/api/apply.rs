@@ -5,7 +5,7 @@ use lair_vmm::{api::types::ApplyRequest, fleet::units::Size, host::tools};
 use std::fs;
 use tokio::io::AsyncWriteExt;
 
-const AGAIN: ApplyRequest = ApplyRequest { file: None };
+const AGAIN: ApplyRequest = ApplyRequest { file: None, dry_run: false };
 
 #[tokio::test]
 async fn cf5_warnings_come_with_the_answer_and_change_nothing_about_it() {

@@ -6,6 +6,9 @@
 
 mod admission;
 mod apply;
+mod connections;
+mod roles;
 #[path = "../common/store.rs"]
 mod store;
+mod streams;
 mod support;

@@ -4,6 +4,7 @@ use crate::store;
 use lair_vmm::{
     api::{
         client::Client,
+        limits::Limits,
         server,
         types::{ApiError, VmStatus},
     },
@@ -25,7 +26,12 @@ use lair_vmm::{
 };
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Output, time::Duration};
 use tempfile::TempDir;
-use tokio::{net::UnixListener, process::Command, time};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixListener,
+    process::Command,
+    time,
+};
 
 /// Of its memory VMs may have 1678 MiB: just enough for guests of 1024 and 512 MiB with their processes.
 pub(crate) const HOST: HostFacts = HostFacts { cpus: 2, memory: Size(2190 << 20) };
@@ -121,10 +127,18 @@ impl Host {
         let dirs = self.dirs().vm(name).unwrap();
         dirs.create().unwrap();
         record.write(&dirs.record()).unwrap();
+        // Nobody waits for a hypervisor that hangs up at once.
+        let control = UnixListener::bind(dirs.socket("qmp.sock")).unwrap();
+        tokio::spawn(async move { while control.accept().await.is_ok() {} });
     }
 
     /// Starts the supervisor with `fleet`, and serves its API.
     pub(crate) async fn serve(&self, fleet: &str) -> Client {
+        self.serve_within(Limits::default(), fleet).await
+    }
+
+    /// [`Self::serve`] with other limits.
+    pub(crate) async fn serve_within(&self, limits: Limits, fleet: &str) -> Client {
         let file = self.path("fleet.toml");
         fs::write(&file, fleet).unwrap();
         let host = host::Host {
@@ -138,19 +152,27 @@ impl Host {
         };
         let supervisor = Supervisor::start(self.dirs(), host, file, load(fleet)).await;
         let socket = self.dirs().api_socket();
-        tokio::spawn(server::serve(UnixListener::bind(&socket).unwrap(), supervisor));
+        tokio::spawn(server::serve_within(limits, UnixListener::bind(&socket).unwrap(), supervisor));
         Client::new(&socket)
     }
 
     /// Runs `vmctl` and waits for its end.
     pub(crate) async fn vmctl(&self, arguments: &[&str]) -> Output {
-        let vmctl = Command::new(env!("CARGO_BIN_EXE_vmctl"))
-            .arg("--socket")
-            .arg(self.dirs().api_socket())
-            .args(arguments)
-            .kill_on_drop(true)
-            .output();
-        time::timeout(LIMIT, vmctl).await.expect("vmctl does not end").unwrap()
+        let mut vmctl = self.vmctl_command(arguments);
+        time::timeout(LIMIT, vmctl.output()).await.expect("vmctl does not end").unwrap()
+    }
+
+    /// `vmctl`, to be run otherwise.
+    pub(crate) fn vmctl_command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmctl"));
+        command.arg("--socket").arg(self.dirs().api_socket()).args(arguments).kill_on_drop(true);
+        command
+    }
+
+    /// Sends bytes to the API, and gives what it answers until it closes the connection.
+    pub(crate) async fn raw(&self, request: &[u8]) -> String {
+        let stream = tokio::net::UnixStream::connect(self.dirs().api_socket()).await.unwrap();
+        answer(stream, request).await
     }
 
     /// What there is of a VM on disk, besides what [`Self::running`] makes.
@@ -172,6 +194,26 @@ impl Drop for Host {
             process.signal(nix::sys::signal::Signal::SIGKILL);
         }
     }
+}
+
+/// Sends bytes, and gives what is answered until the connection is closed.
+pub(crate) async fn answer(
+    mut stream: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    request: &[u8],
+) -> String {
+    let mut bytes = Vec::new();
+    let talk = async {
+        // The other end may have closed already.
+        let _ = stream.write_all(request).await;
+        let _ = stream.read_to_end(&mut bytes).await;
+    };
+    time::timeout(LIMIT, talk).await.expect("the connection stays open");
+    String::from_utf8(bytes).unwrap()
+}
+
+/// A request with a body.
+pub(crate) fn post(path: &str, body: &str) -> String {
+    format!("POST {path} HTTP/1.1\r\nhost: laird\r\ncontent-length: {}\r\n\r\n{body}", body.len())
 }
 
 /// The same fleet, of which `laird` starts nothing by itself.

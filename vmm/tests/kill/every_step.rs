@@ -44,7 +44,7 @@ impl Operation {
             if !taken {
                 match (self.ask)(&mut host) {
                     Ok(()) | Err(ClientError::Api(_)) => {}
-                    Err(error) => panic!("{error}"),
+                    Err(error) => panic!("{error}\n{}", host.log()),
                 }
             }
             host.settled(self.after).expect("laird does not end");

@@ -107,7 +107,9 @@ impl Host {
         let fleet = format!(
             "schema = 1\nhost = {{ accel = \"tcg\", limits = \"none\", users = \"shared\" }}\nstore.sources = [{{ root = \"{directory}/source\" }}]\n{vms}"
         );
-        fs::write(self.path("fleet.toml"), fleet).unwrap();
+        // In one go: a laird that is just starting may read it.
+        fs::write(self.path("fleet.new"), fleet).unwrap();
+        fs::rename(self.path("fleet.new"), self.path("fleet.toml")).unwrap();
     }
 
     /// Starts `laird`, to be killed at the given point.
@@ -135,6 +137,11 @@ impl Host {
     /// The process of `laird`.
     pub(crate) fn laird_pid(&self) -> nix::unistd::Pid {
         nix::unistd::Pid::from_raw(self.laird.as_ref().unwrap().id().cast_signed())
+    }
+
+    /// What `laird` said, all of them.
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.path("laird.log")).unwrap()
     }
 
     /// Whether `laird` has ended.
@@ -216,7 +223,7 @@ impl Host {
     }
 
     pub(crate) fn apply(&mut self) -> Result<(), ClientError> {
-        self.ask(async |client| client.apply(&ApplyRequest { file: None }).await.map(drop))
+        self.ask(async |client| client.apply(&ApplyRequest::default()).await.map(drop))
     }
 
     pub(crate) fn status(&mut self) -> Result<BTreeMap<String, VmStatus>, ClientError> {
@@ -233,11 +240,7 @@ impl Host {
                 if states == wanted {
                     return Some(vms);
                 }
-                assert!(
-                    began.elapsed() < LIMIT,
-                    "{states:?} does not become {wanted:?}\n{}",
-                    fs::read_to_string(self.path("laird.log")).unwrap()
-                );
+                assert!(began.elapsed() < LIMIT, "{states:?} does not become {wanted:?}\n{}", self.log());
             } else if self.is_dead() {
                 return None;
             }

@@ -7,3 +7,4 @@ mod check;
 #[path = "../common/store.rs"]
 mod store;
 mod support;
+mod usage;

@@ -23,6 +23,7 @@ use lair_vmm::{
     },
     supervisor::{Supervisor, shutdown},
 };
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<()> {
+    raise_descriptors();
     // Whatever it was started with: others may look into the run directory, and write nowhere.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let absolute = |path: PathBuf| std::path::absolute(path);
@@ -80,6 +82,15 @@ fn run(arguments: Arguments) -> Result<()> {
         .enable_all()
         .build()?
         .block_on(serve(dirs, host, fleet_file, loaded))
+}
+
+/// More connections than a service has descriptors by default (1024) must not keep VMs from being started.
+fn raise_descriptors() {
+    const WANTED: u64 = 16_384;
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // With fewer it works as well, up to that many connections and VMs.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, WANTED.min(hard).max(soft), hard);
+    }
 }
 
 /// Where VMs get their cgroups. A host that cannot limit them must be told that it need not.

@@ -47,7 +47,7 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> ExitCode {
     } else {
         on_pipes(context, &arguments.vm, exec).await
     };
-    outcome.unwrap_or_else(|error| error.report_as(FAILED))
+    outcome.unwrap_or_else(|error| error.report_as(FAILED, context.json))
 }
 
 async fn on_pipes(context: &Context, vm: &str, exec: Exec) -> Result<ExitCode, CommandError> {

@@ -1,6 +1,8 @@
 //! `vmctl`: the operator's command. A client of `laird`'s API and of the shims' sessions, nothing else.
 
 mod apply;
+mod audit;
+mod change;
 mod check;
 mod completions;
 mod connect;
@@ -8,18 +10,18 @@ mod console;
 mod doctor;
 mod error;
 mod escape;
+mod events;
 mod exec;
 mod guest;
 mod interactive;
 mod logs;
 mod man;
+mod metrics;
 mod output;
 mod schema;
 mod session;
 mod shell;
-mod start;
 mod status;
-mod stop;
 mod terminal;
 mod wait;
 
@@ -49,7 +51,7 @@ pub(crate) struct Arguments {
         help_heading = EVERY_VERB
     )]
     socket: Option<PathBuf>,
-    /// Print one JSON document with stable field names (status, apply, check, doctor)
+    /// Print JSON with stable field names: one document, or one a line where it goes on; errors too
     #[arg(long, global = true, help_heading = EVERY_VERB)]
     json: bool,
     #[command(subcommand)]
@@ -64,7 +66,7 @@ enum Verb {
     /// of it is being removed), `waiting` (it failed, and is started again after a pause), `failed` (it is down and should not be, and is
     /// not started again by itself; the reason is below the table) or `quarantined` (what was recorded of it is not to be trusted, so
     /// nothing of it is touched; stop it, which looks again). A `*` behind it: the fleet file has changed, and it follows when it is
-    /// stopped and started.
+    /// restarted.
     ///
     /// In LINKS, `NAME>` is a link by which the VM connects, `>NAME` one by which it is reached.
     Status(status::Arguments),
@@ -72,12 +74,22 @@ enum Verb {
     ///
     /// A start is refused where the host has not enough memory left, where a program is missing, and where the VM is up already. It
     /// returns once the start is taken; whether the guest becomes ready shows in `vmctl status`, or with --wait.
-    Start(start::Arguments),
+    Start(change::Arguments),
     /// Stop VMs: ask the guest, then press its power button, then end the hypervisor
     ///
     /// The guest's agent has 20 s to power off, the power button 5 s, the hypervisor 10 s to end; then it is killed. It returns once the
     /// stop is taken, or with --wait when the VM is down.
-    Stop(stop::Arguments),
+    Stop(change::Arguments),
+    /// Stop VMs and start them again, with what the fleet file says now
+    ///
+    /// Each is stopped as by `vmctl stop`, and started as soon as it is down; one that is down is started. With --wait it returns when
+    /// the VM is ready again.
+    Restart(change::Arguments),
+    /// End VMs at once, without asking their guests
+    ///
+    /// It is like pulling the plug: the guest loses what it has not written. For a guest that hangs `vmctl stop` does the same in the
+    /// end.
+    Kill(change::Arguments),
     /// Print a VM's console log
     ///
     /// It is kept over starts and stops; what was written before its last rotation comes first. Control characters of the guest
@@ -105,10 +117,25 @@ enum Verb {
     Console(console::Arguments),
     /// Connect standard input and output to a vsock port of a VM
     Connect(connect::Arguments),
+    /// Print what happens: VMs that change their state, fleets that are applied
+    ///
+    /// Begins with the last thousand events or so since laird started. Times are UTC. Where events are missing, because there were too
+    /// many, a line says how many.
+    Events(events::Arguments),
+    /// Print who asked for what, and what went over links and sessions
+    ///
+    /// One line for each attempt, refusals included, and for each connection over a link and each session when it ends: time (UTC), user,
+    /// what, VM, verdict, and more about it. Reads are recorded only where they are refused, apart from console logs and the audit log
+    /// itself. It takes the role `administer`.
+    Audit(audit::Arguments),
+    /// Print counters for Prometheus, in OpenMetrics' text format
+    Metrics,
     /// Make a fleet file the fleet: new VMs start, removed VMs stop, links change at once
     ///
-    /// A VM that is otherwise changed runs on as it is, and follows when it is stopped and started; `vmctl status` marks it. All is
+    /// A VM that is otherwise changed runs on as it is, and follows when it is restarted; `vmctl status` marks it. All is
     /// checked first, as by `vmctl check`: a file with a problem changes nothing (exit status 2).
+    ///
+    /// `+` is new, `-` is gone, `~` is changed; below it the keys that differ.
     Apply(apply::Arguments),
     /// Check a fleet file for this host; needs no running laird
     ///
@@ -116,8 +143,8 @@ enum Verb {
     /// told as well and are no failure. Also looked at is whether the host has what the file names: stores, kernels, modules, roots,
     /// credentials.
     Check(check::Arguments),
-    /// Print the JSON Schema of the fleet file
-    Schema,
+    /// Print the JSON Schema of the fleet file, or the OpenAPI document of laird's API
+    Schema(schema::Arguments),
     /// Check this host point by point, and say how to mend each; needs no running laird
     ///
     /// `warning`: Lair works, with less or with a risk. `bad`: VMs do not start as the host is set up, and the exit status is 1. What the fleet
@@ -154,27 +181,32 @@ fn main() -> ExitCode {
     let context = Context { client: Client::new(&socket), socket, json: arguments.json };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return CommandError::failed(format!("Cannot start: {error}")).report(),
+        Err(error) => return CommandError::failed(format!("Cannot start: {error}")).report(context.json),
     };
     let outcome = runtime.block_on(run(arguments.verb, &context));
     // A read of standard input cannot be cancelled; it must not hold up the end.
     runtime.shutdown_background();
-    outcome.unwrap_or_else(|error| error.report())
+    outcome.unwrap_or_else(|error| error.report(context.json))
 }
 
 async fn run(verb: Verb, context: &Context) -> Result<ExitCode, CommandError> {
     match verb {
         Verb::Status(arguments) => status::run(arguments, context).await,
-        Verb::Start(arguments) => start::run(arguments, context).await,
-        Verb::Stop(arguments) => stop::run(arguments, context).await,
+        Verb::Start(arguments) => change::run(change::Verb::Start, arguments, context).await,
+        Verb::Stop(arguments) => change::run(change::Verb::Stop, arguments, context).await,
+        Verb::Restart(arguments) => change::run(change::Verb::Restart, arguments, context).await,
+        Verb::Kill(arguments) => change::run(change::Verb::Kill, arguments, context).await,
         Verb::Logs(arguments) => logs::run(arguments, context).await,
         Verb::Exec(arguments) => Ok(exec::run(arguments, context).await),
         Verb::Shell(arguments) => Ok(shell::run(arguments, context).await),
         Verb::Console(arguments) => console::run(arguments, context).await,
         Verb::Connect(arguments) => connect::run(arguments, context).await,
+        Verb::Events(arguments) => events::run(arguments, context).await,
+        Verb::Audit(arguments) => audit::run(arguments, context).await,
+        Verb::Metrics => metrics::run(context).await,
         Verb::Apply(arguments) => apply::run(arguments, context).await,
         Verb::Check(arguments) => check::run(&arguments, context),
-        Verb::Schema => schema::run(),
+        Verb::Schema(arguments) => schema::run(&arguments),
         Verb::Doctor(arguments) => doctor::run(arguments, context).await,
         Verb::Man(arguments) => man::run(&arguments),
         Verb::Completions(arguments) => completions::run(&arguments),

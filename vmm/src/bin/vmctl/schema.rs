@@ -3,7 +3,18 @@
 use crate::error::CommandError;
 use std::process::ExitCode;
 
-pub(crate) fn run() -> Result<ExitCode, CommandError> {
-    println!("{}", lair_vmm::fleet::json_schema());
+#[derive(Debug, clap::Args)]
+pub(crate) struct Arguments {
+    /// Print the OpenAPI document of laird's API instead
+    #[arg(long)]
+    api: bool,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<ExitCode, CommandError> {
+    if arguments.api {
+        println!("{:#}", lair_vmm::api::openapi::document());
+    } else {
+        println!("{}", lair_vmm::fleet::json_schema());
+    }
     Ok(ExitCode::SUCCESS)
 }

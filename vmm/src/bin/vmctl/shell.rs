@@ -13,5 +13,5 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(arguments: Arguments, context: &Context) -> ExitCode {
     let shell = Exec { command: vec![], environment: BTreeMap::new(), terminal: None };
     let outcome = exec::on_terminal(context, &arguments.vm, shell).await;
-    outcome.unwrap_or_else(|error| error.report_as(exec::FAILED))
+    outcome.unwrap_or_else(|error| error.report_as(exec::FAILED, context.json))
 }

@@ -43,6 +43,13 @@ pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<(), CommandErr
     Ok(())
 }
 
+/// Prints one JSON object on a line.
+pub(crate) fn print_json_line(value: &impl serde::Serialize) -> Result<(), CommandError> {
+    let text = serde_json::to_string(value).map_err(|error| CommandError::failed(error.to_string()))?;
+    println!("{text}");
+    Ok(())
+}
+
 fn age(vm: &VmStatus, now: jiff::Timestamp) -> String {
     duration(now.as_second().saturating_sub(vm.since.as_second()))
 }
@@ -85,7 +92,7 @@ fn print_host(host: &HostStatus, now: jiff::Timestamp) -> Result<(), CommandErro
 fn notes(host: &HostStatus) -> Vec<String> {
     let mut notes = Vec::new();
     if host.vms.iter().any(|vm| vm.pending_restart) {
-        notes.push("* runs with an earlier fleet file; stop and start it to follow".into());
+        notes.push("* runs with an earlier fleet file; `vmctl restart` makes it follow".into());
     }
     if let Some(applied) = &host.applied {
         let file = host.fleet_file.display();
@@ -136,7 +143,7 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
         facts.extend(guest::figures(figures, now));
     }
     if vm.pending_restart {
-        facts.push(("pending", "the fleet file has changed; stop and start it to follow".into()));
+        facts.push(("pending", "the fleet file has changed; `vmctl restart` makes it follow".into()));
     }
     for (part, pid) in &vm.processes {
         facts.push(("process", format!("{pid} {part}")));

@@ -1,56 +1,24 @@
 //! Waiting for VMs, with a line that says so on a terminal.
 
-use crate::{Context, error::CommandError, output::harmless};
-use lair_vmm::api::types::VmStatus;
+use crate::output::harmless;
+use lair_vmm::api::types::Progress;
 use std::{
+    collections::BTreeMap,
     io::{IsTerminal, Write},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-/// How often a VM is asked for its state.
-const POLL: Duration = Duration::from_millis(200);
-
-/// Waits until `done` says yes to the VM's state. A VM that fails meanwhile is an error.
-pub(crate) async fn until(
-    context: &Context,
-    vm: &str,
-    wanted: &str,
-    deadline: Instant,
-    done: impl Fn(&VmStatus) -> bool,
-) -> Result<(), CommandError> {
-    let began = Instant::now();
-    let mut line = Line { shown: false };
-    loop {
-        let status = context.client.vm(vm).await?;
-        if done(&status) {
-            return Ok(());
-        }
-        let detail = status.detail.as_deref().unwrap_or("no reason recorded");
-        if matches!(status.state.as_str(), "failed" | "quarantined") {
-            return Err(CommandError::failed(format!("VM {vm} {}: {detail}", status.state)));
-        }
-        if Instant::now() >= deadline {
-            let state = &status.state;
-            return Err(CommandError::timed_out(format!(
-                "VM {vm} is {state}, not {wanted}, after {:?}",
-                began.elapsed()
-            )));
-        }
-        if began.elapsed() > Duration::from_secs(1) {
-            let detail = status.detail.map(|detail| format!(" ({detail})")).unwrap_or_default();
-            line.show(&format!("{vm}: {}{detail}, {}s", status.state, began.elapsed().as_secs()));
-        }
-        tokio::time::sleep(POLL).await;
-    }
-}
+/// The most characters of the line: terminals have 80 columns.
+const WIDTH: usize = 79;
 
 /// One line on the terminal that is written over, and gone in the end.
-struct Line {
+#[derive(Debug, Default)]
+pub(crate) struct Line {
     shown: bool,
 }
 
 impl Line {
-    fn show(&mut self, text: &str) {
+    pub(crate) fn show(&mut self, text: &str) {
         let mut terminal = std::io::stderr();
         if terminal.is_terminal() {
             let _ = write!(terminal, "\r\x1b[K{}", harmless(text));
@@ -68,6 +36,22 @@ impl Drop for Line {
     }
 }
 
+/// How far the VMs are, on one line.
+pub(crate) fn summary(vms: &BTreeMap<String, Progress>, elapsed: Duration) -> String {
+    let vm = |progress: &Progress| {
+        let detail = progress.detail.as_ref().map(|detail| format!(" ({detail})")).unwrap_or_default();
+        format!("{}: {}{detail}", progress.vm, progress.state)
+    };
+    let mut text: String = vms.values().map(vm).collect::<Vec<_>>().join(", ");
+    let seconds = format!("  {}s", elapsed.as_secs());
+    let room = WIDTH.saturating_sub(seconds.len());
+    if text.chars().count() > room {
+        text = text.chars().take(room.saturating_sub(3)).collect();
+        text.push_str("...");
+    }
+    text + &seconds
+}
+
 /// Options of verbs that wait.
 #[derive(Debug, clap::Args)]
 pub(crate) struct WaitArguments {
@@ -80,9 +64,36 @@ pub(crate) struct WaitArguments {
 }
 
 impl WaitArguments {
-    /// Until when to wait, if at all.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        (self.wait || self.timeout.is_some())
-            .then(|| Instant::now() + Duration::from_secs(self.timeout.unwrap_or(600).min(1 << 20)))
+    /// How long to wait, in seconds, if at all.
+    pub(crate) fn seconds(&self) -> Option<u64> {
+        (self.wait || self.timeout.is_some()).then(|| self.timeout.unwrap_or(600))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_waited_for_fits_on_a_line() {
+        let progress = |vm: &str, detail: Option<&str>| Progress {
+            vm: vm.into(),
+            state: "starting".into(),
+            detail: detail.map(Into::into),
+            elapsed_ms: 0,
+            outcome: None,
+        };
+        let mut vms = BTreeMap::new();
+        for (vm, detail) in [("builder", Some("index")), ("cache", None)] {
+            vms.insert(vm.to_owned(), progress(vm, detail));
+        }
+        let text = summary(&vms, Duration::from_secs(12));
+        assert_eq!(text, "builder: starting (index), cache: starting  12s");
+        for number in 0..20 {
+            vms.insert(number.to_string(), progress(&number.to_string(), None));
+        }
+        let text = summary(&vms, Duration::from_secs(600));
+        assert_eq!(text.len(), WIDTH);
+        assert!(text.ends_with("...  600s"), "{text}");
     }
 }

@@ -350,3 +350,14 @@ fn what_a_vm_runs_must_be_in_its_view() {
     vm.services[0].command[0] = "/bin/httpd".into();
     assert_eq!(view::outside(&vm, |whole| whole == profile), []);
 }
+
+#[test]
+fn cl3_names_in_access_and_where_metrics_are() {
+    insta::assert_snapshot!(said_of_changes(&[
+        ("view = [\"@monitoring\"]", "view = [\"@\", \"a b\", \"-x\", \"@4000\", \"alice\", \"alice\"]"),
+        ("view = [\"@monitoring\"]", "veiw = [\"x\"]"),
+        ("administer = [\"@wheel\"]", "administer = \"@wheel\""),
+        ("listen = \"127.0.0.1:9110\"", "listen = \"0.0.0.0:9110\""),
+        ("listen = \"127.0.0.1:9110\"", "listen = \"/run/metrics.sock\""),
+    ]));
+}

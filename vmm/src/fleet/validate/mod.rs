@@ -2,6 +2,7 @@
 //!
 //! Everything wrong is found in one go.
 
+mod access;
 mod link;
 mod vm;
 
@@ -79,6 +80,11 @@ pub(super) fn fleet(fleet: &Fleet, host: &HostFacts) -> Verdict {
         vm::check(name, vm, &root.key("vms").key(name), host, &mut verdict);
     }
     link::check_all(fleet, &root.key("links"), &mut verdict);
+    access::check(&fleet.access, &root.key("access"), &mut verdict);
+    if let Some(listen) = &fleet.metrics.listen {
+        let checked = super::names::loopback(listen).map(drop);
+        verdict.value(&root.key("metrics").key("listen"), checked);
+    }
     memory(fleet, &root.key("vms"), host, &mut verdict);
     verdict
 }

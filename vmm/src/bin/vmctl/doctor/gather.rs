@@ -253,8 +253,8 @@ fn elsewhere(state: &Path) -> Vec<PathBuf> {
 }
 
 async fn laird(client: &Client, dirs: &Dirs) -> Laird {
-    match timeout(ANSWER, client.status()).await {
-        Ok(Ok(host)) => Laird::Answers(harmless(&host.version).into_owned()),
+    match timeout(ANSWER, client.version()).await {
+        Ok(Ok(version)) => Laird::Answers(harmless(&version.laird).into_owned()),
         Ok(Err(ClientError::Down(socket))) => Laird::Down(socket),
         Ok(Err(ClientError::Denied(socket))) => Laird::Denied(socket),
         Ok(Err(error)) => Laird::Odd(harmless(&lair_vmm::error::chain(&error)).into_owned()),

@@ -1,0 +1,360 @@
+//! Counters in Prometheus' text format (OpenMetrics). The number of series is bounded by that of VMs and links.
+
+use super::{
+    limits::{COUNTERS, STORE_STATS},
+    types::HostStatus,
+    usage::Usage,
+};
+use crate::{shim::protocol::LinkCounters, state::dirs::Dirs};
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{
+        counter::Counter,
+        family::Family,
+        gauge::Gauge,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::{Registry, Unit},
+};
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::atomic::{AtomicI64, AtomicU64},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+    task::JoinSet,
+    time::timeout,
+};
+
+/// The media type of [`text`].
+pub(super) const MEDIA_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// All states of a VM; one gauge each.
+const STATES: [&str; 9] =
+    ["stopped", "starting", "booting", "ready", "stopping", "cleaning", "waiting", "failed", "quarantined"];
+
+type Labels = Vec<(&'static str, String)>;
+type Counts = Family<Labels, Counter<u64, AtomicU64>>;
+type Seconds = Family<Labels, Counter<f64, AtomicU64>>;
+type Gauges = Family<Labels, Gauge<i64, AtomicI64>>;
+
+fn of(vm: &str) -> Labels {
+    vec![("vm", vm.to_owned())]
+}
+
+/// What is counted while `laird` runs.
+#[derive(Debug)]
+pub struct Stats {
+    starts: Counts,
+    failures: Counts,
+    ready: Histogram,
+}
+
+impl Default for Stats {
+    fn default() -> Self {
+        Self {
+            starts: Counts::default(),
+            failures: Counts::default(),
+            // 0.1 s to 7 minutes: a guest under emulation takes long.
+            ready: Histogram::new(exponential_buckets(0.1, 2.0, 13)),
+        }
+    }
+}
+
+impl Stats {
+    /// A VM is known from now on.
+    pub fn known(&self, vm: &str) {
+        drop(self.starts.get_or_create(&of(vm)));
+        drop(self.failures.get_or_create(&of(vm)));
+    }
+
+    /// A VM begins to start.
+    pub fn started(&self, vm: &str) {
+        self.starts.get_or_create(&of(vm)).inc();
+    }
+
+    /// A VM failed.
+    pub fn failed(&self, vm: &str) {
+        self.failures.get_or_create(&of(vm)).inc();
+    }
+
+    /// A VM became ready, so many seconds after it began to start.
+    pub fn ready(&self, seconds: f64) {
+        self.ready.observe(seconds);
+    }
+
+    /// A VM is no longer known.
+    pub fn forget(&self, vm: &str) {
+        self.starts.remove(&of(vm));
+        self.failures.remove(&of(vm));
+    }
+}
+
+/// What `laird` counts of itself.
+#[derive(Debug, Default)]
+pub(super) struct Own {
+    pub(super) allowed: u64,
+    pub(super) refused: u64,
+    pub(super) unwritten: u64,
+    pub(super) log_dropped: u64,
+    pub(super) connections: usize,
+    pub(super) connections_dropped: u64,
+    pub(super) connections_refused: u64,
+    pub(super) surplus_descriptors: u64,
+}
+
+/// What else is known at the moment.
+#[derive(Debug, Default)]
+pub(super) struct Seen {
+    /// Memory and CPU of processes: the VM's name, or none for `laird`; the part; what it uses.
+    pub(super) usage: Vec<(Option<String>, String, Usage)>,
+    /// Requests that each VM's store backend had.
+    pub(super) store: Vec<(String, u64)>,
+}
+
+/// All metrics as text.
+pub(super) fn text(host: &HostStatus, stats: &Stats, own: &Own, seen: &Seen) -> String {
+    let mut registry = Registry::with_prefix("lair");
+    of_vms(host, stats, &mut registry);
+    of_links(host, &mut registry);
+    of_processes(seen, &mut registry);
+    of_laird(host, own, &mut registry);
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = encode(&mut text, &registry);
+    text
+}
+
+fn of_vms(host: &HostStatus, stats: &Stats, registry: &mut Registry) {
+    let (states, pending) = (Gauges::default(), Gauges::default());
+    let (restarts, reboots) = (Gauges::default(), Counts::default());
+    let (memory, cpus) = (Gauges::default(), Gauges::default());
+    for vm in &host.vms {
+        for state in STATES {
+            let labels = vec![("vm", vm.name.clone()), ("state", state.into())];
+            states.get_or_create(&labels).set(i64::from(vm.state == state));
+        }
+        states.get_or_create(&vec![("vm", vm.name.clone()), ("state", vm.state.clone())]).set(1);
+        pending.get_or_create(&of(&vm.name)).set(i64::from(vm.pending_restart));
+        restarts.get_or_create(&of(&vm.name)).set(i64::from(vm.restarts));
+        reboots.get_or_create(&of(&vm.name)).inc_by(vm.reboots);
+        memory.get_or_create(&of(&vm.name)).set(i64::try_from(vm.memory.0).unwrap_or(i64::MAX));
+        cpus.get_or_create(&of(&vm.name)).set(i64::from(vm.vcpus));
+    }
+    registry.register("vm_state", "1 for the state that the VM is in, 0 for all others", states);
+    registry.register(
+        "vm_pending_restart",
+        "Whether the fleet file differs from what the VM runs with",
+        pending,
+    );
+    registry.register_with_unit("vm_memory", "What the VM is given", Unit::Bytes, memory);
+    registry.register("vm_vcpus", "Virtual CPUs", cpus);
+    let help = "Starts by itself since an operator started it, or since it was last ready for long";
+    registry.register("vm_restarts", help, restarts);
+    registry.register("vm_reboots", "Reboots of the guest since laird watches it", reboots);
+    registry.register("vm_starts", "Starts since laird started", stats.starts.clone());
+    registry.register("vm_failures", "Failures since laird started", stats.failures.clone());
+    let help = "From the beginning of a start to ready, of all VMs since laird started";
+    registry.register_with_unit("vm_start_to_ready", help, Unit::Seconds, stats.ready.clone());
+}
+
+fn of_links(host: &HostStatus, registry: &mut Registry) {
+    let labels = |link: &LinkCounters| -> Labels {
+        vec![("link", link.link.clone()), ("from", link.from.clone()), ("to", link.to.clone())]
+    };
+    let counts = |value: fn(&LinkCounters) -> u64| {
+        let family = Counts::default();
+        for link in host.vms.iter().flat_map(|vm| &vm.counters) {
+            family.get_or_create(&labels(link)).inc_by(value(link));
+        }
+        family
+    };
+    registry.register("link_connections", "Connections opened over a link", counts(|l| l.connections));
+    registry.register("link_refused", "Connections refused", counts(|l| l.refused));
+    let help = "Bytes from the side that opened the connection";
+    registry.register_with_unit("link_sent", help, Unit::Bytes, counts(|l| l.bytes_out));
+    let help = "Bytes to the side that opened the connection";
+    registry.register_with_unit("link_received", help, Unit::Bytes, counts(|l| l.bytes_in));
+    let open = Gauges::default();
+    for link in host.vms.iter().flat_map(|vm| &vm.counters) {
+        let number = i64::try_from(link.open).unwrap_or(i64::MAX);
+        open.get_or_create(&labels(link)).set(number);
+    }
+    registry.register("link_open", "Connections that are open", open);
+}
+
+fn of_processes(seen: &Seen, registry: &mut Registry) {
+    let (memory, cpu) = (Gauges::default(), Seconds::default());
+    for (vm, part, usage) in &seen.usage {
+        let labels = vec![("vm", vm.clone().unwrap_or_default()), ("part", part.clone())];
+        memory.get_or_create(&labels).set(i64::try_from(usage.resident).unwrap_or(i64::MAX));
+        cpu.get_or_create(&labels).inc_by(usage.cpu_seconds);
+    }
+    let help = "Resident memory of a process; of a hypervisor also what its guest has touched";
+    registry.register_with_unit("process_resident", help, Unit::Bytes, memory);
+    registry.register_with_unit("process_cpu", "CPU time of a process", Unit::Seconds, cpu);
+    let store = Counts::default();
+    for (vm, requests) in &seen.store {
+        store.get_or_create(&of(vm)).inc_by(*requests);
+    }
+    registry.register("store_requests", "Requests that the VM's store backend had", store);
+}
+
+fn of_laird(host: &HostStatus, own: &Own, registry: &mut Registry) {
+    let info = Gauges::default();
+    info.get_or_create(&vec![("version", host.version.clone())]).set(1);
+    registry.register("build", "The version of laird", info);
+    let attempts = Counts::default();
+    for (verdict, number) in [("allowed", own.allowed), ("refused", own.refused)] {
+        attempts.get_or_create(&vec![("verdict", verdict.into())]).inc_by(number);
+    }
+    registry.register(
+        "audit_attempts",
+        "Attempts that the audit log is for, those counted included",
+        attempts,
+    );
+    for (name, help, number) in [
+        ("audit_unwritten", "Records of the audit log that no disk has", own.unwritten),
+        ("api_connections_dropped", "Idle connections that gave way", own.connections_dropped),
+        ("api_connections_refused", "Connections for which there was no slot", own.connections_refused),
+        ("api_surplus_descriptors", "Messages with descriptors, which were closed", own.surplus_descriptors),
+    ] {
+        let counter = Counter::<u64>::default();
+        counter.inc_by(number);
+        registry.register(name, help, counter);
+    }
+    let dropped = Counter::<u64>::default();
+    dropped.inc_by(own.log_dropped);
+    let help = "Bytes of console logs that readers were too slow for";
+    registry.register_with_unit("log_dropped", help, Unit::Bytes, dropped);
+    let connections = Gauge::<i64>::default();
+    connections.set(i64::try_from(own.connections).unwrap_or(i64::MAX));
+    registry.register("api_connections", "Connections to the API that are open", connections);
+}
+
+/// The number of requests that the store backends of these VMs had. One that does not answer in time is left out.
+pub(super) async fn store_requests(dirs: &Dirs, vms: impl Iterator<Item = &str>) -> Vec<(String, u64)> {
+    let mut asked = JoinSet::new();
+    for vm in vms.map(str::to_owned).collect::<BTreeSet<_>>() {
+        let Ok(dirs) = dirs.vm(&vm) else { continue };
+        let socket = dirs.socket("store-control.sock");
+        asked.spawn(async move { Some((vm, timeout(COUNTERS, requests(&socket)).await.ok()??)) });
+    }
+    asked.join_all().await.into_iter().flatten().collect()
+}
+
+async fn requests(socket: &Path) -> Option<u64> {
+    let mut stream = UnixStream::connect(socket).await.ok()?;
+    stream.write_all(b"stats\n").await.ok()?;
+    let mut text = String::new();
+    stream.take(STORE_STATS).read_to_string(&mut text).await.ok()?;
+    Some(sum(&text))
+}
+
+fn sum(text: &str) -> u64 {
+    let samples = text.lines().filter_map(|line| line.strip_prefix("lair_virtiofs_requests_total{"));
+    samples.filter_map(|line| line.rsplit_once(' ')?.1.parse().ok()).fold(0, u64::saturating_add)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        api::types::VmStatus,
+        fleet::{
+            schema::{Limits, Role, Users},
+            units::Size,
+        },
+        host::facts::Engine,
+        vm::machine::Wanted,
+    };
+    use std::collections::BTreeMap;
+
+    #[test]
+    fn every_metric_has_its_type_its_help_and_bounded_labels() {
+        let link = LinkCounters {
+            link: "web".into(),
+            from: "host".into(),
+            to: "/run/a\"b\\c\nd.sock".into(),
+            connections: 3,
+            open: 1,
+            refused: 2,
+            bytes_out: 40,
+            bytes_in: 50,
+        };
+        let vm = VmStatus {
+            name: "a".into(),
+            role: Role::Plain,
+            state: "ready".into(),
+            detail: None,
+            since: jiff::Timestamp::UNIX_EPOCH,
+            wanted: Wanted::Running,
+            failure: None,
+            restarts: 0,
+            reboots: 0,
+            last_stop: None,
+            adoption: None,
+            vcpus: 2,
+            memory: Size(1 << 30),
+            view: None,
+            boot_ms: None,
+            pending_restart: true,
+            processes: BTreeMap::new(),
+            links: vec![],
+            counters: vec![link],
+            trace: vec![],
+            guest: None,
+            agent_silent_since: None,
+        };
+        let host = HostStatus {
+            version: "0.0.0".into(),
+            fleet_file: "/f".into(),
+            applied: None,
+            engine: Engine::Tcg,
+            root: false,
+            users: Users::Shared,
+            limits: Limits::None,
+            vms: vec![vm],
+        };
+        let stats = Stats::default();
+        for vm in ["a", "gone"] {
+            stats.known(vm);
+            stats.started(vm);
+        }
+        stats.forget("gone");
+        stats.ready(3.5);
+        let own = Own { allowed: 5, refused: 6, unwritten: 1, connections: 2, ..Own::default() };
+        let seen = Seen {
+            usage: vec![
+                (None, "laird".into(), Usage { resident: 1024, cpu_seconds: 0.5 }),
+                (Some("a".into()), "hypervisor".into(), Usage { resident: 2048, cpu_seconds: 2.5 }),
+            ],
+            store: vec![("a".into(), 9)],
+        };
+        // A family's samples come in no order.
+        let text = text(&host, &stats, &own, &seen);
+        let mut families: Vec<Vec<&str>> = vec![];
+        for line in text.lines() {
+            if line.starts_with("# HELP") || line == "# EOF" {
+                families.push(vec![]);
+            }
+            families.last_mut().unwrap().push(line);
+        }
+        for family in &mut families {
+            if !family.iter().any(|line| line.contains("_bucket")) {
+                family.sort_unstable();
+            }
+        }
+        insta::assert_snapshot!(families.concat().join("\n"));
+    }
+
+    #[test]
+    fn requests_of_all_operations_are_one_number() {
+        let text = "# TYPE lair_virtiofs_requests_total counter\n\
+            lair_virtiofs_requests_total{opcode=\"lookup\"} 7\nlair_virtiofs_errors_total{opcode=\"lookup\"} 100\n\
+            lair_virtiofs_requests_total{opcode=\"read\"} 5\nlair_virtiofs_requests_total{opcode=\"x\"} many\n";
+        assert_eq!(sum(text), 12);
+    }
+}
