@@ -23,6 +23,7 @@ mod session;
 mod shell;
 mod status;
 mod terminal;
+mod top;
 mod wait;
 
 use clap::{Parser, Subcommand};
@@ -145,6 +146,15 @@ enum Verb {
     Check(check::Arguments),
     /// Print the JSON Schema of the fleet file, or the OpenAPI document of laird's API
     Schema(schema::Arguments),
+    /// Show what the VMs use, each second
+    ///
+    /// CPU% is of one processor, all processes of a VM together. MEMORY is what its hypervisor has, with all of the guest's memory that was
+    /// touched, and what the guest is given. STORE/S is requests to its store, IN/S and OUT/S bytes that its links carry, whoever opened
+    /// them (K, M and G are powers of 1024). SINCE is how long it has been in its state.
+    ///
+    /// Keys: q ends, s sorts by the next column, the arrows select a VM, about which the line at the bottom says more. With --json it prints a
+    /// line each second and needs no terminal.
+    Top(top::Arguments),
     /// Check this host point by point, and say how to mend each; needs no running laird
     ///
     /// `warning`: Lair works, with less or with a risk. `bad`: VMs do not start as the host is set up, and the exit status is 1. What the fleet
@@ -207,6 +217,7 @@ async fn run(verb: Verb, context: &Context) -> Result<ExitCode, CommandError> {
         Verb::Apply(arguments) => apply::run(arguments, context).await,
         Verb::Check(arguments) => check::run(&arguments, context),
         Verb::Schema(arguments) => schema::run(&arguments),
+        Verb::Top(arguments) => top::run(arguments, context).await,
         Verb::Doctor(arguments) => doctor::run(arguments, context).await,
         Verb::Man(arguments) => man::run(&arguments),
         Verb::Completions(arguments) => completions::run(&arguments),
