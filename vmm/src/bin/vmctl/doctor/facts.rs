@@ -62,8 +62,10 @@ pub(super) struct FleetFile {
 #[derive(Debug)]
 pub(super) enum FleetContent {
     Missing,
-    /// The first problem, and how many more there are.
+    /// The first problem, and how many more there are: it is no fleet file.
     Wrong(String, usize),
+    /// The same, where it is a fleet file and the host lacks what it names.
+    Lacking(String, usize),
     /// So many VMs.
     Good(usize),
 }

@@ -120,9 +120,10 @@ fn fleet_file(path: PathBuf, host: Option<&HostFacts>) -> FleetFile {
         Some(Err(problems)) => {
             let more = problems.problems.len().saturating_sub(1).saturating_add(problems.omitted);
             let first = problems.problems.first().map(ToString::to_string).unwrap_or_default();
-            // What it says of the host counts also where the host lacks what it names.
-            let loaded = host.and_then(|host| fleet::load_file(&path, host).ok());
-            (FleetContent::Wrong(first, more), loaded.map(|loaded| loaded.fleet.host).unwrap_or_default())
+            match host.and_then(|host| fleet::load_file(&path, host).ok()) {
+                Some(loaded) => (FleetContent::Lacking(first, more), loaded.fleet.host),
+                None => (FleetContent::Wrong(first, more), schema::Host::default()),
+            }
         }
     };
     FleetFile { path, content, host: settings }
@@ -330,7 +331,7 @@ mod tests {
         fs::write(&path, text).unwrap();
         let file = file();
         assert!(
-            matches!(&file.content, FleetContent::Wrong(first, 0) if first.contains("source")),
+            matches!(&file.content, FleetContent::Lacking(first, 0) if first.contains("source")),
             "{file:?}"
         );
         assert_eq!(file.host.accel, schema::Accel::Tcg);

@@ -282,15 +282,21 @@ fn fleet(facts: &Facts) -> Point {
             format!("{file} is missing"),
             "write one (vmctl schema says what may be in it)",
         ),
-        FleetContent::Wrong(first, more) => {
-            let more = if *more == 0 { String::new() } else { format!(", and {more} more") };
-            bad(
-                "fleet file",
-                format!("{first}{more}"),
-                format!("vmctl check {file} tells all; laird does not start with it"),
-            )
-        }
+        FleetContent::Wrong(first, more) => bad(
+            "fleet file",
+            format!("{first}{}", others(*more)),
+            format!("vmctl check {file} tells all; laird does not start with it"),
+        ),
+        FleetContent::Lacking(first, more) => warning(
+            "fleet file",
+            format!("{first}{}; a VM that needs it does not start", others(*more)),
+            format!("vmctl check {file} tells all"),
+        ),
     }
+}
+
+fn others(more: usize) -> String {
+    if more == 0 { String::new() } else { format!(", and {more} more") }
 }
 
 fn laird(facts: &Facts) -> Point {

@@ -11,10 +11,10 @@ mod tests;
 use crate::{
     Context,
     error::CommandError,
-    output::{count, print_table, state_cell, table, width},
+    output::{count, print_table, print_text, state_cell, table_within, width},
     status,
 };
-use comfy_table::{Cell, ContentArrangement, Table};
+use comfy_table::{Cell, Table};
 use judge::{Point, Verdict};
 use lair_vmm::state::dirs::Dirs;
 use serde::Serialize;
@@ -50,8 +50,10 @@ pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitC
     if context.json {
         status::print_json(&report)?;
     } else {
-        print_table(&shown(&report.points, width()))?;
-        println!("\n{}", summary(&report));
+        // Longer lines are hard to read.
+        print_table(&shown(&report.points, width().map(|width| width.min(120))))?;
+        println!();
+        print_text(&summary(&report))?;
     }
     Ok(if report.bad == 0 { ExitCode::SUCCESS } else { ExitCode::from(1) })
 }
@@ -64,11 +66,7 @@ fn report(points: Vec<Point>) -> Report {
 
 /// As wide as that, if there is a width; otherwise one line for each finding and one for what to do.
 fn shown(points: &[Point], width: Option<u16>) -> Table {
-    let mut rows = table(&["VERDICT", "POINT", "FINDING"]);
-    rows.set_content_arrangement(ContentArrangement::Dynamic);
-    if let Some(width) = width {
-        rows.set_width(width);
-    }
+    let mut rows = table_within(&["VERDICT", "POINT", "FINDING"], width);
     for point in points {
         let (word, colour) = match point.verdict {
             Verdict::Ok => ("ok", "ready"),

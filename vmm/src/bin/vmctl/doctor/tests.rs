@@ -250,8 +250,10 @@ fn odd_hosts() {
     say("kvm", Facts { kvm: Err(NoKvm::Processor), ..good() });
     say("group lair", Facts { group: Some(vec![]), ..good() });
     say("group lair", Facts { group: Some((0..7).map(|n| format!("u{n}")).collect()), ..good() });
-    let content = FleetContent::Wrong("f.json:1:2: vms.a: there is no key \"x\"".into(), 2);
-    say("fleet file", Facts { fleet: FleetFile { content, ..good().fleet }, ..good() });
+    let problem = || String::from("f.json:1:2: vms.a: there is no key \"x\"");
+    for content in [FleetContent::Wrong(problem(), 2), FleetContent::Lacking(problem(), 0)] {
+        say("fleet file", Facts { fleet: FleetFile { content, ..good().fleet }, ..good() });
+    }
     let mut facts = good();
     facts.programs[3].found = Found::At("/x/lair-virtiofs".into(), "lair-virtiofs 9.9.9".into());
     facts.programs[0].found = Found::Broken("/x/qemu".into(), "exit status: 127: no libpixman".into());

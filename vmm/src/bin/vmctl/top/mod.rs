@@ -13,7 +13,7 @@ use crate::{
     error::CommandError,
     exec,
     interactive::Signals,
-    output::{bytes, colour, duration, harmless_json, print_table, state_cell, table},
+    output::{colour, harmless_json, print_table, state_cell, table},
 };
 use comfy_table::Cell;
 use lair_vmm::api::client::Client;
@@ -26,7 +26,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{sync::mpsc, time::sleep};
-use view::{View, number, short};
+use view::View;
 
 /// Time between two readings.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -96,25 +96,11 @@ fn print_line(now: &Sample, vms: Vec<Row>, totals: Totals) -> Result<(), Command
 }
 
 fn print_rows(now: &Sample, vms: &[Row]) -> Result<(), CommandError> {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "rates are no negative numbers"
-    )]
-    let size = |value: f64| bytes(value as u64);
-    let mut shown = table(&["NAME", "STATE", "CPU%", "USED", "MEMORY", "STORE/S", "IN/S", "OUT/S", "SINCE"]);
+    let mut shown = table(&view::HEADINGS);
     for vm in vms {
-        let figures = [
-            number(vm.cpu_percent, |percent| format!("{percent:.1}")),
-            number(vm.memory_used_bytes, size),
-            bytes(vm.memory_bytes),
-            number(vm.store_requests_per_second, short),
-            number(vm.received_bytes_per_second, size),
-            number(vm.sent_bytes_per_second, size),
-            duration(now.time.as_second().saturating_sub(vm.since.as_second())),
-        ];
         let named = [Cell::new(&vm.name), state_cell(&vm.state, &vm.state)];
-        shown.add_row(named.into_iter().chain(figures.map(Cell::new)).collect::<Vec<_>>());
+        let figures = view::figures(vm, now.time).map(Cell::new);
+        shown.add_row(named.into_iter().chain(figures).collect::<Vec<_>>());
     }
     Ok(print_table(&shown)?)
 }

@@ -155,9 +155,8 @@ impl View {
     }
 
     fn draw_table(&mut self, frame: &mut Frame<'_>, area: Rect) {
-        let headings = ["NAME", "STATE", "CPU%", "MEMORY", "STORE/S", "IN/S", "OUT/S", "SINCE"];
         let bold = Style::new().add_modifier(Modifier::BOLD);
-        let headings = headings.into_iter().zip(Sort::ALL).map(|(heading, sort)| {
+        let headings = HEADINGS.into_iter().zip(Sort::ALL).map(|(heading, sort)| {
             let style = if sort == self.sort { bold.add_modifier(Modifier::UNDERLINED) } else { bold };
             let line = Line::styled(heading, style);
             Cell::from(if matches!(sort, Sort::Name | Sort::State) { line } else { line.right_aligned() })
@@ -182,17 +181,7 @@ impl View {
     }
 
     fn cells(&self, row: &Row) -> Cells<'static> {
-        let used = number(row.memory_used_bytes, short_bytes);
-        let memory = format!("{used}/{}", short_bytes(whole(row.memory_bytes)));
-        let since = duration(self.now.time.as_second().saturating_sub(row.since.as_second()));
-        let figures = [
-            number(row.cpu_percent, |percent| format!("{percent:.1}")),
-            memory,
-            number(row.store_requests_per_second, short),
-            number(row.received_bytes_per_second, short_bytes),
-            number(row.sent_bytes_per_second, short_bytes),
-            since,
-        ];
+        let figures = figures(row, self.now.time);
         let named = [
             Cell::from(row.name.clone()),
             Cell::from(Line::styled(row.state.clone(), self.style(&row.state))),
@@ -214,13 +203,30 @@ impl View {
     }
 }
 
+/// What each VM has one of.
+pub(super) const HEADINGS: [&str; 8] =
+    ["NAME", "STATE", "CPU%", "MEMORY", "STORE/S", "IN/S", "OUT/S", "SINCE"];
+
+/// What stands below the headings after name and state.
+pub(super) fn figures(row: &Row, now: jiff::Timestamp) -> [String; 6] {
+    let used = number(row.memory_used_bytes, short_bytes);
+    [
+        number(row.cpu_percent, |percent| format!("{percent:.1}")),
+        format!("{used}/{}", short_bytes(whole(row.memory_bytes))),
+        number(row.store_requests_per_second, short),
+        number(row.received_bytes_per_second, short_bytes),
+        number(row.sent_bytes_per_second, short_bytes),
+        duration(now.as_second().saturating_sub(row.since.as_second())),
+    ]
+}
+
 #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
 fn whole(number: u64) -> f64 {
     number as f64
 }
 
 /// A number, or a dash for what is not known.
-pub(super) fn number(value: Option<f64>, shown: impl Fn(f64) -> String) -> String {
+fn number(value: Option<f64>, shown: impl Fn(f64) -> String) -> String {
     value.map_or_else(|| "-".into(), shown)
 }
 
