@@ -44,7 +44,9 @@ impl Operation {
             if !taken {
                 match (self.ask)(&mut host) {
                     Ok(()) | Err(ClientError::Api(_)) => {}
-                    Err(error) => panic!("{error}"),
+                    Err(error) => {
+                        panic!("{error}\n{}", std::fs::read_to_string(host.path("laird.log")).unwrap())
+                    }
                 }
             }
             host.settled(self.after).expect("laird does not end");

@@ -107,7 +107,9 @@ impl Host {
         let fleet = format!(
             "schema = 1\nhost = {{ accel = \"tcg\", limits = \"none\", users = \"shared\" }}\nstore.sources = [{{ root = \"{directory}/source\" }}]\n{vms}"
         );
-        fs::write(self.path("fleet.toml"), fleet).unwrap();
+        // A `laird` that is just starting reads one or the other, and no half of it.
+        fs::write(self.path("fleet.new"), fleet).unwrap();
+        fs::rename(self.path("fleet.new"), self.path("fleet.toml")).unwrap();
     }
 
     /// Starts `laird`, to be killed at the given point.
