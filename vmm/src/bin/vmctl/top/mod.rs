@@ -1,4 +1,4 @@
-//! `vmctl top`: [`sample`] reads counters, [`rows`] makes rates of two readings, [`view`] shows them, [`screen`] is the terminal.
+//! `vmctl top`: [`sample`] reads counters, [`mod@rows`] makes rates of two readings, [`view`] shows them, [`screen`] is the terminal.
 
 mod rows;
 mod sample;
