@@ -16,6 +16,7 @@ use std::{
 #[derive(Debug)]
 pub struct Host {
     directory: PathBuf,
+    run: PathBuf,
     programs: PathBuf,
     laird: Option<Child>,
     /// Whether dropping it ends the VMs and removes the directory.
@@ -27,8 +28,19 @@ impl Host {
     pub fn new(directory: &Path) -> Result<Self> {
         let programs = std::env::var_os("LAIR_BIN")
             .context("LAIR_BIN is not set: it names the directory of the built programs")?;
+        Self::with_programs(directory, Path::new(&programs))
+    }
+
+    /// A host with other programs than those that were built.
+    pub fn with_programs(directory: &Path, programs: &Path) -> Result<Self> {
         fs::create_dir_all(directory)?;
-        Ok(Self { directory: directory.into(), programs: programs.into(), laird: None, keep: false })
+        Ok(Self {
+            directory: directory.into(),
+            run: directory.join("run"),
+            programs: programs.into(),
+            laird: None,
+            keep: false,
+        })
     }
 
     /// A host in a new directory of its own below the one for temporary files.
@@ -38,6 +50,15 @@ impl Host {
             bail!("{} is in the way", directory.display());
         }
         Self::new(&directory)
+    }
+
+    /// Has its run directory in memory, where `/run` is on a host. The name is for the directory.
+    pub fn run_in_memory(mut self, name: &str) -> Self {
+        let memory = Path::new("/dev/shm");
+        if memory.is_dir() {
+            self.run = memory.join(format!("lair-{name}-{}", std::process::id()));
+        }
+        self
     }
 
     /// The directory that holds everything of this host.
@@ -52,12 +73,12 @@ impl Host {
 
     /// The API socket.
     pub fn socket(&self) -> PathBuf {
-        self.directory.join("run/laird.sock")
+        self.run.join("laird.sock")
     }
 
     /// A file or socket of a running VM.
     pub fn run_file(&self, vm: &str, name: &str) -> PathBuf {
-        self.directory.join("run/vms").join(vm).join(name)
+        self.run.join("vms").join(vm).join(name)
     }
 
     /// A lasting file of a VM.
@@ -84,7 +105,7 @@ impl Host {
             .arg("--state-dir")
             .arg(self.directory.join("state"))
             .arg("--run-dir")
-            .arg(self.directory.join("run"))
+            .arg(&self.run)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
@@ -119,7 +140,7 @@ impl Host {
 
     /// Ends a `laird` of this directory that another harness started, so that this one can start its own.
     pub fn replace_laird(&mut self) -> Result<()> {
-        let lock = self.directory.join("run/laird.lock");
+        let lock = self.run.join("laird.lock");
         let pid = fs::read_to_string(&lock)?.trim().parse().context("laird's lock names no process")?;
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM)?;
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -257,6 +278,9 @@ impl Host {
             laird.wait()?;
             self.laird = None;
         }
+        if self.run.exists() {
+            fs::remove_dir_all(&self.run)?;
+        }
         fs::remove_dir_all(&self.directory)?;
         Ok(())
     }
@@ -268,7 +292,7 @@ impl Drop for Host {
             return;
         }
         // A laird that was killed leaves VMs that only another one can end.
-        if self.laird.is_none() && self.fleet_file().exists() && self.directory.join("run/vms").exists() {
+        if self.laird.is_none() && self.fleet_file().exists() && self.run.join("vms").exists() {
             let _ = self.start();
         }
         if let Err(error) = self.stop() {

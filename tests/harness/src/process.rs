@@ -181,7 +181,7 @@ impl Drop for Server {
 }
 
 /// A value of a file in `/proc` that is told in KiB, in bytes.
-fn kib(text: &str, key: &str) -> Result<u64> {
+pub fn kib(text: &str, key: &str) -> Result<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(key)).with_context(|| format!("No {key}"))?;
     let number: u64 = line.trim().trim_end_matches(" kB").parse().with_context(|| format!("{key}{line}"))?;
     Ok(number << 10)

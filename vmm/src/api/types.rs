@@ -14,7 +14,7 @@ use crate::{
         failure::Failure,
         handle::Snapshot,
         machine::{Part, State, StopReport, Wanted},
-        trace::Point,
+        trace::{self, Point},
     },
 };
 use schemars::JsonSchema;
@@ -105,7 +105,7 @@ pub struct VmStatus {
     /// What went over its links.
     #[schemars(with = "Vec<BTreeMap<String, serde_json::Value>>")]
     pub counters: Vec<LinkCounters>,
-    /// When what happened in this boot, in the order of time.
+    /// When what happened in this boot, in the order of time; in the first boot of a start also what `laird` did for it.
     #[serde(default)]
     #[schemars(with = "Vec<BTreeMap<String, serde_json::Value>>")]
     pub trace: Vec<Point>,
@@ -163,7 +163,7 @@ impl VmStatus {
             processes: snapshot.processes.iter().copied().collect(),
             links: links(name, fleet),
             counters: snapshot.links().to_vec(),
-            trace: shim.map(|shim| shim.times.merged()).unwrap_or_default(),
+            trace: trace::merge(&snapshot.start, shim.map(|shim| &shim.times)),
             guest: shim.and_then(|shim| shim.figures.clone()),
             agent_silent_since: shim
                 .and_then(|shim| shim.silent_since_unix_ms)

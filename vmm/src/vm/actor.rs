@@ -16,6 +16,7 @@ use super::{
     restart::Moment,
     running::Running,
     steps::Context,
+    trace::Stopwatch,
     watch as watching,
 };
 use crate::{
@@ -295,7 +296,12 @@ impl Actor {
                 }
             }
             Mail::Shim(status) => {
-                self.inputs.push_back(agent(&status));
+                let input = agent(&status);
+                if input == Input::AgentReady && self.life.state == State::Booting {
+                    // The guest was all that was missing.
+                    self.running.note(Stopwatch::only_waited);
+                }
+                self.inputs.push_back(input);
                 self.shim_status = Some(status);
                 self.publish();
             }
@@ -309,6 +315,7 @@ impl Actor {
     /// Takes a request, or refuses it before anything is done: where memory or a program is missing, where what is wanted cannot be
     /// written down, or where the machine says so.
     async fn request(&mut self, request: Request) -> Result<(), Refusal> {
+        let asked = std::time::Instant::now();
         let starts = matches!(request, Request::Start | Request::Restart);
         if starts && (self.closing || !self.present()) {
             return Err(Refusal::Withdrawn);
@@ -332,7 +339,7 @@ impl Actor {
             Ok(()) => {}
         }
         tracing::info!(vm = self.context.name, ?request, "asked for");
-        self.enter(life, actions).await;
+        self.enter(life, actions, asked).await;
         Ok(())
     }
 
@@ -357,13 +364,14 @@ impl Actor {
     }
 
     async fn step(&mut self, input: Input) {
+        let happened = std::time::Instant::now();
         let policy = self.fleet.borrow().vms.get(&self.context.name).map_or(Restart::Never, |vm| vm.restart);
         let resumed = input == Input::StepDone(Step::Resume);
         if let Input::StepDone(step) = input {
             self.step_done(step);
         }
         let (life, actions) = self.life.step(input, Now { moment: moment(), policy });
-        self.enter(life, actions).await;
+        self.enter(life, actions, happened).await;
         // An agent that was faster than the step is not announced again.
         if resumed && let Some(status) = &self.shim_status {
             self.inputs.push_back(agent(status));
@@ -377,8 +385,12 @@ impl Actor {
         }
     }
 
-    /// Goes over to another life. What is wanted and where it is are on disk before anything is done that follows from it.
-    async fn enter(&mut self, life: Life, actions: Vec<Action>) {
+    /// Goes over to another life, for what happened at `happened`. What is wanted and where it is are on disk before anything is done
+    /// that follows from it.
+    async fn enter(&mut self, life: Life, actions: Vec<Action>, happened: std::time::Instant) {
+        if life.state == State::Starting(Step::FIRST) && life.state != self.life.state {
+            self.running.starts(happened);
+        }
         // A clean-up that is under way removes the record; what else becomes of the VM is in the lasting state.
         let cleans = |life: &Life| matches!(life.state, State::Cleaning(_));
         let to_record = life != self.life && !(cleans(&life) && cleans(&self.life));
@@ -389,6 +401,9 @@ impl Actor {
                 tell(&self.context.name, &life);
             }
             self.keep_or_warn(&life).await;
+            if moved && life.state == State::Ready {
+                self.running.note(Stopwatch::ready);
+            }
             self.life = life;
             if !self.life.state.holds_memory() {
                 self.context.budget.release(&self.context.name);

@@ -152,7 +152,7 @@ fn from_record(name: &str, record: Record, lasting: Option<&Lasting>, moment: Mo
     Beginning {
         life,
         since,
-        running: Running::adopted(record.plan, processes),
+        running: Running::adopted(record.plan, processes, record.start),
         actions,
         verdict: Some(verdict),
     }

@@ -6,6 +6,7 @@ use super::{
     machine::{Input, Life, Part, Refusal, Request, Stage, State, StopReport, Wanted},
     plan::Plan,
     running::Running,
+    trace::Start,
 };
 use crate::{
     fleet::schema::Vm,
@@ -41,6 +42,8 @@ pub struct Snapshot {
     pub plan: Option<Arc<Plan>>,
     /// Its processes, while it runs.
     pub processes: Vec<(Part, i32)>,
+    /// How its start went so far, while it runs.
+    pub start: Start,
     /// What its shim said last.
     pub shim: Option<ShimStatus>,
 }
@@ -59,6 +62,7 @@ impl Snapshot {
             started: plan.as_ref().map(|plan| plan.vm.clone()),
             plan,
             processes: running.processes().iter().map(|(part, process)| (*part, process.id().pid)).collect(),
+            start: running.start(),
             shim: None,
         }
     }

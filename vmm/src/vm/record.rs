@@ -4,6 +4,7 @@
 use super::{
     machine::{Life, Part},
     plan::Plan,
+    trace::Start,
 };
 use crate::{
     host::process::ProcessId,
@@ -36,6 +37,9 @@ pub struct Record {
     pub plan: Plan,
     /// Its processes.
     pub processes: BTreeMap<Part, ProcessId>,
+    /// How its start went so far.
+    #[serde(default)]
+    pub start: Start,
 }
 
 /// Why a file of runtime state is not to be trusted.
@@ -84,6 +88,7 @@ impl Record {
             since,
             plan: plan.clone(),
             processes: BTreeMap::new(),
+            start: Start::default(),
         }
     }
 

@@ -5,6 +5,7 @@ use super::{
     machine::Part,
     orphan,
     plan::Plan,
+    trace::{Start, Stopwatch},
 };
 use crate::{
     cgroup::VmCgroup,
@@ -20,7 +21,7 @@ use std::{
     io::{self, Read},
     os::fd::OwnedFd,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch},
@@ -52,6 +53,8 @@ struct Inner {
     unread: BTreeMap<Part, OwnedFd>,
     /// The task that watches its cgroup.
     cgroup: Option<Watch>,
+    /// How its start went.
+    stopwatch: Stopwatch,
 }
 
 /// A task that ends with this.
@@ -72,9 +75,10 @@ impl Default for Running {
 
 impl Running {
     /// What an earlier `laird` left running.
-    pub fn adopted(plan: Plan, processes: BTreeMap<Part, Arc<Process>>) -> Self {
+    pub fn adopted(plan: Plan, processes: BTreeMap<Part, Arc<Process>>, start: Start) -> Self {
         let running = Self::default();
-        *running.inner() = Inner { plan: Some(Arc::new(plan)), processes, ..Inner::default() };
+        let stopwatch = Stopwatch::adopted(start);
+        *running.inner() = Inner { plan: Some(Arc::new(plan)), processes, stopwatch, ..Inner::default() };
         running
     }
 
@@ -104,7 +108,32 @@ impl Running {
 
     /// Adds a process that was just started.
     pub fn add(&self, part: Part, process: Arc<Process>) {
-        self.inner().processes.insert(part, process);
+        let mut inner = self.inner();
+        inner.processes.insert(part, process);
+        inner.stopwatch.process(part);
+    }
+
+    /// It is being started, as was decided at `began`.
+    pub fn starts(&self, began: Instant) {
+        self.inner().stopwatch = Stopwatch::start(began);
+    }
+
+    /// How its start went so far.
+    pub fn start(&self) -> Start {
+        self.inner().stopwatch.noted().clone()
+    }
+
+    /// Notes something about its start.
+    pub fn note(&self, note: impl FnOnce(&mut Stopwatch)) {
+        note(&mut self.inner().stopwatch);
+    }
+
+    /// Waits for somebody else, which is no work of `laird`'s.
+    pub async fn wait_for<T>(&self, other: impl Future<Output = T>) -> T {
+        let began = Instant::now();
+        let outcome = other.await;
+        self.note(|stopwatch| stopwatch.waited(began.elapsed()));
+        outcome
     }
 
     /// Sets the program that a step waits for.

@@ -47,14 +47,16 @@ use std::{
 };
 use tokio::{
     sync::{Notify, watch},
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 
 /// How long a program of ours may take to listen, or to end when told to. A loaded host has been seen to need over a second.
 const PROMPT: Duration = Duration::from_secs(10);
 
-/// How often a condition is looked at while it is waited for.
-const POLL: Duration = Duration::from_millis(10);
+/// The pauses between two looks at a condition that is waited for: an eighth of the time that it has taken already, within these. So
+/// hardly any time is lost after it has come true, and many VMs at once do not keep a processor busy.
+const POLL_MIN: Duration = Duration::from_millis(1);
+const POLL_MAX: Duration = Duration::from_millis(20);
 
 /// How long a step may take that does much work: closures, indexing and formatting, on a disk that others use as well.
 const WORK: Duration = Duration::from_secs(15 * 60);
@@ -108,6 +110,7 @@ impl Job {
         tokio::select! {
             outcome = timeout(deadline, self.step(step)) => {
                 outcome.unwrap_or(Err(StepError::Overdue(deadline)))?;
+                self.running.note(|stopwatch| stopwatch.step(step));
                 checkpoint::reach(&format!("{step:?}: done"));
                 Ok(())
             }
@@ -264,7 +267,7 @@ impl Job {
         // A clean-up ends it, should this be dropped.
         self.running.set_tool(Some(Arc::clone(&process)));
         checkpoint::reach(&format!("{word}: runs"));
-        let how = process.ended().await;
+        let how = self.running.wait_for(process.ended()).await;
         self.running.set_tool(None);
         if process.succeeded() { Ok(()) } else { Err(format!("it {how}{}", tail(&log))) }
     }
@@ -312,9 +315,10 @@ impl Job {
     /// Waits until a process listens; its end or its silence is a failure that carries the end of its log.
     async fn await_socket(&self, part: Part, plan: &Plan, socket: &Path) -> Result<(), StepError> {
         let listening = async {
+            let began = Instant::now();
             // The vhost-user devices serve one connection, so they are not probed by connecting.
             while !fs::symlink_metadata(socket).is_ok_and(|m| m.file_type().is_socket()) {
-                sleep(POLL).await;
+                pause(began).await;
             }
         };
         self.unless_it_ends(part, plan, PROMPT, listening).await?.ok_or_else(|| {
@@ -330,10 +334,14 @@ impl Job {
         wait: impl Future<Output = T>,
     ) -> Result<Option<T>, StepError> {
         let process = self.running.process(part).ok_or(StepError::Lost)?;
-        tokio::select! {
-            how = process.ended() => Err(self.not_up(part, plan, format!("it {how}"))),
-            outcome = timeout(patience, wait) => Ok(outcome.ok()),
-        }
+        let waiting = async {
+            tokio::select! {
+                how = process.ended() => Err(how),
+                outcome = timeout(patience, wait) => Ok(outcome.ok()),
+            }
+        };
+        let outcome = self.running.wait_for(waiting).await;
+        outcome.map_err(|how| self.not_up(part, plan, format!("it {how}")))
     }
 
     /// Connects to the hypervisor's control socket, unless that is done.
@@ -357,18 +365,17 @@ impl Job {
     async fn resume(&self, plan: &Plan) -> Result<(), StepError> {
         let control = &plan.shim.sockets.control;
         let connected = async {
-            loop {
-                if client::status(control).await.is_ok_and(|status| status.console) {
-                    return;
-                }
-                sleep(POLL).await;
+            let began = Instant::now();
+            while !client::status(control).await.is_ok_and(|status| status.console) {
+                pause(began).await;
             }
         };
         self.unless_it_ends(Part::Shim, plan, PROMPT, connected).await?.ok_or_else(|| {
             self.not_up(Part::Shim, plan, format!("it did not connect to the console within {PROMPT:?}"))
         })?;
         checkpoint::reach("Resume: before it");
-        self.running.qmp().ok_or(StepError::Lost)?.execute("cont").await?;
+        let qmp = self.running.qmp().ok_or(StepError::Lost)?;
+        self.running.wait_for(qmp.execute("cont")).await?;
         Ok(())
     }
 
@@ -413,6 +420,11 @@ impl Job {
         });
         task.await.unwrap_or(Err(StepError::Lost))
     }
+}
+
+/// Waits before another look at a condition that has been waited for since `began`.
+async fn pause(began: Instant) {
+    sleep((began.elapsed() / 8).clamp(POLL_MIN, POLL_MAX)).await;
 }
 
 fn view(context: &Context, fleet: &Fleet) -> Result<Plan, StepError> {

@@ -8,6 +8,7 @@ use lair_vmm::{
         adopt::Verdict,
         machine::{Ender, Wanted},
         orphan,
+        trace::{Source, worked_us},
     },
 };
 use std::{
@@ -50,11 +51,24 @@ fn sv10_sv12_sigterm_leaves_vms_running_and_the_next_laird_has_them_again() {
     host.laird(None);
     let before = host.settled(&[("a", "ready"), ("b", "stopped")]).unwrap();
     assert_eq!(before["a"].adoption, None);
+    // What laird did for a start, in order, each step with its work.
+    let of_laird = |vm: &VmStatus| -> Vec<_> {
+        vm.trace.iter().filter(|point| point.source == Source::Laird).cloned().collect()
+    };
+    let own = of_laird(&before["a"]);
+    let steps: Vec<_> = own.iter().filter(|point| point.span.is_some()).map(|point| &*point.name).collect();
+    let expected =
+        "view directories index volumes initramfs store_backend vsock_device hypervisor shim resume ready";
+    assert_eq!(steps.join(" "), expected);
+    let others: Vec<_> = own.iter().filter(|point| point.span.is_none()).map(|point| &*point.name).collect();
+    assert_eq!(others, ["start", "started-store", "started-vsock", "started-hypervisor", "started-shim"]);
+    assert!(worked_us(&own) > 0 && own.iter().any(|point| point.span.is_some_and(|span| span.waited_us > 0)));
     host.terminate();
     assert_eq!(host.traces().processes.len(), 4);
     host.laird(None);
     let after = host.settled(&[("a", "ready"), ("b", "stopped")]).unwrap();
     same(&before["a"], &after["a"]);
+    assert_eq!(of_laird(&after["a"]), own);
     assert_eq!(after["a"].adoption, Some(Verdict::Adopt));
     // A restart of the service in the midst of a start.
     host.start("b").unwrap();

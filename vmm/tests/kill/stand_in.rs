@@ -7,9 +7,12 @@ use lair_guest::wire::{
     frame,
     message::{Answer, Ask},
 };
-use lair_vmm::shim::{
-    config::ShimConfig,
-    protocol::{AgentState, Control, ControlReply, ShimStatus},
+use lair_vmm::{
+    shim::{
+        config::ShimConfig,
+        protocol::{AgentState, Control, ControlReply, ShimStatus},
+    },
+    vm::trace::{self, Times},
 };
 use std::path::Path;
 use tokio::{
@@ -124,6 +127,8 @@ async fn serve_qmp(stream: UnixStream, guest: watch::Sender<Guest>) {
 }
 
 async fn shim(config: &ShimConfig) {
+    let mut times = Times::default();
+    times.mark("shim", trace::now_ms());
     let status = ShimStatus {
         vm: config.vm.clone(),
         agent: AgentState::Absent,
@@ -132,7 +137,7 @@ async fn shim(config: &ShimConfig) {
         links: vec![],
         silent_since_unix_ms: None,
         figures: None,
-        times: lair_vmm::vm::trace::Times::default(),
+        times,
     };
     let console = UnixStream::connect(&config.console).await.unwrap();
     let (reader, mut console) = console.into_split();

@@ -5,10 +5,13 @@ use lair_guest::wire::{
     VERSION, frame,
     message::{Answer, Ask, Event, Features, HelloReply, JournalEntry, Moment, Phase, Request, Statistics},
 };
-use lair_vmm::shim::{
-    client::{self, ClientError},
-    config::JournalTarget,
-    protocol::AgentState,
+use lair_vmm::{
+    shim::{
+        client::{self, ClientError},
+        config::JournalTarget,
+        protocol::AgentState,
+    },
+    vm::trace::{self, Start},
 };
 use std::{
     sync::{
@@ -297,7 +300,8 @@ async fn figures_come_with_the_signs_of_life_and_a_wrong_clock_is_set() {
     assert_eq!(figures.statistics.memory_total, 7);
     assert!(figures.clock_skew_ms.abs_diff(3_600_000) < 60_000, "{}", figures.clock_skew_ms);
     let start = status.times.guest_start_ms.unwrap();
-    let names: Vec<_> = status.times.merged().into_iter().map(|point| point.name).collect();
+    let names: Vec<_> =
+        trace::merge(&Start::default(), Some(&status.times)).into_iter().map(|point| point.name).collect();
     assert!(start > 0 && names.contains(&"ready".to_owned()), "{names:?}");
     until(async || shim.stderr().contains("clock was off by").then_some(())).await;
 }
@@ -471,7 +475,7 @@ async fn vs10_readiness_forged_early_or_never_said_is_that_vms_own() {
         1,
     );
     asked.await;
-    assert!(!shim.status().await.times.merged().is_empty());
+    assert!(!shim.status().await.times.host.is_empty());
     let asked =
         answer_with(&mut honest_guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 1).await;
     assert_eq!(asked, [Ask::Statistics]);

@@ -4,7 +4,7 @@ use crate::output::{bytes, duration, harmless, table};
 use comfy_table::{CellAlignment, Table};
 use lair_vmm::{
     shim::protocol::Figures,
-    vm::trace::{Point, Source},
+    vm::trace::{Point, Source, worked_us},
 };
 
 /// The guest's figures, as rows of a table of facts. All text in them is the guest's.
@@ -54,8 +54,8 @@ pub(crate) fn trace(points: &[Point]) -> Option<Table> {
     if points.is_empty() {
         return None;
     }
-    let mut rows = table(&["BOOT MS", "STEP MS", "BY", "POINT"]);
-    for column in [0, 1] {
+    let mut rows = table(&["BOOT MS", "STEP MS", "OWN MS", "BY", "POINT"]);
+    for column in [0, 1, 2] {
         if let Some(column) = rows.column_mut(column) {
             column.set_cell_alignment(CellAlignment::Right);
         }
@@ -63,6 +63,7 @@ pub(crate) fn trace(points: &[Point]) -> Option<Table> {
     let mut before = 0;
     for point in points {
         let by = match point.source {
+            Source::Laird => "laird",
             Source::Host => "host",
             Source::Guest => "guest",
         };
@@ -70,6 +71,7 @@ pub(crate) fn trace(points: &[Point]) -> Option<Table> {
         rows.add_row([
             point.at_ms.to_string(),
             step.to_string(),
+            point.span.map(|span| ms(span.worked_us)).unwrap_or_default(),
             by.into(),
             harmless(&point.name).into_owned(),
         ]);
@@ -78,10 +80,22 @@ pub(crate) fn trace(points: &[Point]) -> Option<Table> {
     Some(rows)
 }
 
+/// What `laird` itself did for a start, in words; `None` where that is not known.
+pub(crate) fn work(points: &[Point]) -> Option<String> {
+    let began = points.iter().any(|point| point.span.is_some());
+    began.then(|| format!("{} ms of laird's own work", ms(worked_us(points))))
+}
+
+/// Microseconds as milliseconds with one decimal.
+fn ms(us: u64) -> String {
+    format!("{}.{}", us / 1000, us % 1000 / 100)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use lair_guest::wire::message::{DiskUse, Pressure, Statistics};
+    use lair_vmm::vm::trace::Span;
 
     const NOW: i64 = 1_700_000_003;
 
@@ -122,21 +136,32 @@ mod tests {
         let disks = vec![DiskUse { mount: "\x1b[2J".into(), total: u64::MAX, available: 0 }];
         let text = told(Statistics { disks, ..Statistics::default() }, i64::MIN);
         assert!(!text.contains('\x1b') && text.contains("\\x1b[2J"), "{text}");
-        let point = Point { name: "\x1b[2J".into(), source: Source::Guest, at_ms: u64::MAX };
+        let point = Point { name: "\x1b[2J".into(), source: Source::Guest, at_ms: u64::MAX, span: None };
         assert!(!trace(&[point]).unwrap().to_string().contains('\x1b'));
     }
 
     #[test]
     fn a_trace_is_a_table() {
-        let point = |name: &str, source, at_ms| Point { name: name.into(), source, at_ms };
+        let point = |name: &str, source, at_ms| Point { name: name.into(), source, at_ms, span: None };
+        let step = |name: &str, at_ms, worked_us, waited_us| Point {
+            span: Some(Span { worked_us, waited_us }),
+            ..point(name, Source::Laird, at_ms)
+        };
         let points = [
-            point("shim", Source::Host, 0),
+            point("start", Source::Laird, 0),
+            step("initramfs", 12, 12_340, 0),
+            point("started-hypervisor", Source::Laird, 14),
+            step("hypervisor", 80, 2_050, 65_990),
+            point("shim", Source::Host, 90),
             point("kernel", Source::Guest, 180),
             point("init", Source::Guest, 620),
             point("service-nix-daemon", Source::Guest, 1_450),
             point("ready", Source::Guest, 1_451),
+            step("ready", 1_452, 860, 1_370_000),
             point("ready", Source::Host, 1_453),
         ];
+        assert_eq!(work(&points).unwrap(), "15.2 ms of laird's own work");
+        assert_eq!(work(&points[..1]), None);
         insta::assert_snapshot!(trace(&points).unwrap().to_string());
         assert!(trace(&[]).is_none());
     }

@@ -144,6 +144,9 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
     if let Some(view) = &vm.view {
         facts.push(("view", format!("{} ({}, {})", view.id, paths(view.paths), bytes(view.bytes))));
     }
+    if let Some(work) = guest::work(&vm.trace) {
+        facts.push(("start", work));
+    }
     if let Some(boot) = vm.boot_ms {
         facts.push(("boot", format!("{boot} ms from kernel to ready")));
     }

@@ -93,7 +93,8 @@ impl Qmp {
         let stream = loop {
             match UnixStream::connect(socket).await {
                 Ok(stream) => break stream,
-                Err(_) => sleep(Duration::from_millis(10)).await,
+                // It binds it a few milliseconds after its start, and the VM waits for that.
+                Err(_) => sleep(Duration::from_millis(2)).await,
             }
         };
         let (reader, writer) = stream.into_split();

@@ -8,6 +8,7 @@ use crate::{
         failure::Failure,
         machine::{Action, Outcome, Stage, Step},
         plan,
+        trace::{Mark, Start},
     },
 };
 use nix::sys::signal::Signal;
@@ -77,10 +78,12 @@ impl Left {
 #[tokio::test]
 async fn sv1_a_vm_all_of_which_runs_is_adopted_with_its_uptime_and_its_own_plan() {
     let left = Left::new();
-    let record = left.record(State::Ready);
+    let mut record = left.record(State::Ready);
+    record.start = Start(vec![Mark { name: "start".into(), at_ms: 7, span: None }]);
     left.write(&record);
     let beginning = left.adopt();
     assert_eq!(beginning.verdict, Some(Verdict::Adopt));
+    assert_eq!(beginning.running.start(), record.start);
     assert_eq!((&beginning.life.state, beginning.since), (&State::Ready, record.since));
     assert_eq!((beginning.actions, beginning.running.plan().as_deref()), (vec![], Some(&record.plan)));
     assert_eq!(beginning.running.processes().len(), 4);

@@ -19,7 +19,7 @@ const IDLE_MAX: u64 = 1_000_000;
 /// How much slower than pread a sequential read may be.
 const SEQUENTIAL_MIN: f64 = 0.85;
 
-/// A thing that Lair's backend is held to.
+/// A thing that a program of Lair's is held to.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Gate {
     pub(crate) name: String,

@@ -1,6 +1,7 @@
 //! Lair beside what does the same work, in one run. Started by `tests/bench`, which installs and builds what this needs.
 
 mod backends;
+mod boot;
 mod chart;
 mod gates;
 mod guest;
@@ -43,6 +44,11 @@ struct Arguments {
 enum Bench {
     /// The store backend beside virtiofsd: the same requests, on the same tree, through the same frontend
     Virtiofs(Virtiofs),
+    /// The start of a VM by laird beside the same programs started by hand; laird's memory and CPU with 1, 10 and 100 VMs
+    Boot(boot::Arguments),
+    /// A program of a VM, as far as laird can tell
+    #[command(hide = true)]
+    StandIn(boot::stand_in::Arguments),
 }
 
 #[derive(Debug, clap::Args)]
@@ -68,8 +74,12 @@ struct Virtiofs {
 }
 
 fn main() -> ExitCode {
-    let Bench::Virtiofs(arguments) = Arguments::parse().bench;
-    match virtiofs(&arguments) {
+    let outcome = match Arguments::parse().bench {
+        Bench::Virtiofs(arguments) => virtiofs(&arguments),
+        Bench::Boot(arguments) => boot::boot(&arguments),
+        Bench::StandIn(arguments) => boot::stand_in::run(&arguments),
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("tests/bench: {error:#}");

@@ -2,6 +2,7 @@
 
 use crate::{
     backends::{BEST, DEFAULT, OURS},
+    gates::Gate,
     guest::{Before, COMMANDS, Guest, WAYS},
     measure::{DEPTH_OF_MANY, DEPTHS, IN_NUMBERS, PACE, QUEUES},
     operation::Operation,
@@ -13,7 +14,8 @@ use std::fmt::Write;
 
 const BACKENDS: [&str; 3] = [DEFAULT, BEST, OURS];
 
-fn table(heads: &[&str]) -> Table {
+/// A table with these heads, all columns but the first to the right.
+pub(crate) fn table(heads: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(NOTHING).set_header(heads.to_vec());
     for column in table.column_iter_mut().skip(1) {
@@ -46,7 +48,7 @@ pub(crate) fn tables(results: &Results) -> String {
             ),
         };
     }
-    let _ = write!(text, "\nGates\n{}", gates(results));
+    let _ = write!(text, "\nGates\n{}", gates(&results.gates));
     text
 }
 
@@ -260,10 +262,11 @@ fn commands(guest: &Guest) -> Table {
     table
 }
 
-fn gates(results: &Results) -> Table {
+/// What is held to what.
+pub(crate) fn gates(gates: &[Gate]) -> Table {
     let mut table = Table::new();
     table.load_style(NOTHING);
-    for gate in &results.gates {
+    for gate in gates {
         table.add_row([if gate.met { "met" } else { "NOT met" }, &gate.name, &gate.figures]);
     }
     table
