@@ -64,6 +64,8 @@ rustPlatform.buildRustPackage (
         --bash <($out/bin/vmctl completions bash) \
         --fish <($out/bin/vmctl completions fish) \
         --zsh <($out/bin/vmctl completions zsh)
+      $out/bin/vmctl man man
+      installManPage man/*.1
       wrapProgram $out/bin/laird --prefix PATH : $out/bin:${
         lib.makeBinPath [
           e2fsprogs

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use lair_virtiofs::{
+    arguments::Index as Args,
     error::chain,
     files::Files,
     index::{Summary, update},
@@ -12,38 +13,10 @@ use std::{
     collections::HashSet,
     io::{IsTerminal, Write},
     num::NonZero,
-    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
 use tracing::{error, warn};
-
-/// Brings an index up to date, so that backends find in it what they would else read from the stores at each start.
-///
-/// Everything that the views list is indexed; what is there already and sound stays. Backends that run are not disturbed. Runs on
-/// the same index wait for each other. The exit status is 0 only if all of the views is indexed.
-#[derive(clap::Args)]
-pub(crate) struct Args {
-    /// The directory of the index. It is made if it is not there.
-    #[arg(long, value_name = "DIR")]
-    index: PathBuf,
-
-    /// A physical store directory, such as /nix/store. With several, a store path is taken from the first that has it.
-    #[arg(long = "source", value_name = "DIR", required = true, num_args = 1..)]
-    sources: Vec<PathBuf>,
-
-    /// A view: logical store paths, one a line.
-    #[arg(long = "view", value_name = "FILE", required = true, num_args = 1..)]
-    views: Vec<PathBuf>,
-
-    /// How many threads read. As many as there are processors if not given.
-    #[arg(long, value_name = "N")]
-    jobs: Option<NonZero<usize>>,
-
-    /// Print one JSON document.
-    #[arg(long)]
-    json: bool,
-}
 
 /// Nothing is shown of what takes no longer.
 const QUIET: Duration = Duration::from_secs(1);

@@ -4,6 +4,7 @@
 //! [`fuse`] answers them, [`index`] is the metadata that it answers from, [`files`] reads contents. [`view`] and
 //! [`store`] say what is shown; the supervisor uses them too.
 
+pub mod arguments;
 mod beneath;
 pub(crate) mod buffers;
 pub mod control;

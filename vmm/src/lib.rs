@@ -3,6 +3,7 @@
 //! | module | what is in it |
 //! |---|---|
 //! | [`api`] | `laird`'s API on a unix socket: types, server, client, audit |
+//! | [`arguments`] | the command lines of `laird` and `lair-shim` |
 //! | [`cgroup`] | cgroup v2: limits of a VM, its end as a whole, what happens to it |
 //! | [`error`] | how errors are told |
 //! | [`fleet`] | the fleet file: schema, loading, validation |
@@ -14,6 +15,7 @@
 //! | [`vm`] | one VM: plan, lifecycle (a pure state machine), steps, executor |
 
 pub mod api;
+pub mod arguments;
 pub mod cgroup;
 pub mod error;
 pub mod fleet;

@@ -269,7 +269,7 @@ impl ClientError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Down(_) => Some(
-                "start it, such as by `systemctl start laird`; --socket or LAIR_SOCKET name another".into(),
+                "start it, such as by `systemctl start lair`; --socket or LAIR_SOCKET name another".into(),
             ),
             Self::Version(_) => Some("use the vmctl that came with this laird".into()),
             Self::Api(error) => error.hint.clone(),

@@ -135,21 +135,21 @@ fn delegated(own: PathBuf) -> PathBuf {
     }
 }
 
-/// Whether the cgroup of this process has the controllers that limits need. Changes nothing: for `vmctl doctor`, whose own cgroup is
-/// another than that of `laird`, so it looks at the topmost one.
-pub fn available() -> Result<(), NoCgroups> {
+/// The controllers that cgroups can have, if those are among them that limits need. Changes nothing: for `vmctl doctor`, whose own cgroup
+/// is another than that of `laird`, so it looks at the topmost one.
+pub fn available() -> Result<Vec<String>, NoCgroups> {
     let text = fs::read_to_string("/proc/self/mountinfo").map_err(NoCgroups::Unknown)?;
     let (point, _) = mount(&text).ok_or(NoCgroups::NoV2)?;
     has(&point, true)
 }
 
-/// Whether `dir` has the controllers that are needed.
-fn has(dir: &Path, io: bool) -> Result<(), NoCgroups> {
+/// The controllers of `dir`, if it has those that are needed.
+fn has(dir: &Path, io: bool) -> Result<Vec<String>, NoCgroups> {
     let there = file::read(&dir.join("cgroup.controllers"))?;
     let there: Vec<_> = there.split_ascii_whitespace().collect();
     let missing: Vec<_> = wanted(io).into_iter().filter(|name| !there.contains(name)).collect();
     if missing.is_empty() {
-        return Ok(());
+        return Ok(there.into_iter().map(Into::into).collect());
     }
     // With both versions mounted, a controller belongs to one of them.
     let hybrid = Path::new("/sys/fs/cgroup/unified").exists();

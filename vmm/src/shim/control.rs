@@ -59,7 +59,7 @@ fn failed(reason: String) -> ControlReply {
 
 async fn answer(shim: &Arc<Shim>, request: Control) -> ControlReply {
     match request {
-        Control::Grant(grant) => match shim.grants().add(grant, unix_ms()) {
+        Control::Grant(grant) => match shim.grants().add(grant, unix_ms(), std::time::Instant::now()) {
             Ok(()) => ControlReply::Done,
             Err(error) => failed(error.to_string()),
         },

@@ -17,6 +17,9 @@ pub(super) const CONTROLS: usize = 32;
 /// Dials into the guest that wait for its answer, those that nobody waits for any more included.
 pub(super) const DIALS: usize = 64;
 
+/// The longest time that a grant may be unused. `laird` gives 10 s.
+pub(super) const GRANT: Duration = Duration::from_secs(60);
+
 /// Grants that were given and not used.
 pub(super) const GRANTS: usize = 256;
 

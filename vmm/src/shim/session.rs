@@ -12,7 +12,7 @@ use super::{
     note::chain,
     protocol::{Grant, Session, SessionOpen},
     socket::accept,
-    state::{Shim, unix_ms},
+    state::Shim,
     ticket::GrantError,
     vsock::DialError,
 };
@@ -64,7 +64,7 @@ async fn serve_one(shim: Arc<Shim>, mut client: UnixStream, handshake: OwnedSema
         Err(error) => return shim.audit.refused(attempt, chain(&error)),
     };
     drop(handshake);
-    let taken = shim.grants().take(&open.ticket, unix_ms());
+    let taken = shim.grants().take(&open.ticket, std::time::Instant::now());
     let result = match taken {
         Ok(grant) => {
             attempt.uid = Some(grant.uid);

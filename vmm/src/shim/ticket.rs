@@ -2,7 +2,10 @@
 //! a grant admit one session.
 
 use super::{limits, protocol::Grant};
-use std::hint::black_box;
+use std::{
+    hint::black_box,
+    time::{Duration, Instant},
+};
 
 /// A secret that is only ever compared in constant time, and never shown.
 #[derive(Clone)]
@@ -81,35 +84,38 @@ pub(super) enum GrantError {
 
 /// Sessions that `laird` has allowed and nobody has opened yet.
 #[derive(Default)]
-pub(super) struct Grants(Vec<(Ticket, Grant)>);
+pub(super) struct Grants(Vec<(Ticket, Grant, Instant)>);
 
 impl Grants {
-    /// Keeps a grant until it is used or expired.
-    pub(super) fn add(&mut self, grant: Grant, unix_ms: u64) -> Result<(), GrantError> {
-        self.0.retain(|(_, kept)| kept.expires_unix_ms > unix_ms);
+    /// Keeps a grant until it is used or expired. `unix_ms` and `now` are the same moment. From here on only the monotonic clock
+    /// counts: the host's may be set meanwhile.
+    pub(super) fn add(&mut self, grant: Grant, unix_ms: u64, now: Instant) -> Result<(), GrantError> {
+        self.0.retain(|(_, _, until)| *until > now);
         if grant.ticket.len() != 64 || !grant.ticket.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(GrantError::Malformed);
         }
-        if grant.expires_unix_ms <= unix_ms {
+        let left = Duration::from_millis(grant.expires_unix_ms.saturating_sub(unix_ms)).min(limits::GRANT);
+        if left.is_zero() {
             return Err(GrantError::Expired);
         }
         if self.0.len() >= limits::GRANTS {
             return Err(GrantError::TooMany);
         }
-        self.0.push((Ticket(grant.ticket.clone()), grant));
+        let until = now.checked_add(left).ok_or(GrantError::Expired)?;
+        self.0.push((Ticket(grant.ticket.clone()), grant, until));
         Ok(())
     }
 
     /// The grant of a ticket, for its one use.
-    pub(super) fn take(&mut self, ticket: &str, unix_ms: u64) -> Result<Grant, GrantError> {
+    pub(super) fn take(&mut self, ticket: &str, now: Instant) -> Result<Grant, GrantError> {
         let found = self.0.iter().enumerate().fold(
             None,
-            |found, (at, (known, _))| {
+            |found, (at, (known, _, _))| {
                 if known.is(ticket) { Some(at) } else { found }
             },
         );
-        let (_, grant) = self.0.remove(found.ok_or(GrantError::Unknown)?);
-        if grant.expires_unix_ms <= unix_ms {
+        let (_, grant, until) = self.0.remove(found.ok_or(GrantError::Unknown)?);
+        if until <= now {
             return Err(GrantError::Expired);
         }
         Ok(grant)
@@ -157,25 +163,40 @@ mod tests {
     #[test]
     fn vs11_a_grant_is_good_for_one_use_in_its_time() {
         let mut grants = Grants::default();
-        grants.add(grant('a', 100), 50).unwrap();
-        grants.add(grant('b', 100), 50).unwrap();
-        assert_eq!(grants.take(&"c".repeat(64), 60).unwrap_err(), GrantError::Unknown);
-        assert_eq!(grants.take(&"a".repeat(64), 60).unwrap().ticket, "a".repeat(64));
-        assert_eq!(grants.take(&"a".repeat(64), 60).unwrap_err(), GrantError::Unknown);
-        assert_eq!(grants.take(&"b".repeat(64), 100).unwrap_err(), GrantError::Expired);
-        assert_eq!(grants.take(&"b".repeat(64), 60).unwrap_err(), GrantError::Unknown);
+        let now = Instant::now();
+        let later = |ms| now + Duration::from_millis(ms);
+        grants.add(grant('a', 100), 50, now).unwrap();
+        grants.add(grant('b', 100), 50, now).unwrap();
+        assert_eq!(grants.take(&"c".repeat(64), later(10)).unwrap_err(), GrantError::Unknown);
+        assert_eq!(grants.take(&"a".repeat(64), later(10)).unwrap().ticket, "a".repeat(64));
+        assert_eq!(grants.take(&"a".repeat(64), later(10)).unwrap_err(), GrantError::Unknown);
+        assert_eq!(grants.take(&"b".repeat(64), later(50)).unwrap_err(), GrantError::Expired);
+        assert_eq!(grants.take(&"b".repeat(64), later(10)).unwrap_err(), GrantError::Unknown);
+    }
+
+    #[test]
+    fn sv6_a_clock_that_is_set_neither_ends_a_grant_nor_prolongs_it() {
+        let mut grants = Grants::default();
+        let now = Instant::now();
+        grants.add(grant('a', 10_000), 0, now).unwrap();
+        // Given an hour ago by a clock that was set back since.
+        grants.add(grant('b', 3_610_000), 0, now).unwrap();
+        // Whatever the date is by now.
+        assert!(grants.take(&"a".repeat(64), now + Duration::from_secs(9)).is_ok());
+        assert_eq!(grants.take(&"b".repeat(64), now + limits::GRANT).unwrap_err(), GrantError::Expired);
     }
 
     #[test]
     fn grants_are_checked_and_bounded() {
         let mut grants = Grants::default();
-        assert_eq!(grants.add(grant('g', 100), 0), Err(GrantError::Malformed));
-        assert_eq!(grants.add(grant('a', 100), 100), Err(GrantError::Expired));
+        let now = Instant::now();
+        assert_eq!(grants.add(grant('g', 100), 0, now), Err(GrantError::Malformed));
+        assert_eq!(grants.add(grant('a', 100), 100, now), Err(GrantError::Expired));
         for _ in 0..limits::GRANTS {
-            grants.add(grant('a', 100), 0).unwrap();
+            grants.add(grant('a', 100), 0, now).unwrap();
         }
-        assert_eq!(grants.add(grant('b', 100), 0), Err(GrantError::TooMany));
-        grants.add(grant('b', 300), 200).unwrap();
+        assert_eq!(grants.add(grant('b', 100), 0, now), Err(GrantError::TooMany));
+        grants.add(grant('b', 300), 200, now + Duration::from_millis(200)).unwrap();
         assert_eq!(grants.0.len(), 1, "Expired ones make room");
     }
 }

@@ -7,8 +7,11 @@
 mod admission;
 mod apply;
 mod connections;
+#[path = "../common/operator.rs"]
+mod operator;
 mod roles;
 #[path = "../common/store.rs"]
 mod store;
 mod streams;
 mod support;
+mod top;

@@ -153,7 +153,7 @@ async fn cl2_a_laird_that_is_down_is_told_with_what_to_do() {
     let output = host.vmctl(&["--json", "start", "a"]).await;
     let error: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
     assert_eq!((&error["kind"], output.stdout.len()), (&"daemon_down".into(), 0));
-    assert!(error["hint"].as_str().unwrap().contains("systemctl start laird"));
+    assert!(error["hint"].as_str().unwrap().contains("systemctl start lair"));
     // No socket at all.
     fs::remove_file(&socket).unwrap();
     fs::write(&socket, "").unwrap();

@@ -55,7 +55,7 @@ impl Operation {
         // All that runs is known.
         let vms = host.status().unwrap();
         let known: usize = vms.values().map(|vm| vm.processes.len()).sum();
-        let traces = host.traces();
+        let traces = host.traces_at_rest();
         assert_eq!(traces.processes.len(), known, "{traces:?}");
         (traces, points)
     }

@@ -45,7 +45,7 @@ fn same(before: &VmStatus, after: &VmStatus) {
 }
 
 #[test]
-fn sv12_sv10_sigterm_leaves_vms_running_and_the_next_laird_has_them_again() {
+fn sv10_sv12_sigterm_leaves_vms_running_and_the_next_laird_has_them_again() {
     let mut host = Host::new();
     host.fleet(&[("a", ""), ("b", ASKED_FOR)]);
     host.laird(None);
@@ -78,6 +78,26 @@ fn sv12_sv10_sigterm_leaves_vms_running_and_the_next_laird_has_them_again() {
     let later = host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
     same(&before["a"], &later["a"]);
     assert_eq!(host.traces().processes.len(), 8);
+}
+
+#[test]
+fn sv11_a_new_laird_in_the_place_of_the_old_one_has_its_vms() {
+    let mut host = Host::new();
+    host.fleet(&[("a", "")]);
+    host.laird(None);
+    let before = host.settled(&[("a", "ready")]).unwrap();
+    // As an upgrade does it: another file of the same name, while the old one runs.
+    let (old, new) = (host.path("bin/laird"), host.path("bin/laird.new"));
+    fs::copy(&old, &new).unwrap();
+    fs::rename(&new, &old).unwrap();
+    same(&before["a"], &host.status().unwrap()["a"]);
+    host.terminate();
+    host.laird(None);
+    let after = host.settled(&[("a", "ready")]).unwrap();
+    same(&before["a"], &after["a"]);
+    assert_eq!(after["a"].adoption, Some(Verdict::Adopt));
+    let version = host.ask(async |client| client.status().await).unwrap().version;
+    assert_eq!(version, env!("CARGO_PKG_VERSION"));
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod console;
 mod credentials;
 mod laird;
 mod links;
+#[path = "../common/operator.rs"]
 mod operator;
 mod output;
 mod process;

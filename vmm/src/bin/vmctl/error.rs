@@ -35,6 +35,11 @@ impl CommandError {
         Self { status: 5, kind: "timed_out", message: message.into(), hint: None }
     }
 
+    /// The message on one line.
+    pub(crate) fn line(&self) -> String {
+        harmless(&self.message).replace(['\n', '\t'], " ")
+    }
+
     /// Prints the error to standard error, as JSON if asked for.
     pub(crate) fn report(&self, json: bool) -> ExitCode {
         self.report_as(self.status, json)

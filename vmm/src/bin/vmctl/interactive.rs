@@ -44,11 +44,37 @@ impl Left {
     }
 }
 
-/// What comes in while the terminal is the guest's. The signals that end a program are here, too: they must not leave the
-/// terminal raw.
+/// The signals that end a program. While this lives they do not: they must not leave the terminal raw.
+#[derive(Debug)]
+pub(crate) struct Signals(Vec<(i32, Signal)>);
+
+impl Signals {
+    /// Listens for them from now on.
+    pub(crate) fn listen() -> io::Result<Self> {
+        let kinds =
+            [SignalKind::hangup(), SignalKind::interrupt(), SignalKind::quit(), SignalKind::terminate()];
+        let signals = kinds.into_iter().map(|kind| Ok((kind.as_raw_value(), signal(kind)?)));
+        Ok(Self(signals.collect::<io::Result<_>>()?))
+    }
+
+    /// Waits for the next, and says its number.
+    pub(crate) async fn recv(&mut self) -> i32 {
+        std::future::poll_fn(|cx| {
+            for (number, signal) in &mut self.0 {
+                if signal.poll_recv(cx).is_ready() {
+                    return std::task::Poll::Ready(*number);
+                }
+            }
+            std::task::Poll::Pending
+        })
+        .await
+    }
+}
+
+/// What comes in while the terminal is the guest's.
 #[derive(Debug)]
 pub(crate) struct Interactive {
-    ends: Vec<(i32, Signal)>,
+    ends: Signals,
     resized: Signal,
     /// What the other side knows.
     size: TerminalSize,
@@ -60,11 +86,8 @@ pub(crate) struct Interactive {
 impl Interactive {
     /// Makes the terminal raw, of which the other side has been told that its size is `size`.
     pub(crate) fn begin(size: TerminalSize) -> io::Result<Self> {
-        let kinds =
-            [SignalKind::hangup(), SignalKind::interrupt(), SignalKind::quit(), SignalKind::terminate()];
-        let ends = kinds.into_iter().map(|kind| Ok((kind.as_raw_value(), signal(kind)?)));
         Ok(Self {
-            ends: ends.collect::<io::Result<_>>()?,
+            ends: Signals::listen()?,
             resized: signal(SignalKind::window_change())?,
             size,
             _pipe: signal(SignalKind::pipe())?,
@@ -102,7 +125,7 @@ impl Interactive {
                     }
                 }
                 _ = self.resized.recv() => {}
-                number = ended(&mut self.ends) => return Ok(Left::Signal(number)),
+                number = self.ends.recv() => return Ok(Left::Signal(number)),
                 written = to.write(&waiting), if !waiting.is_empty() && !gone => match written {
                     Ok(written @ 1..) => drop(waiting.drain(..written)),
                     _ => gone = true,
@@ -113,18 +136,6 @@ impl Interactive {
             }
         }
     }
-}
-
-async fn ended(signals: &mut [(i32, Signal)]) -> i32 {
-    std::future::poll_fn(|cx| {
-        for (number, signal) in signals.iter_mut() {
-            if signal.poll_recv(cx).is_ready() {
-                return std::task::Poll::Ready(*number);
-            }
-        }
-        std::task::Poll::Pending
-    })
-    .await
 }
 
 /// A line of vmctl's own on a raw terminal.

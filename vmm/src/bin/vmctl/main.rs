@@ -15,6 +15,7 @@ mod exec;
 mod guest;
 mod interactive;
 mod logs;
+mod man;
 mod metrics;
 mod output;
 mod schema;
@@ -22,6 +23,7 @@ mod session;
 mod shell;
 mod status;
 mod terminal;
+mod top;
 mod wait;
 
 use clap::{Parser, Subcommand};
@@ -144,11 +146,27 @@ enum Verb {
     Check(check::Arguments),
     /// Print the JSON Schema of the fleet file, or the OpenAPI document of laird's API
     Schema(schema::Arguments),
-    /// Check this host point by point, and say how to mend what is missing
+    /// Show what the VMs use, each second
     ///
-    /// `note`: Lair works, with less. `missing`: VMs cannot start, and the exit status is 1. Programs are looked for beside vmctl and in
-    /// PATH; laird looks beside itself and in its own PATH.
-    Doctor,
+    /// CPU% is of one processor, all processes of a VM together. MEMORY is what its hypervisor has, with all of the guest's memory that was
+    /// touched, and what the guest is given. STORE/S is requests to its store, IN/S and OUT/S bytes that its links carry, whoever opened
+    /// them (K, M and G are powers of 1024). SINCE is how long it has been in its state.
+    ///
+    /// Keys: q ends, s sorts by the next column, the arrows select a VM, about which the line at the bottom says more. With --json it prints a
+    /// line each second and needs no terminal.
+    Top(top::Arguments),
+    /// Check this host point by point, and say how to mend each; needs no running laird
+    ///
+    /// `warning`: Lair works, with less or with a risk. `bad`: VMs do not start as the host is set up, and the exit status is 1. What the fleet
+    /// file says is taken into account: without KVM is bad only where it asks for KVM.
+    ///
+    /// Programs are looked for beside vmctl and in PATH; laird looks beside itself and in its own PATH. Run it as the user that laird
+    /// runs as.
+    Doctor(doctor::Arguments),
+    /// Write man pages of Lair's programs into a directory
+    ///
+    /// As root: vmctl man /usr/local/share/man/man1 && mandb
+    Man(man::Arguments),
     /// Print the completions for a shell
     ///
     /// For bash: vmctl completions bash > ~/.local/share/bash-completion/completions/vmctl
@@ -159,6 +177,7 @@ enum Verb {
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) client: Client,
+    pub(crate) socket: PathBuf,
     pub(crate) json: bool,
 }
 
@@ -169,7 +188,7 @@ fn main() -> ExitCode {
     let socket = arguments
         .socket
         .unwrap_or_else(|| Dirs { state: Dirs::default_state(), run: Dirs::default_run() }.api_socket());
-    let context = Context { client: Client::new(&socket), json: arguments.json };
+    let context = Context { client: Client::new(&socket), socket, json: arguments.json };
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return CommandError::failed(format!("Cannot start: {error}")).report(context.json),
@@ -198,7 +217,9 @@ async fn run(verb: Verb, context: &Context) -> Result<ExitCode, CommandError> {
         Verb::Apply(arguments) => apply::run(arguments, context).await,
         Verb::Check(arguments) => check::run(&arguments, context),
         Verb::Schema(arguments) => schema::run(&arguments),
-        Verb::Doctor => doctor::run(context),
+        Verb::Top(arguments) => top::run(arguments, context).await,
+        Verb::Doctor(arguments) => doctor::run(arguments, context).await,
+        Verb::Man(arguments) => man::run(&arguments),
         Verb::Completions(arguments) => completions::run(&arguments),
     }
 }

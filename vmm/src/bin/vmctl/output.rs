@@ -1,17 +1,54 @@
 //! What is printed: tables, durations, sizes, colours; and never an escape sequence of a guest's.
 
-use comfy_table::{Cell, Color, Table, presets};
+use comfy_table::{Cell, Color, ColumnConstraint, ContentArrangement, Table, presets};
 use lair_vmm::fleet::Problems;
 use std::{
     borrow::Cow,
     io::{IsTerminal, Write},
 };
 
-/// A table with a line of headings and no frames, to be read and to be cut by `awk`.
+/// A table with a line of headings and no frames, to be read and, where it goes to no terminal, to be cut by `awk`: there each row is one
+/// line. On a terminal, cells are broken into lines so that the table is no wider.
 pub(crate) fn table(headings: &[&str]) -> Table {
+    table_within(headings, width())
+}
+
+/// [`table`], no wider than that.
+pub(crate) fn table_within(headings: &[&str], width: Option<u16>) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(headings.iter().map(Cell::new));
+    table.load_style(presets::NOTHING);
+    if !headings.is_empty() {
+        table.set_header(headings.iter().map(Cell::new));
+    }
+    if let Some(width) = width {
+        table.set_content_arrangement(ContentArrangement::Dynamic).set_width(width);
+    }
     table
+}
+
+/// Longer cells are broken nevertheless where a table is too wide: they would leave nothing for the others.
+const WHOLE: u16 = 24;
+
+/// Keeps the cells of these columns whole where the table is too wide; to be called when all rows are there.
+pub(crate) fn keep_whole(table: &mut Table, columns: impl IntoIterator<Item = usize>) {
+    let widths = table.column_max_content_widths();
+    for column in columns {
+        if widths.get(column).is_some_and(|width| *width <= WHOLE)
+            && let Some(column) = table.column_mut(column)
+        {
+            column.set_constraint(ColumnConstraint::ContentWidth);
+        }
+    }
+}
+
+/// Prints a paragraph; on a terminal it is broken between words.
+pub(crate) fn print_text(text: &str) -> std::io::Result<()> {
+    let mut paragraph = table(&[]);
+    paragraph.add_row([text]);
+    if let Some(column) = paragraph.column_mut(0) {
+        column.set_padding((0, 0));
+    }
+    print_table(&paragraph)
 }
 
 /// Prints a table without blanks at the ends of its lines.
@@ -21,6 +58,13 @@ pub(crate) fn print_table(table: &Table) -> std::io::Result<()> {
         writeln!(out, "{}", line.trim_end())?;
     }
     Ok(())
+}
+
+/// How wide the terminal of standard output is, in columns; none where it is no terminal, or does not know.
+pub(crate) fn width() -> Option<u16> {
+    let known = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?.ws_col;
+    // Below that nothing can be read, whatever is done.
+    (known > 0).then_some(known.max(40))
 }
 
 /// Whether standard output may be coloured.
@@ -118,6 +162,20 @@ pub(crate) fn harmless_json(text: &str) -> Cow<'_, str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_table_is_no_wider_than_the_terminal_and_keeps_names_whole() {
+        let filled = |width| {
+            let mut table = table_within(&["NAME", "LINKS"], width);
+            table.add_row(["cuda-ada-builder", "queue-runner> store> >web"]);
+            keep_whole(&mut table, [0]);
+            table.to_string()
+        };
+        assert_eq!(filled(None).lines().count(), 2);
+        let narrow = filled(Some(40));
+        assert!(narrow.contains("cuda-ada-builder") && narrow.lines().count() == 3, "{narrow}");
+        assert!(narrow.lines().all(|line| line.len() <= 40), "{narrow}");
+    }
 
     #[test]
     fn durations_and_sizes() {

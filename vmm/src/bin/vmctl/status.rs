@@ -4,7 +4,10 @@ use crate::{
     Context,
     error::CommandError,
     guest,
-    output::{bytes, duration, harmless, harmless_json, print_table, state_cell, table},
+    output::{
+        bytes, count, duration, harmless, harmless_json, keep_whole, print_table, print_text, state_cell,
+        table, width,
+    },
 };
 use comfy_table::Cell;
 use lair_vmm::{
@@ -55,36 +58,41 @@ fn age(vm: &VmStatus, now: jiff::Timestamp) -> String {
 }
 
 fn print_host(host: &HostStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
-    let mut vms = table(&["NAME", "ROLE", "STATE", "SINCE", "VCPUS", "MEMORY", "VIEW", "LINKS"]);
+    // A narrow terminal has no room for views; `vmctl status VM` shows them as well.
+    let views = width().is_none_or(|width| width >= 100);
+    let mut headings = vec!["NAME", "ROLE", "STATE", "SINCE", "VCPUS", "MEMORY", "VIEW", "LINKS"];
+    headings.retain(|heading| views || *heading != "VIEW");
+    let mut vms = table(&headings);
     for vm in &host.vms {
-        let view = vm.view.as_ref().map_or("-".into(), |v| format!("{} paths, {}", v.paths, bytes(v.bytes)));
+        let view = vm.view.as_ref();
+        let view = view.map_or("-".into(), |view| format!("{}, {}", paths(view.paths), bytes(view.bytes)));
         let state = if vm.pending_restart { format!("{}*", vm.state) } else { vm.state.clone() };
-        vms.add_row(vec![
+        let mut cells = vec![
             Cell::new(&vm.name),
             Cell::new(role(vm)),
             state_cell(&vm.state, &state),
             Cell::new(age(vm, now)),
             Cell::new(vm.vcpus),
             Cell::new(vm.memory),
-            Cell::new(view),
-            Cell::new(vm.links.join(" ")),
-        ]);
+        ];
+        cells.extend(views.then(|| Cell::new(view)));
+        cells.push(Cell::new(vm.links.join(" ")));
+        vms.add_row(cells);
     }
+    // Links are broken between words.
+    keep_whole(&mut vms, 0..headings.len().saturating_sub(1));
     print_table(&vms)?;
     for vm in host.vms.iter().filter(|vm| matches!(vm.state.as_str(), "failed" | "quarantined" | "waiting")) {
-        println!(
-            "\n{} {}: {}",
-            vm.name,
-            vm.state,
-            harmless(vm.detail.as_deref().unwrap_or("no reason recorded"))
-        );
+        let reason = harmless(vm.detail.as_deref().unwrap_or("no reason recorded"));
+        println!();
+        print_text(&format!("{} {}: {reason}", vm.name, vm.state))?;
     }
     let notes = notes(host);
     if !notes.is_empty() {
         println!();
     }
     for note in notes {
-        println!("{note}");
+        print_text(&note)?;
     }
     Ok(())
 }
@@ -113,6 +121,10 @@ fn notes(host: &HostStatus) -> Vec<String> {
     notes
 }
 
+fn paths(number: u64) -> String {
+    count(usize::try_from(number).unwrap_or(usize::MAX), "path")
+}
+
 fn role(vm: &VmStatus) -> String {
     serde_json::to_value(vm.role).ok().and_then(|v| Some(v.as_str()?.to_owned())).unwrap_or_default()
 }
@@ -130,7 +142,7 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
     facts.push(("vcpus", vm.vcpus.to_string()));
     facts.push(("memory", vm.memory.to_string()));
     if let Some(view) = &vm.view {
-        facts.push(("view", format!("{} ({} paths, {})", view.id, view.paths, bytes(view.bytes))));
+        facts.push(("view", format!("{} ({}, {})", view.id, paths(view.paths), bytes(view.bytes))));
     }
     if let Some(work) = guest::work(&vm.trace) {
         facts.push(("start", work));
@@ -224,5 +236,6 @@ pub(crate) fn print_links(vms: &[VmStatus]) -> Result<(), CommandError> {
             bytes(counters.bytes_in),
         ]);
     }
+    keep_whole(&mut links, [0, 3, 4, 5, 6, 7]);
     Ok(print_table(&links)?)
 }

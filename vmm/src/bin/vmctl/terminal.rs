@@ -69,12 +69,8 @@ fn restore() {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use rustix::{
-        pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt},
-        termios::LocalModes,
-    };
-    use std::process::{Command, Stdio};
+    use super::{on_a_terminal::restored_after, *};
+    use rustix::termios::LocalModes;
 
     /// Run by the test below, on a terminal.
     #[test]
@@ -87,25 +83,57 @@ mod tests {
 
     #[test]
     fn a_panic_leaves_the_terminal_as_it_was() {
+        restored_after("terminal::tests::panics_while_raw", "in the raw");
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod on_a_terminal {
+    use super::*;
+    use rustix::{
+        pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt},
+        termios::{Winsize, tcsetwinsize},
+    };
+    use std::{
+        io::Read,
+        process::{Command, Stdio},
+    };
+
+    /// Runs an ignored test on a terminal of 24 lines of 80 characters. It panics, saying `reason`; the terminal is as before. Given back is
+    /// what the terminal was sent.
+    pub(crate) fn restored_after(test: &str, reason: &str) -> String {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let own = openpt(flags).unwrap();
         grantpt(&own).unwrap();
         unlockpt(&own).unwrap();
         let end = ioctl_tiocgptpeer(&own, flags).unwrap();
+        tcsetwinsize(&own, Winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
         let before = tcgetattr(&own).unwrap();
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--ignored", "--exact", "--nocapture", "terminal::tests::panics_while_raw"])
-            .stdin(end)
-            .stdout(Stdio::piped())
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "--nocapture", test])
+            .stdin(end.try_clone().unwrap())
+            .stdout(end)
             .stderr(Stdio::piped())
-            .output()
+            .spawn()
             .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(said.contains("in the raw") && output.status.code() == Some(101), "{said}");
+        let mut terminal = std::fs::File::from(own.try_clone().unwrap());
+        let shown = std::thread::spawn(move || {
+            let (mut shown, mut chunk) = (Vec::new(), [0; 4096]);
+            // An error when nobody has it open any more.
+            while let Ok(read @ 1..) = terminal.read(&mut chunk) {
+                shown.extend_from_slice(&chunk[..read]);
+            }
+            String::from_utf8_lossy(&shown).into_owned()
+        });
+        let mut said = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        let status = child.wait().unwrap();
+        assert!(said.contains(reason) && status.code() == Some(101), "{said}");
         let now = tcgetattr(&own).unwrap();
         assert_eq!(
             (now.input_modes, now.output_modes, now.local_modes),
             (before.input_modes, before.output_modes, before.local_modes)
         );
+        shown.join().unwrap()
     }
 }

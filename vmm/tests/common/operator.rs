@@ -1,8 +1,8 @@
 //! An operator: `vmctl` on a terminal of its own.
 
 #![allow(unsafe_code)] // A controlling terminal is given between fork and exec.
+#![allow(dead_code)] // Each suite uses a part of it.
 
-use crate::support::*;
 use nix::poll::{PollFd, PollFlags, poll};
 use rustix::{
     process::{ioctl_tiocsctty, setsid},
@@ -19,8 +19,19 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
+    time::Duration,
 };
-use tokio::process::{Child, Command};
+use tokio::{
+    process::{Child, Command},
+    time,
+};
+
+/// No wait is longer: far above what anything takes, also on a busy machine.
+const LIMIT: Duration = Duration::from_secs(60);
+
+async fn within<T>(future: impl Future<Output = T>) -> T {
+    time::timeout(LIMIT, future).await.expect("vmctl does not end")
+}
 
 pub(crate) struct Operator {
     pub(crate) child: Child,
@@ -117,7 +128,12 @@ impl Operator {
     }
 
     pub(crate) async fn sees(&self, text: &str) {
-        until(async || self.seen().contains(text).then_some(())).await;
+        self.until(text, || self.seen().contains(text)).await;
+    }
+
+    /// Waits until a text was shown more often than that.
+    pub(crate) async fn sees_more(&self, text: &str, than: usize) {
+        self.until(text, || self.seen().matches(text).count() > than).await;
     }
 
     pub(crate) fn is_raw(&self) -> bool {
@@ -126,7 +142,16 @@ impl Operator {
     }
 
     pub(crate) async fn becomes_raw(&self) {
-        until(async || self.is_raw().then_some(())).await;
+        self.until("a raw terminal", || self.is_raw()).await;
+    }
+
+    async fn until(&self, what: &str, done: impl Fn() -> bool) {
+        let waited = async {
+            while !done() {
+                time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        time::timeout(LIMIT, waited).await.unwrap_or_else(|_| panic!("no {what}: {}", self.seen()));
     }
 
     /// Waits for `vmctl`; its exit status. The terminal is as it was.
