@@ -275,7 +275,8 @@ impl Supervisor {
     /// What differs where `fleet` becomes the fleet.
     fn changes(&self, fleet: &Fleet) -> Vec<diff::Change> {
         let known = self.vms().clone();
-        let running = known.into_iter().filter_map(|(name, handle)| Some((name, handle.snapshot().started?)));
+        let running =
+            known.into_iter().filter_map(|(name, handle)| Some((name, handle.snapshot().started()?.clone())));
         diff::changes(&self.fleet(), fleet, &running.collect())
     }
 
@@ -344,7 +345,7 @@ impl Supervisor {
                 reply.added.push(name.clone());
                 continue;
             };
-            if handle.snapshot().started.is_some_and(|started| started != *vm) {
+            if handle.snapshot().started().is_some_and(|started| started != vm) {
                 reply.pending_restart.push(name.clone());
             }
         }

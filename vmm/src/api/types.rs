@@ -133,7 +133,7 @@ impl VmStatus {
     /// What `snapshot` and the fleet file say of the VM `name`.
     pub fn new(name: &str, snapshot: &Snapshot, fleet: &Fleet) -> Self {
         let configured = fleet.vms.get(name);
-        let vm = snapshot.started.as_ref().or(configured);
+        let vm = snapshot.started().or(configured);
         let shim = snapshot.shim.as_ref();
         let generation = snapshot.plan.as_ref().map(|plan| &plan.generation);
         Self {
@@ -159,7 +159,7 @@ impl VmStatus {
                 Some(AgentState::Ready { uptime_ms, .. }) => Some(*uptime_ms),
                 _ => None,
             },
-            pending_restart: snapshot.started.is_some() && snapshot.started.as_ref() != configured,
+            pending_restart: snapshot.started().is_some() && snapshot.started() != configured,
             processes: snapshot.processes.iter().copied().collect(),
             links: links(name, fleet),
             counters: snapshot.links().to_vec(),

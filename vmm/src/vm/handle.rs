@@ -36,21 +36,18 @@ pub struct Snapshot {
     pub adoption: Option<Verdict>,
     /// How often its guest rebooted since this `laird` watches it.
     pub reboots: u64,
-    /// The fleet file's words with which it was started, while it runs.
-    pub started: Option<Vm>,
     /// Its plan, while it runs.
     pub plan: Option<Arc<Plan>>,
     /// Its processes, while it runs.
     pub processes: Vec<(Part, i32)>,
     /// How its start went so far, while it runs.
-    pub start: Start,
+    pub start: Arc<Start>,
     /// What its shim said last.
     pub shim: Option<ShimStatus>,
 }
 
 impl Snapshot {
     pub(super) fn of(life: &Life, since: jiff::Timestamp, running: &Running) -> Self {
-        let plan = running.plan();
         Self {
             state: life.state.clone(),
             since,
@@ -59,12 +56,16 @@ impl Snapshot {
             last_stop: life.last_stop,
             adoption: None,
             reboots: 0,
-            started: plan.as_ref().map(|plan| plan.vm.clone()),
-            plan,
+            plan: running.plan(),
             processes: running.processes().iter().map(|(part, process)| (*part, process.id().pid)).collect(),
             start: running.start(),
             shim: None,
         }
+    }
+
+    /// The fleet file's words with which it was started, while it runs.
+    pub fn started(&self) -> Option<&Vm> {
+        self.plan.as_ref().map(|plan| &plan.vm)
     }
 
     /// The counters of the VM's links.

@@ -48,6 +48,22 @@ impl Step {
         }
     }
 
+    /// One word, as in JSON.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::View => "view",
+            Self::Directories => "directories",
+            Self::Index => "index",
+            Self::Volumes => "volumes",
+            Self::Initramfs => "initramfs",
+            Self::StoreBackend => "store_backend",
+            Self::VsockDevice => "vsock_device",
+            Self::Hypervisor => "hypervisor",
+            Self::Shim => "shim",
+            Self::Resume => "resume",
+        }
+    }
+
     /// Whether processes of the VM run during it. What fails before is the host's or the fleet file's fault, and would fail
     /// again.
     pub fn runs_processes(self) -> bool {

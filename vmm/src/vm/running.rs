@@ -119,8 +119,8 @@ impl Running {
     }
 
     /// How its start went so far.
-    pub fn start(&self) -> Start {
-        self.inner().stopwatch.noted().clone()
+    pub fn start(&self) -> Arc<Start> {
+        self.inner().stopwatch.noted()
     }
 
     /// Notes something about its start.

@@ -9,7 +9,11 @@ use super::part::{Part, Step};
 use lair_guest::wire::message::Moment;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
-use std::time::{Duration, Instant};
+use std::{
+    borrow::Cow,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// Which machine saw it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,7 +59,7 @@ pub fn worked_us(points: &[Point]) -> u64 {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mark {
     /// What happened: a step's name as in JSON, `started-` and the word of a process, or `ready`.
-    pub name: String,
+    pub name: Cow<'static, str>,
     /// Milliseconds of the host's CLOCK_BOOTTIME.
     pub at_ms: u64,
     /// Of a step: what it was made of. None where the `laird` that began it is gone.
@@ -69,8 +73,8 @@ pub struct Mark {
 pub struct Start(pub Vec<Mark>);
 
 impl Start {
-    fn mark(&mut self, name: &str, span: Option<Span>) {
-        self.0.push(Mark { name: name.into(), at_ms: now_ms(), span });
+    fn mark(&mut self, name: &'static str, span: Option<Span>) {
+        self.0.push(Mark { name: Cow::Borrowed(name), at_ms: now_ms(), span });
     }
 }
 
@@ -82,7 +86,7 @@ const READY: &str = "ready";
 /// Takes the time of a start.
 #[derive(Debug, Clone, Default)]
 pub struct Stopwatch {
-    start: Start,
+    start: Arc<Start>,
     /// The span that is being measured: since when, and how much of it was waiting. None after adoption.
     span: Option<(Instant, Duration)>,
 }
@@ -92,17 +96,17 @@ impl Stopwatch {
     pub fn start(began: Instant) -> Self {
         let ago = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let mark = Mark { name: START.into(), at_ms: now_ms().saturating_sub(ago), span: None };
-        Self { start: Start(vec![mark]), span: Some((began, Duration::ZERO)) }
+        Self { start: Arc::new(Start(vec![mark])), span: Some((began, Duration::ZERO)) }
     }
 
     /// Of a start that an earlier `laird` made.
     pub fn adopted(start: Start) -> Self {
-        Self { start, span: None }
+        Self { start: Arc::new(start), span: None }
     }
 
     /// What has been noted.
-    pub fn noted(&self) -> &Start {
-        &self.start
+    pub fn noted(&self) -> Arc<Start> {
+        Arc::clone(&self.start)
     }
 
     /// `laird` has waited for somebody else.
@@ -121,13 +125,18 @@ impl Stopwatch {
 
     /// A process was started.
     pub fn process(&mut self, part: Part) {
-        self.start.mark(&format!("started-{}", part.word()), None);
+        let name = match part {
+            Part::Hypervisor => "started-hypervisor",
+            Part::StoreBackend => "started-store",
+            Part::VsockDevice => "started-vsock",
+            Part::Shim => "started-shim",
+        };
+        self.mark(name, None);
     }
 
     /// A step is done, and the next one begins.
     pub fn step(&mut self, step: Step) {
-        let name = serde_json::to_value(step).ok().and_then(|name| Some(name.as_str()?.to_owned()));
-        self.end(&name.unwrap_or_default());
+        self.end(step.word());
     }
 
     /// The guest is ready, and that is about to be told. Once in a start: it may be so again after a reboot.
@@ -138,7 +147,12 @@ impl Stopwatch {
         }
     }
 
-    fn end(&mut self, name: &str) {
+    fn mark(&mut self, name: &'static str, span: Option<Span>) {
+        // Whoever has seen it has seen all until now.
+        Arc::make_mut(&mut self.start).mark(name, span);
+    }
+
+    fn end(&mut self, name: &'static str) {
         let now = Instant::now();
         let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         let span = self.span.map(|(began, waited)| {
@@ -146,7 +160,7 @@ impl Stopwatch {
             Span { worked_us: us(worked), waited_us: us(waited) }
         });
         self.span = self.span.map(|_| (now, Duration::ZERO));
-        self.start.mark(name, span);
+        self.mark(name, span);
     }
 }
 
@@ -178,7 +192,7 @@ impl Times {
 /// have no place and are left out; of a later boot than the first, the start has none. Equal times keep the order of [`Source`].
 pub fn merge(start: &Start, times: Option<&Times>) -> Vec<Point> {
     let marks = start.0.iter().filter(|_| times.is_none_or(Times::is_first)).map(|mark| Point {
-        name: mark.name.clone(),
+        name: mark.name.clone().into_owned(),
         source: Source::Laird,
         at_ms: mark.at_ms,
         span: mark.span,
@@ -230,7 +244,7 @@ mod tests {
         merge(&Start::default(), Some(times))
     }
 
-    fn mark(name: &str, at_ms: u64) -> Mark {
+    fn mark(name: &'static str, at_ms: u64) -> Mark {
         Mark { name: name.into(), at_ms, span: None }
     }
 
@@ -290,12 +304,22 @@ mod tests {
     }
 
     #[test]
+    fn a_step_has_one_name() {
+        let mut step = Some(Step::FIRST);
+        while let Some(at) = step {
+            assert_eq!(serde_json::to_value(at).unwrap(), at.word());
+            step = at.next();
+        }
+    }
+
+    #[test]
     fn work_and_waiting_are_all_that_a_start_takes() {
         let began = Instant::now();
         std::thread::sleep(Duration::from_millis(20));
         let mut watch = Stopwatch::start(began);
         watch.process(Part::Shim);
-        let [start, process] = watch.noted().0.as_slice() else { panic!() };
+        let noted = watch.noted();
+        let [start, process] = noted.0.as_slice() else { panic!() };
         assert!(process.at_ms >= start.at_ms + 19, "{start:?} {process:?}");
         watch.waited(Duration::from_millis(5));
         watch.step(Step::StoreBackend);
@@ -304,7 +328,8 @@ mod tests {
         watch.ready();
         watch.ready();
         let took = began.elapsed();
-        let names: Vec<_> = watch.noted().0.iter().map(|mark| mark.name.as_str()).collect();
+        let noted = watch.noted();
+        let names: Vec<_> = noted.0.iter().map(|mark| &*mark.name).collect();
         assert_eq!(names, ["start", "started-shim", "store_backend", "ready"]);
         let spans: Vec<_> = watch.noted().0.iter().filter_map(|mark| mark.span).collect();
         assert_eq!(spans[0].waited_us, 5_000);
@@ -320,8 +345,9 @@ mod tests {
         let mut watch = Stopwatch::adopted(Start(vec![mark("start", 1), mark("resume", 2)]));
         watch.only_waited();
         watch.ready();
-        let last = watch.noted().0.last().unwrap();
-        assert_eq!((last.name.as_str(), last.span), ("ready", None));
+        let noted = watch.noted();
+        let last = noted.0.last().unwrap();
+        assert_eq!((&*last.name, last.span), ("ready", None));
         // Of one that an earlier release started nothing is known.
         let mut watch = Stopwatch::adopted(Start::default());
         watch.ready();

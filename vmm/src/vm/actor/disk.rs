@@ -11,6 +11,7 @@ use crate::{
         checkpoint, lasting,
         machine::{Life, State, Step},
         record::Record,
+        trace::Start,
     },
 };
 use std::io;
@@ -70,7 +71,7 @@ impl Actor {
         let mut record = Record::new(boot_id, &self.life, self.since, &plan);
         record.processes =
             self.running.processes().iter().map(|(part, process)| (*part, process.id())).collect();
-        record.start = self.running.start();
+        record.start = Start::clone(&self.running.start());
         checkpoint::reach(&format!("{}: before it is recorded", self.life.state.word()));
         write(move || record.write(&plan.dirs.record())).await?;
         checkpoint::reach(&format!("{}: recorded", self.life.state.word()));

@@ -83,7 +83,7 @@ async fn sv1_a_vm_all_of_which_runs_is_adopted_with_its_uptime_and_its_own_plan(
     left.write(&record);
     let beginning = left.adopt();
     assert_eq!(beginning.verdict, Some(Verdict::Adopt));
-    assert_eq!(beginning.running.start(), record.start);
+    assert_eq!(*beginning.running.start(), record.start);
     assert_eq!((&beginning.life.state, beginning.since), (&State::Ready, record.since));
     assert_eq!((beginning.actions, beginning.running.plan().as_deref()), (vec![], Some(&record.plan)));
     assert_eq!(beginning.running.processes().len(), 4);
