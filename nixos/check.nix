@@ -84,4 +84,5 @@ assert expect "two links to one port" (
 assert expect "incomplete links" (failed incomplete == [ ]) (failed incomplete);
 # Without these a restart of the service would end every guest.
 assert expect "the unit" (unit.KillMode == "process" && unit.RuntimeDirectoryPreserve) unit;
+assert expect "no filter against the setgid directories of VMs" (!(unit ? RestrictSUIDSGID)) unit;
 "ok"

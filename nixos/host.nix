@@ -106,7 +106,7 @@ in
         ProtectKernelLogs = true;
         ProtectSystem = "full";
         RestrictRealtime = true;
-        RestrictSUIDSGID = true;
+        # Not RestrictSUIDSGID: the directory of a VM's vsock sockets is setgid, so that they belong to the VM's group.
         SystemCallArchitectures = "native";
       };
     };

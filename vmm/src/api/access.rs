@@ -1,7 +1,7 @@
 //! Who may do what: a peer's role, from the lists of the fleet file.
 //!
 //! Names become numbers when a fleet becomes the fleet, so that no request waits for a directory service. A name that does not exist
-//! then gives nobody anything.
+//! gives nobody anything; it is asked for again after a while, as it may come with a directory service that starts later.
 
 use super::peer::Peer;
 use crate::fleet::{self, schema::Fleet};
@@ -10,7 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::{
     sync::{Arc, Mutex, PoisonError, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::time::timeout;
 
@@ -42,6 +42,8 @@ impl Role {
 struct Ids {
     uids: Vec<u32>,
     gids: Vec<u32>,
+    /// Names that the host does not have, or could not be asked for.
+    unknown: usize,
 }
 
 impl Ids {
@@ -50,14 +52,18 @@ impl Ids {
     }
 
     /// The names that exist, as numbers.
-    fn resolve(names: &[String]) -> Self {
+    fn resolve(names: &[String], tell: bool) -> Self {
         let mut ids = Self::default();
         for name in names {
             let known = match name.strip_prefix('@') {
                 Some(group) => group_id(group).map(|gid| ids.gids.push(gid)),
                 None => user_id(name).map(|uid| ids.uids.push(uid)),
             };
-            if known.is_none() && !fleet::schema::Access::default().operate.contains(name) {
+            if known.is_some() {
+                continue;
+            }
+            ids.unknown = ids.unknown.saturating_add(1);
+            if tell && !fleet::schema::Access::default().operate.contains(name) {
                 tracing::warn!(name, "the fleet file gives access to a name that this host does not have");
             }
         }
@@ -89,13 +95,19 @@ pub struct Access {
 }
 
 impl Access {
-    /// The roles that a fleet file gives. It asks the host for names, which may take a while.
-    pub fn resolve(access: &fleet::schema::Access) -> Self {
+    /// The roles that a fleet file gives. It asks the host for names, which may take a while. `tell`: names that the host does not have
+    /// are news.
+    pub fn resolve(access: &fleet::schema::Access, tell: bool) -> Self {
         Self {
-            view: Ids::resolve(&access.view),
-            operate: Ids::resolve(&access.operate),
-            administer: Ids::resolve(&access.administer),
+            view: Ids::resolve(&access.view, tell),
+            operate: Ids::resolve(&access.operate, tell),
+            administer: Ids::resolve(&access.administer, tell),
         }
+    }
+
+    /// Whether the host has all names.
+    fn is_whole(&self) -> bool {
+        [&self.view, &self.operate, &self.administer].iter().all(|ids| ids.unknown == 0)
     }
 
     /// The highest role that a peer has, if any.
@@ -117,10 +129,27 @@ impl Access {
 )]
 pub struct NoNames;
 
+/// How long names are taken for missing that the host did not have. They may come with a directory service that starts later.
+const MISSING: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Clone)]
+struct Known {
+    fleet: Weak<Fleet>,
+    access: Arc<Access>,
+    /// When names are asked for again, if some are missing.
+    until: Option<Instant>,
+}
+
+impl Known {
+    fn is_of(&self, fleet: &Arc<Fleet>) -> bool {
+        std::ptr::eq(self.fleet.as_ptr(), Arc::as_ptr(fleet))
+    }
+}
+
 /// The roles of the fleet that is the fleet.
 #[derive(Debug, Default)]
 pub struct CurrentAccess {
-    known: Mutex<Option<(Weak<Fleet>, Arc<Access>)>>,
+    known: Mutex<Option<Known>>,
     /// Held while names are asked for: a directory service that hangs takes one thread, not one for each request.
     resolving: Arc<tokio::sync::Mutex<()>>,
 }
@@ -140,26 +169,35 @@ impl CurrentAccess {
         Ok(access.role(peer))
     }
 
-    fn known(&self, fleet: &Arc<Fleet>) -> Option<Arc<Access>> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        known.filter(|(of, _)| std::ptr::eq(of.as_ptr(), Arc::as_ptr(fleet))).map(|(_, access)| access)
+    fn known(&self) -> Option<Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The roles of `fleet`, which is asked for names only once.
+    fn current(&self, fleet: &Arc<Fleet>) -> Option<Arc<Access>> {
+        let now = Instant::now();
+        let known =
+            self.known().filter(|known| known.is_of(fleet) && known.until.is_none_or(|until| now < until));
+        known.map(|known| known.access)
+    }
+
+    /// The roles of `fleet`. The host is asked for its names only once, unless it does not have them all.
     async fn of(self: &Arc<Self>, fleet: &Arc<Fleet>) -> Option<Arc<Access>> {
-        if let Some(access) = self.known(fleet) {
+        if let Some(access) = self.current(fleet) {
             return Some(access);
         }
         let alone = Arc::clone(&self.resolving).lock_owned().await;
-        if let Some(access) = self.known(fleet) {
+        if let Some(access) = self.current(fleet) {
             return Some(access);
         }
+        let tell = !self.known().is_some_and(|known| known.is_of(fleet));
         let (current, fleet) = (Arc::clone(self), Arc::clone(fleet));
         // It goes on, alone, also where nobody waits for it any longer.
         let resolved = tokio::spawn(async move {
             let lists = fleet.access.clone();
-            let access = Arc::new(tokio::task::spawn_blocking(move || Access::resolve(&lists)).await.ok()?);
-            let entry = (Arc::downgrade(&fleet), Arc::clone(&access));
+            let resolve = move || Access::resolve(&lists, tell);
+            let access = Arc::new(tokio::task::spawn_blocking(resolve).await.ok()?);
+            let until = if access.is_whole() { None } else { Instant::now().checked_add(MISSING) };
+            let entry = Known { fleet: Arc::downgrade(&fleet), access: Arc::clone(&access), until };
             *current.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(entry);
             drop(alone);
             Some(access)
@@ -178,11 +216,10 @@ mod tests {
 
     fn access(view: &[&str], operate: &[&str], administer: &[&str]) -> Access {
         let list = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
-        Access::resolve(&fleet::schema::Access {
-            view: list(view),
-            operate: list(operate),
-            administer: list(administer),
-        })
+        Access::resolve(
+            &fleet::schema::Access { view: list(view), operate: list(operate), administer: list(administer) },
+            true,
+        )
     }
 
     #[test]
@@ -212,6 +249,13 @@ mod tests {
         let access = access(&["nobody-of-that-name", "@no-such-group"], &[], &["root", "@root"]);
         assert_eq!(access.role(&peer(u32::MAX, u32::MAX, &[])), None);
         assert_eq!(access.role(&peer(4000, 0, &[])), Some(Role::Administer));
+    }
+
+    #[test]
+    fn only_names_that_are_missing_are_asked_for_again() {
+        assert!(access(&["4001", "@4002"], &["root"], &["@root"]).is_whole());
+        assert!(!access(&["no-such-user"], &[], &[]).is_whole());
+        assert!(!access(&[], &[], &["@no-such-group"]).is_whole());
     }
 
     #[tokio::test]

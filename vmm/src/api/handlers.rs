@@ -190,7 +190,7 @@ pub(super) async fn audit(call: Call) -> Done {
     };
     let wanted = Wanted { since: query.since, vm: query.vm };
     let mut reader = Reader::new(call.api.supervisor.dirs().clone(), wanted);
-    let most = query.limit.unwrap_or(1000).min(AUDIT_ANSWER);
+    let mut most = query.limit.unwrap_or(1000).min(AUDIT_ANSWER);
     let (mut lines, response) = Lines::new();
     tokio::spawn(async move {
         loop {
@@ -209,6 +209,8 @@ pub(super) async fn audit(call: Call) -> Done {
             if !query.follow {
                 return;
             }
+            // The limit is for what was there before.
+            most = AUDIT_ANSWER;
             tokio::select! {
                 () = sleep(POLL) => {}
                 () = lines.closed() => return,

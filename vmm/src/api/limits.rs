@@ -42,7 +42,10 @@ pub(super) const FLEET_BODY: usize = 4 << 20;
 /// Records of one uid in the audit log in a second, allowed and refused ones apart; the rest is counted.
 pub(super) const AUDIT_EACH_SECOND: u32 = 20;
 
-/// Uids whose rates are kept apart; all others share one.
+/// The longest name of a VM in a record, in bytes: that of a VM that there can be.
+pub(super) const AUDIT_NAME: usize = 64;
+
+/// Uids, with what they attempt, whose rates are kept apart; all others share one.
 pub(super) const AUDIT_UIDS: usize = 256;
 
 /// The size at which the audit log is rotated, in bytes. There are two such files.

@@ -1,15 +1,21 @@
-//! A console log as a stream: what is there, then what comes, across rotations.
+//! A console log as a stream: what is there, then what comes, across rotations. Files are read where that may block: a disk that hangs
+//! holds up this stream only.
 
 use hyper::body::Bytes;
 use std::{
-    fs::{self, File, Metadata},
-    io::{self, Read},
+    fs::Metadata,
+    io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    fs::{self, File},
+    io::AsyncReadExt,
+    sync::mpsc,
+    time::sleep,
+};
 
 /// How much is read at once, in bytes.
 const CHUNK: usize = 64 << 10;
@@ -29,8 +35,8 @@ pub async fn send(
     dropped: &AtomicU64,
 ) -> io::Result<()> {
     let mut follower = Follower { path, poll, to, newest: None, reading: None, missed: 0 };
-    follower.look();
-    if let Some(earlier) = open(&rotated(&follower.path))? {
+    follower.look().await;
+    if let Some(earlier) = open(&rotated(&follower.path)).await? {
         follower.drain(earlier).await?;
     }
     let mut current = None;
@@ -47,7 +53,7 @@ pub async fn send(
                     format!("\n[laird: {count} bytes are missing here, because this reader was too slow]\n");
                 let _ = follower.to.send(line.into()).await;
             }
-            current = follower.next(current)?;
+            current = follower.next(current).await?;
             if current.is_some() {
                 continue;
             }
@@ -59,7 +65,7 @@ pub async fn send(
             () = sleep(poll) => {}
             () = follower.to.closed() => return Ok(()),
         }
-        follower.look();
+        follower.look().await;
     }
 }
 
@@ -78,24 +84,24 @@ struct Follower {
 
 impl Follower {
     /// Looks which file has the log's name now.
-    fn look(&mut self) {
-        let Ok(now) = fs::metadata(&self.path) else { return };
+    async fn look(&mut self) {
+        let Ok(now) = fs::metadata(&self.path).await else { return };
         if let Some((id, size)) = self.newest
             && id != identity(&now)
             && Some(id) != self.reading
         {
             // It may have grown until it was rotated.
-            let last = fs::metadata(rotated(&self.path)).ok().filter(|last| identity(last) == id);
+            let last = fs::metadata(rotated(&self.path)).await.ok().filter(|last| identity(last) == id);
             self.missed = self.missed.saturating_add(last.map_or(size, |last| last.len()));
         }
         self.newest = Some((identity(&now), now.len()));
     }
 
     /// The file that has the log's name now, if it is not `current`; all of `current` has been read.
-    fn next(&mut self, current: Option<File>) -> io::Result<Option<File>> {
-        let next = open(&self.path)?;
+    async fn next(&mut self, current: Option<File>) -> io::Result<Option<File>> {
+        let next = open(&self.path).await?;
         if let Some(file) = &next {
-            let metadata = file.metadata()?;
+            let metadata = file.metadata().await?;
             self.newest = Some((identity(&metadata), metadata.len()));
             self.reading = Some(identity(&metadata));
         }
@@ -104,15 +110,15 @@ impl Follower {
 
     /// Sends what is left of a file. While the receiver has no room, it looks what becomes of the log.
     async fn drain(&mut self, mut file: File) -> io::Result<File> {
-        self.reading = Some(identity(&file.metadata()?));
+        self.reading = Some(identity(&file.metadata().await?));
         loop {
             let mut chunk = vec![0; CHUNK];
-            let length = file.read(&mut chunk)?;
+            let length = file.read(&mut chunk).await?;
             chunk.truncate(length);
             if length == 0 {
                 // What was written until the rotation was written before this look, so it is read once more after it.
                 let before = self.newest;
-                self.look();
+                self.look().await;
                 if self.newest.map(|(id, _)| id) == before.map(|(id, _)| id) {
                     return Ok(file);
                 }
@@ -122,7 +128,7 @@ impl Follower {
             let room = loop {
                 tokio::select! {
                     room = to.reserve() => break room,
-                    () = sleep(self.poll) => self.look(),
+                    () = sleep(self.poll) => self.look().await,
                 }
             };
             let Ok(room) = room else { return Ok(file) };
@@ -142,8 +148,8 @@ pub fn rotated(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn open(path: &Path) -> io::Result<Option<File>> {
-    match File::open(path) {
+async fn open(path: &Path) -> io::Result<Option<File>> {
+    match File::open(path).await {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
@@ -153,7 +159,7 @@ fn open(path: &Path) -> io::Result<Option<File>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
+    use std::{fs, sync::Arc};
 
     async fn text(from: &mut mpsc::Receiver<Bytes>) -> String {
         let chunk = tokio::time::timeout(Duration::from_secs(30), from.recv()).await.unwrap();

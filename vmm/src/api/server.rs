@@ -274,7 +274,7 @@ async fn attempt(api: Arc<Api>, route: &'static Route, request: Request) -> Resp
             uid: peer.uid,
             gid: peer.gid,
             role,
-            verb: done.verb.unwrap_or(route.verb).into(),
+            verb: done.verb.unwrap_or(route.verb),
             vm: vm.ok().filter(|vm| !vm.is_empty()),
             detail: done.detail,
             verdict,

@@ -24,8 +24,8 @@ const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
 const IO: &str = "io";
 
 /// What to do about it. Said after each reason.
-const HINT: &str = "Start laird by its systemd unit (Delegate=yes, DelegateSubgroup=supervisor) or below `systemd-run -p Delegate=yes`, or \
-                    set host.limits = \"none\" in the fleet file: VMs are then not limited, and vmctl says so";
+const HINT: &str = "Start laird by its systemd unit (Delegate=yes, DelegateSubgroup=supervisor) or below `systemd-run -p Delegate=yes` \
+                    (with --user where you are not root), or set host.limits = \"none\" in the fleet file: VMs are then not limited, and vmctl says so";
 
 /// What a host with both versions is told.
 const HYBRID: &str =
@@ -40,6 +40,11 @@ pub enum NoCgroups {
          \"none\" in the fleet file: VMs are then not limited, and vmctl says so"
     )]
     NoV2,
+    /// This process's cgroup is not below the part of the hierarchy that is mounted, as in some containers.
+    #[error(
+        "The cgroup of laird is outside of what is mounted here as cgroup v2, as in a container without a cgroup namespace. {HINT}"
+    )]
+    Outside,
     /// Controllers are missing.
     #[error("The cgroup {dir} has no controller {missing}{hybrid}. {HINT}")]
     Controllers {
@@ -124,7 +129,7 @@ fn own(cgroup: &str, point: &Path, root: &Path) -> Option<PathBuf> {
 fn of_this_process() -> Result<PathBuf, NoCgroups> {
     let text = |path: &str| fs::read_to_string(path).map_err(NoCgroups::Unknown);
     let (point, root) = mount(&text("/proc/self/mountinfo")?).ok_or(NoCgroups::NoV2)?;
-    own(&text("/proc/self/cgroup")?, &point, &root).ok_or(NoCgroups::NoV2)
+    own(&text("/proc/self/cgroup")?, &point, &root).ok_or(NoCgroups::Outside)
 }
 
 /// `laird` may be in its own leaf already.
@@ -174,7 +179,8 @@ impl Hierarchy {
         io: bool,
         kernel: Kernel,
     ) -> Result<Self, NoCgroups> {
-        has(&delegated, io)?;
+        // Also where no VM needs it yet: an apply may bring one that does.
+        let io = has(&delegated, io)?.iter().any(|name| name == IO);
         let leaf = delegated.join(SUPERVISOR);
         make(&leaf, kernel).map_err(|error| not_delegated(&leaf, error))?;
         let processes = leaf.join("cgroup.procs");

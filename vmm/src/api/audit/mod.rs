@@ -48,7 +48,7 @@ pub struct Attempt {
     /// The role that the peer has.
     pub role: Option<Role>,
     /// What, such as `start`.
-    pub verb: String,
+    pub verb: &'static str,
     /// To which VM.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
@@ -71,6 +71,8 @@ pub struct Counted {
     time: jiff::Timestamp,
     /// Whose; none for those of uids beyond the number that is kept apart.
     uid: Option<u32>,
+    /// What was attempted; none likewise.
+    verb: Option<&'static str>,
     /// What came of them.
     verdict: Verdict,
     /// How many.
@@ -114,13 +116,15 @@ impl AuditLog {
     pub async fn record(&self, mut attempt: Attempt) -> bool {
         let admitted = {
             let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-            rates.admit(attempt.uid, attempt.verdict, Instant::now())
+            rates.admit(attempt.uid, attempt.verb, attempt.verdict, Instant::now())
         };
         if !admitted {
             return false;
         }
-        shorten(&mut attempt.detail);
-        shorten(&mut attempt.reason);
+        // A path may name what no VM can be called.
+        shorten(&mut attempt.vm, limits::AUDIT_NAME);
+        shorten(&mut attempt.detail, limits::AUDIT_TEXT);
+        shorten(&mut attempt.reason, limits::AUDIT_TEXT);
         let (written, on_disk) = oneshot::channel();
         if self.writer.send(Line { bytes: line(&attempt), written }) {
             let _ = timeout(limits::AUDIT_PATIENCE, on_disk).await;
@@ -155,11 +159,11 @@ fn line(record: &impl Serialize) -> Vec<u8> {
     line
 }
 
-fn shorten(text: &mut Option<String>) {
+fn shorten(text: &mut Option<String>, length: usize) {
     if let Some(text) = text
-        && text.len() > limits::AUDIT_TEXT
+        && text.len() > length
     {
-        text.truncate(text.floor_char_boundary(limits::AUDIT_TEXT));
+        text.truncate(text.floor_char_boundary(length));
         text.push_str("...");
     }
 }
@@ -174,7 +178,7 @@ mod tests {
             uid,
             gid: 4000,
             role: None,
-            verb: "start".into(),
+            verb: "start",
             vm: Some("a".into()),
             detail: None,
             verdict,
@@ -198,12 +202,18 @@ mod tests {
         }
         assert!(log.record(attempt(4000, Verdict::Allowed)).await);
         assert!(log.record(attempt(4001, Verdict::Refused)).await);
+        assert!(log.record(Attempt { verb: "kill", ..attempt(4000, Verdict::Refused) }).await);
         log.finish(Duration::from_secs(10));
         let lines = lines(&path);
         let told = |uid: u32, verdict: &str| {
             lines
                 .iter()
-                .filter(|l| l["uid"] == uid && l["verdict"] == verdict && l["verb"] == "start")
+                .filter(|l| {
+                    l["uid"] == uid
+                        && l["verdict"] == verdict
+                        && l["verb"] == "start"
+                        && l["suppressed"].is_null()
+                })
                 .count()
         };
         let counted: u64 = lines.iter().filter_map(|line| line["suppressed"].as_u64()).sum();
@@ -218,11 +228,14 @@ mod tests {
         let path = directory.path().join("audit.jsonl");
         let log = AuditLog::start(&path, Arc::default()).unwrap();
         let long = Some("\u{e9}".repeat(1 << 20));
-        log.record(Attempt { detail: long.clone(), reason: long, ..attempt(1, Verdict::Allowed) }).await;
+        let attempt = attempt(1, Verdict::Allowed);
+        log.record(Attempt { vm: long.clone(), detail: long.clone(), reason: long, ..attempt }).await;
         let record = &lines(&path)[0];
-        for key in ["detail", "reason"] {
+        for (key, limit) in
+            [("vm", limits::AUDIT_NAME), ("detail", limits::AUDIT_TEXT), ("reason", limits::AUDIT_TEXT)]
+        {
             let text = record[key].as_str().unwrap();
-            assert!(text.ends_with("\u{e9}...") && text.len() <= limits::AUDIT_TEXT + 3);
+            assert!(text.ends_with("\u{e9}...") && text.len() <= limit + 3, "{key}");
         }
     }
 }

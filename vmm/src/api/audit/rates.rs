@@ -4,8 +4,9 @@ use super::{Verdict, limits};
 use crate::shim::rate::Rate;
 use std::{collections::BTreeMap, time::Instant};
 
-/// Whose attempts, and what came of them. `None` stands for all uids beyond the number that is kept apart.
-type Whose = (Option<u32>, Verdict);
+/// Whose attempts at what, and what came of them: a flood of one thing hides no other. Without a uid and a verb it stands for all
+/// beyond the number that is kept apart.
+type Whose = (Option<(u32, &'static str)>, Verdict);
 
 /// The rates of all uids.
 #[derive(Debug, Default)]
@@ -15,8 +16,8 @@ pub(super) struct Rates {
 
 impl Rates {
     /// Whether one more attempt has a line of its own.
-    pub(super) fn admit(&mut self, uid: u32, verdict: Verdict, now: Instant) -> bool {
-        let mut whose = (Some(uid), verdict);
+    pub(super) fn admit(&mut self, uid: u32, verb: &'static str, verdict: Verdict, now: Instant) -> bool {
+        let mut whose = (Some((uid, verb)), verdict);
         if self.rates.len() >= limits::AUDIT_UIDS && !self.rates.contains_key(&whose) {
             whose.0 = None;
         }
@@ -50,7 +51,7 @@ mod tests {
     #[test]
     fn uids_without_number_take_no_memory_without_bound() {
         let (mut rates, now) = (Rates::default(), Instant::now());
-        let told = (0..10_000).filter(|uid| rates.admit(*uid, Verdict::Refused, now)).count();
+        let told = (0..10_000).filter(|uid| rates.admit(*uid, "start", Verdict::Refused, now)).count();
         assert_eq!(told, limits::AUDIT_UIDS + 20);
         assert_eq!(rates.rates.len(), limits::AUDIT_UIDS + 1);
         let later = now + Duration::from_secs(1);

@@ -70,8 +70,9 @@ fn write(mut log: LogFile, lines: &Receiver<Line>, rates: &Mutex<Rates>, lost: &
         }
         let counted = if ended { rates().rest() } else { rates().suppressed(Instant::now()) };
         let time = now();
-        for ((uid, verdict), suppressed) in counted {
-            log.append(&line(&Counted { time, uid, verdict, suppressed }));
+        for ((whose, verdict), suppressed) in counted {
+            let (uid, verb) = whose.unzip();
+            log.append(&line(&Counted { time, uid, verb, verdict, suppressed }));
         }
         let lost = lost.swap(0, Relaxed);
         if lost > 0 {

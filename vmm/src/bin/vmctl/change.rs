@@ -124,7 +124,7 @@ impl Asked {
         mut lines: Lines<Progress>,
         tell: mpsc::Sender<Progress>,
     ) -> Result<Progress, ClientError> {
-        let began = Instant::now();
+        let (began, asked) = (Instant::now(), jiff::Timestamp::now());
         loop {
             match lines.next().await {
                 Ok(Some(progress)) if progress.outcome.is_some() => return Ok(progress),
@@ -139,8 +139,11 @@ impl Asked {
             let elapsed = began.elapsed();
             match self.client.vm(&self.vm).await {
                 Ok(vm) => {
+                    let reached = self.verb.reached(&vm.state);
+                    // One that is ready since before has not been restarted.
+                    let before = matches!(self.verb, Verb::Restart) && vm.since < asked;
                     let mut progress = Progress {
-                        outcome: self.verb.reached(&vm.state),
+                        outcome: reached.filter(|outcome| *outcome != Outcome::Done || !before),
                         vm: vm.name,
                         state: vm.state,
                         detail: vm.detail,

@@ -1,6 +1,6 @@
 //! What goes wrong for an operator, and its exit status.
 
-use crate::output::harmless;
+use crate::output::{harmless, harmless_json};
 use lair_vmm::{
     api::{client::ClientError, types::ErrorKind},
     fleet::Problems,
@@ -49,7 +49,7 @@ impl CommandError {
     pub(crate) fn report_as(&self, status: u8, json: bool) -> ExitCode {
         if json {
             // It has no values that JSON has not.
-            eprintln!("{}", serde_json::to_string(self).unwrap_or_default());
+            eprintln!("{}", harmless_json(&serde_json::to_string(self).unwrap_or_default()));
             return ExitCode::from(status);
         }
         // What is wrong with a fleet file begins with the file's name, line by line, as editors read it.

@@ -49,7 +49,7 @@ pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<(), CommandErr
 /// Prints one JSON object on a line.
 pub(crate) fn print_json_line(value: &impl serde::Serialize) -> Result<(), CommandError> {
     let text = serde_json::to_string(value).map_err(|error| CommandError::failed(error.to_string()))?;
-    println!("{text}");
+    println!("{}", harmless_json(&text));
     Ok(())
 }
 
