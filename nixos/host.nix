@@ -86,6 +86,8 @@ in
         ExecReload = "${cfg.package}/bin/vmctl apply";
         Restart = "always";
         RestartSec = 1;
+        # With the host all VMs end, within 75 s and what killing the rest takes; the default of 90 s could cut that short.
+        TimeoutStopSec = 120;
         # A stop or a crash ends laird alone, never a guest.
         KillMode = "process";
         # VMs get cgroups below this one, beside that of laird itself.

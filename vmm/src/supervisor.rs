@@ -17,6 +17,7 @@ use crate::{
         adopt,
         budget::Budget,
         handle::{Handle, Snapshot},
+        limits,
         machine::{Refusal, Request, Stage, State, Wanted},
         steps::Context,
     },
@@ -41,6 +42,9 @@ mod tests;
 
 /// The pause before a VM whose task panicked is adopted, so that one that always panics does not fill the log.
 const AGAIN: Duration = Duration::from_secs(1);
+
+/// How long a new VM may take to take the request to start.
+const TAKEN: Duration = Duration::from_secs(5);
 
 /// How long VMs may take to end that are killed.
 const KILLED: Duration = Duration::from_secs(10);
@@ -194,7 +198,7 @@ impl Supervisor {
             let handles: Vec<_> = wave.iter().filter_map(|name| self.vms().get(name).cloned()).collect();
             tracing::info!(vms = ?wave, "ending, because the host shuts down");
             for handle in &handles {
-                handle.close(Stage::Agent).await;
+                handle.close(Stage::Agent);
             }
             let down = async {
                 for handle in &handles {
@@ -208,7 +212,7 @@ impl Supervisor {
         let handles: Vec<_> = self.vms().values().cloned().collect();
         for handle in &handles {
             if handle.snapshot().state.is_active() {
-                handle.close(Stage::Kill).await;
+                handle.close(Stage::Kill);
             }
         }
         let down = async {
@@ -327,7 +331,7 @@ impl Supervisor {
         let gone = known.iter().filter(|(name, _)| !fleet.vms.contains_key(*name));
         let gone: Vec<_> = gone.map(|(name, handle)| (name.clone(), handle.clone())).collect();
         for (_, handle) in &gone {
-            handle.removed().await;
+            handle.removed();
         }
         reply.removed = gone.iter().map(|(name, _)| name.clone()).collect();
         for (name, vm) in &fleet.vms {
@@ -371,7 +375,7 @@ impl Supervisor {
     /// The state of one VM, with its counters as they are now.
     pub async fn vm_status(&self, name: &str) -> Result<VmStatus, SupervisorError> {
         let mut snapshot = self.vm(name)?.snapshot();
-        refresh(&mut snapshot).await;
+        refresh(&mut snapshot, &self.host).await;
         Ok(VmStatus::new(name, &snapshot, &self.fleet()))
     }
 
@@ -381,10 +385,10 @@ impl Supervisor {
         let known = self.vms().clone();
         let mut asked = tokio::task::JoinSet::new();
         for (name, handle) in known {
-            let fleet = Arc::clone(&fleet);
+            let (fleet, host) = (Arc::clone(&fleet), Arc::clone(&self.host));
             asked.spawn(async move {
                 let mut snapshot = handle.snapshot();
-                refresh(&mut snapshot).await;
+                refresh(&mut snapshot, &host).await;
                 VmStatus::new(&name, &snapshot, &fleet)
             });
         }
@@ -421,7 +425,9 @@ async fn autostart(handle: &Handle) {
 async fn autostart_after(handle: Handle, before: Vec<Handle>, gone: Vec<Handle>) {
     let all_down = |handles: &[Handle]| handles.iter().all(|handle| !handle.snapshot().state.is_active());
     if before.is_empty() && all_down(&gone) {
-        return autostart(&handle).await;
+        // In the order of the fleet file, which decides who gets the memory; but a disk that hangs must not hold up the others.
+        let _ = timeout(TAKEN, tokio::spawn(async move { autostart(&handle).await })).await;
+        return;
     }
     tokio::spawn(async move {
         for other in &before {
@@ -441,10 +447,18 @@ async fn autostart_after(handle: Handle, before: Vec<Handle>, gone: Vec<Handle>)
 /// How long a shim may take to tell its counters; after that those that it told last are shown.
 const COUNTERS: Duration = Duration::from_millis(500);
 
-/// A shim tells its state when it changes, which counters do all the time: they are asked for.
-async fn refresh(snapshot: &mut Snapshot) {
-    if let Some(plan) = &snapshot.plan
-        && snapshot.shim.is_some()
+/// A shim tells its state when it changes, which counters do all the time: they are asked for. So are the limits, which anybody with
+/// enough rights may have changed.
+async fn refresh(snapshot: &mut Snapshot, host: &Host) {
+    let Some(plan) = snapshot.plan.clone() else { return };
+    if let Some(cgroups) = &host.cgroups
+        && matches!(snapshot.state, State::Booting | State::Ready)
+    {
+        let (cgroup, plan) = (cgroups.vm(&plan.name), Arc::clone(&plan));
+        let faults = tokio::task::spawn_blocking(move || limits::faults(&cgroup, &plan)).await;
+        snapshot.degraded.extend(faults.unwrap_or_default());
+    }
+    if snapshot.shim.is_some()
         && let Ok(Ok(status)) = timeout(COUNTERS, client::status(&plan.shim.sockets.control)).await
     {
         snapshot.shim = Some(status);

@@ -128,7 +128,7 @@ pub(super) fn text(host: &HostStatus, stats: &Stats, own: &Own, seen: &Seen) -> 
 }
 
 fn of_vms(host: &HostStatus, stats: &Stats, registry: &mut Registry) {
-    let (states, pending) = (Gauges::default(), Gauges::default());
+    let (states, pending, degraded) = (Gauges::default(), Gauges::default(), Gauges::default());
     let (restarts, reboots) = (Gauges::default(), Counts::default());
     let (memory, cpus) = (Gauges::default(), Gauges::default());
     for vm in &host.vms {
@@ -138,6 +138,8 @@ fn of_vms(host: &HostStatus, stats: &Stats, registry: &mut Registry) {
         }
         states.get_or_create(&vec![("vm", vm.name.clone()), ("state", vm.state.clone())]).set(1);
         pending.get_or_create(&of(&vm.name)).set(i64::from(vm.pending_restart));
+        let faults = i64::try_from(vm.degraded.len()).unwrap_or(i64::MAX);
+        degraded.get_or_create(&of(&vm.name)).set(faults);
         restarts.get_or_create(&of(&vm.name)).set(i64::from(vm.restarts));
         reboots.get_or_create(&of(&vm.name)).inc_by(vm.reboots);
         memory.get_or_create(&of(&vm.name)).set(i64::try_from(vm.memory.0).unwrap_or(i64::MAX));
@@ -149,6 +151,7 @@ fn of_vms(host: &HostStatus, stats: &Stats, registry: &mut Registry) {
         "Whether the fleet file differs from what the VM runs with",
         pending,
     );
+    registry.register("vm_degraded", "Things that the VM runs without and should not", degraded);
     registry.register_with_unit("vm_memory", "What the VM is given", Unit::Bytes, memory);
     registry.register("vm_vcpus", "Virtual CPUs", cpus);
     let help = "Starts by itself since an operator started it, or since it was last ready for long";
@@ -307,6 +310,7 @@ mod tests {
             trace: vec![],
             guest: None,
             agent_silent_since: None,
+            degraded: vec![],
         };
         let host = HostStatus {
             version: "0.0.0".into(),

@@ -116,6 +116,9 @@ pub struct VmStatus {
     /// When the agent was heard last, if it has gone silent since.
     #[serde(default)]
     pub agent_silent_since: Option<jiff::Timestamp>,
+    /// What it runs without and should not, one sentence each: limits that somebody removed, a control socket that was lost.
+    #[serde(default)]
+    pub degraded: Vec<String>,
 }
 
 /// A VM's view.
@@ -143,6 +146,7 @@ impl VmStatus {
             detail: detail(&snapshot.state),
             since: snapshot.since,
             wanted: snapshot.wanted,
+            degraded: snapshot.degraded.clone(),
             failure: snapshot.state.failure().cloned(),
             restarts: snapshot.restarts,
             reboots: snapshot.reboots,

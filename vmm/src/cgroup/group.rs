@@ -164,8 +164,9 @@ impl VmCgroup {
         })
     }
 
-    /// What is wrong with the cgroup of a VM that runs and has these limits; nothing if all is as it was left.
-    pub fn check(&self, values: &Values) -> Option<Fault> {
+    /// What is wrong with the cgroup of a VM that runs and has these limits, with `device` under its volumes; nothing if all is as it was
+    /// left.
+    pub fn check(&self, values: &Values, device: Option<Device>) -> Option<Fault> {
         if !self.exists() {
             return Some(Fault::Gone(self.dir.clone()));
         }
@@ -174,7 +175,7 @@ impl VmCgroup {
             Ok(false) => return Some(Fault::Empty(self.dir.clone())),
             Err(error) => return Some(Fault::Unknown(crate::error::chain(&error))),
         }
-        values.settings().into_iter().find_map(|Setting { file, value }| {
+        let changed = values.settings().into_iter().find_map(|Setting { file, value }| {
             let path = self.dir.join(file);
             match file::read(&path) {
                 Ok(found) if found.trim_end() == value => None,
@@ -185,7 +186,21 @@ impl VmCgroup {
                 }),
                 Err(error) => Some(Fault::Unknown(crate::error::chain(&error))),
             }
-        })
+        });
+        changed.or_else(|| self.check_io(values.io.as_ref().zip(device)?))
+    }
+
+    fn check_io(&self, (limits, device): (&IoLimits, Device)) -> Option<Fault> {
+        let path = self.dir.join("io.max");
+        match file::parsed(&path, parse::io_max) {
+            Ok(found) if found.get(&device) == Some(limits) => None,
+            Ok(found) => Some(Fault::Changed {
+                found: found.get(&device).map_or("nothing".into(), |limits| io_max(device, limits)),
+                expected: io_max(device, limits),
+                path,
+            }),
+            Err(error) => Some(Fault::Unknown(crate::error::chain(&error))),
+        }
     }
 }
 
@@ -255,21 +270,21 @@ mod tests {
     fn cg7_a_cgroup_that_somebody_removed_emptied_or_changed_is_seen() {
         let fake = Fake::new();
         let group = fake.hierarchy().vm("a");
-        assert_eq!(group.check(&values()), Some(Fault::Gone(group.dir().into())));
+        assert_eq!(group.check(&values(), None), Some(Fault::Gone(group.dir().into())));
         group.create(&values(), None).unwrap();
-        assert_eq!(group.check(&values()), Some(Fault::Empty(group.dir().into())));
+        assert_eq!(group.check(&values(), None), Some(Fault::Empty(group.dir().into())));
         fake.write("lair/vms/a/cgroup.events", "populated 1\nfrozen 0\n");
-        assert_eq!(group.check(&values()), None);
+        assert_eq!(group.check(&values(), None), None);
         fake.write("lair/vms/a/memory.max", "max\n");
-        let fault = group.check(&values()).unwrap();
+        let fault = group.check(&values(), None).unwrap();
         assert!(
             fault.to_string().ends_with("/memory.max is \"max\", and \"1073741824\" was written there"),
             "{fault}"
         );
         fake.write("lair/vms/a/cgroup.events", "nonsense");
-        assert!(matches!(group.check(&values()), Some(Fault::Unknown(_))));
+        assert!(matches!(group.check(&values(), None), Some(Fault::Unknown(_))));
         std::fs::remove_dir_all(group.dir()).unwrap();
-        assert_eq!(group.check(&values()), Some(Fault::Gone(group.dir().into())));
+        assert_eq!(group.check(&values(), None), Some(Fault::Gone(group.dir().into())));
         assert!(group.usage().unwrap_err().is_gone());
     }
 

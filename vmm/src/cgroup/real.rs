@@ -203,7 +203,7 @@ async fn cg9_the_kernel_keeps_what_is_computed() {
     group.create(&values, None).unwrap();
     let _sleep = run(&group, Part::Hypervisor, "sleep 600");
     until("a process", || group.populated().unwrap()).await;
-    assert_eq!(group.check(&values), None);
+    assert_eq!(group.check(&values, None), None);
     let usage = group.usage().unwrap();
     assert!(usage.pids >= 1 && usage.memory > 0, "{usage:?}");
     // Not whole pages: the kernel rounds, and that is seen.

@@ -227,9 +227,10 @@ fn open_pidfd(pid: i32) -> Result<AsyncFd<OwnedFd>, ProcessError> {
 }
 
 pub(crate) fn start_time(pid: i32) -> Result<u64, ProcessError> {
-    let stat =
-        std::fs::read_to_string(format!("/proc/{pid}/stat")).map_err(|e| ProcessError::Stat(pid, e))?;
-    parse_start_time(&stat).ok_or_else(|| ProcessError::Stat(pid, io::ErrorKind::InvalidData.into()))
+    // A program's name need not be text.
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).map_err(|e| ProcessError::Stat(pid, e))?;
+    parse_start_time(&String::from_utf8_lossy(&stat))
+        .ok_or_else(|| ProcessError::Stat(pid, io::ErrorKind::InvalidData.into()))
 }
 
 /// Field 22. The second field is the program's name in brackets, which may itself hold blanks and brackets, so

@@ -7,12 +7,14 @@ mod disk;
 mod effects;
 mod follow;
 
+use self::follow::Told;
 use super::{
     adopt::Verdict,
     handle::{Handle, MAILBOX, Mail, Snapshot},
     limits,
-    machine::{Action, Input, Life, Now, Refusal, Request, State, Step, Wanted},
+    machine::{Action, Input, Life, Now, Part, Refusal, Request, State, Step, Wanted},
     orphan,
+    plan::Plan,
     restart::Moment,
     running::Running,
     steps::Context,
@@ -99,6 +101,8 @@ pub fn spawn(
     }
     let first = Snapshot { adoption: verdict, ..Snapshot::of(&life, since, &running) };
     let (snapshot, watcher) = watch::channel(first);
+    // A withdrawal that an earlier `laird` had begun; it may be back in the fleet by now.
+    let withdrawn = life.is_withdrawn();
     // What is on disk is as the life is, unless the record led to more.
     let kept = verdict.is_none().then(|| life.lasting());
     let actor = Actor {
@@ -120,7 +124,8 @@ pub fn spawn(
         started: Arc::default(),
         shim: None,
         shim_status: None,
-        withdrawn: false,
+        reloading: None,
+        withdrawn,
         closing: false,
         snapshot,
     };
@@ -166,6 +171,8 @@ struct Actor {
     started: Arc<Notify>,
     shim: Option<JoinHandle<()>>,
     shim_status: Option<ShimStatus>,
+    /// The plan as it was before the links that the shim is being told, and the task that tells it.
+    reloading: Option<(Arc<Plan>, JoinHandle<()>)>,
     /// The fleet had it no more at some time since it was last down.
     withdrawn: bool,
     /// The host shuts down.
@@ -175,8 +182,15 @@ struct Actor {
 
 impl Drop for Actor {
     fn drop(&mut self) {
+        // Another task will look after the VM, and nobody after this effect.
+        if let Some(work) = &self.work {
+            work.task.abort();
+        }
         if let Some(shim) = &self.shim {
             shim.abort();
+        }
+        if let Some((_, reloading)) = &self.reloading {
+            reloading.abort();
         }
     }
 }
@@ -201,7 +215,8 @@ impl Actor {
                     self.deadline = None;
                     self.inputs.push_back(Input::Deadline);
                 }
-                () = self.started.notified() => self.record_or_warn().await,
+                // A clean-up removes the record.
+                () = self.started.notified() => if !self.cleans() { self.record_or_warn().await },
                 Ok(()) = self.fleet.changed() => self.follow_fleet(),
                 Some(mail) = self.mailbox.recv() => self.receive(mail).await,
             }
@@ -214,6 +229,9 @@ impl Actor {
             self.watch_process(part);
         }
         self.follow_fleet();
+        if matches!(self.life.state, State::Booting | State::Ready) {
+            self.follow_links(Told::Unknown);
+        }
         if let (Some(cgroup), Some(plan)) = (self.context.cgroup(), self.running.plan())
             && !self.running.processes().is_empty()
         {
@@ -246,6 +264,10 @@ impl Actor {
         }
         self.publish();
         self.perform(actions).await;
+    }
+
+    fn cleans(&self) -> bool {
+        matches!(self.life.state, State::Cleaning(_))
     }
 
     fn present(&self) -> bool {
@@ -296,7 +318,9 @@ impl Actor {
                     self.inputs.push_back(Input::Ended(part, how));
                 }
             }
-            Mail::Shim(status) => {
+            // The last word of an earlier start's shim.
+            Mail::Shim(id, _) if self.running.process(Part::Shim).is_none_or(|shim| shim.id() != id) => {}
+            Mail::Shim(_, status) => {
                 let input = agent(&status);
                 if input == Input::AgentReady && self.life.state == State::Booting {
                     // The guest was all that was missing.
@@ -306,6 +330,7 @@ impl Actor {
                 self.shim_status = Some(*status);
                 self.publish();
             }
+            Mail::Reloaded(plan, outcome) => self.reloaded(plan, outcome).await,
             Mail::Input(input) => self.inputs.push_back(input),
             Mail::Connected => self.attend(),
             #[cfg(test)]
@@ -384,6 +409,10 @@ impl Actor {
         if let Some(part) = step.part() {
             self.watch_process(part);
         }
+        // What both were made from may have changed meanwhile.
+        if matches!(step, Step::View | Step::Shim) {
+            self.follow_links(Told::AsPlanned);
+        }
     }
 
     /// Goes over to another life, for what happened at `happened`. What is wanted and where it is are on disk before anything is done
@@ -393,8 +422,8 @@ impl Actor {
             self.running.starts(happened);
         }
         // A clean-up that is under way removes the record; what else becomes of the VM is in the lasting state.
-        let cleans = |life: &Life| matches!(life.state, State::Cleaning(_));
-        let to_record = life != self.life && !(cleans(&life) && cleans(&self.life));
+        let goes_on_cleaning = self.cleans() && matches!(life.state, State::Cleaning(_));
+        let to_record = life != self.life && !goes_on_cleaning;
         if life != self.life {
             let moved = life.state.word() != self.life.state.word();
             if moved {

@@ -14,7 +14,7 @@ pub enum Failure {
         message: String,
     },
     /// A step of its start failed.
-    #[error("{message}")]
+    #[error("in the step {}: {message}", step.word())]
     StepFailed {
         /// The step.
         step: Step,

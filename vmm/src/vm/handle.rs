@@ -44,11 +44,18 @@ pub struct Snapshot {
     pub start: Arc<Start>,
     /// What its shim said last.
     pub shim: Option<ShimStatus>,
+    /// What it runs without, in words.
+    pub degraded: Vec<String>,
 }
+
+/// What is lost with the hypervisor's control socket.
+const DEAF: &str = "its hypervisor's control socket is not connected: neither a panic nor a power-off of the guest is noticed";
 
 impl Snapshot {
     pub(super) fn of(life: &Life, since: jiff::Timestamp, running: &Running) -> Self {
+        let deaf = matches!(life.state, State::Booting | State::Ready) && running.qmp().is_none();
         Self {
+            degraded: deaf.then(|| DEAF.into()).into_iter().collect(),
             state: life.state.clone(),
             since,
             wanted: life.wanted,
@@ -92,7 +99,9 @@ pub(super) enum Mail {
     /// The host shuts down: it is to end and stays down.
     Close(Stage),
     Ended(Part, ProcessId, String),
-    Shim(Box<ShimStatus>),
+    Shim(ProcessId, Box<ShimStatus>),
+    /// The shim was told the links of this plan.
+    Reloaded(Arc<Plan>, Result<(), String>),
     Input(Input),
     /// The hypervisor is connected again.
     Connected,
@@ -114,13 +123,21 @@ impl Handle {
     }
 
     /// Tells the VM that it was taken out of the fleet. Should it be back already, it starts anew.
-    pub async fn removed(&self) {
-        let _ = self.queue.send(Mail::Removed).await;
+    pub fn removed(&self) {
+        self.post(Mail::Removed);
     }
 
     /// Ends the VM, beginning with this stage, without a change of what is wanted of it: the host shuts down.
-    pub async fn close(&self, from: Stage) {
-        let _ = self.queue.send(Mail::Close(from)).await;
+    pub fn close(&self, from: Stage) {
+        self.post(Mail::Close(from));
+    }
+
+    /// Never waits: a task whose disk hangs must not hold up what concerns other VMs.
+    fn post(&self, mail: Mail) {
+        if let Err(mpsc::error::TrySendError::Full(mail)) = self.queue.try_send(mail) {
+            let queue = self.queue.clone();
+            tokio::spawn(async move { queue.send(mail).await });
+        }
     }
 
     /// Has the VM's task panic.

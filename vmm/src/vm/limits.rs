@@ -60,9 +60,24 @@ pub(super) fn values(plan: &Plan) -> Values {
 
 /// Says what is wrong with the cgroup of a VM that an earlier `laird` started.
 pub(super) fn look(cgroup: &VmCgroup, plan: &Plan) {
-    if let Some(fault) = cgroup.check(&values(plan)) {
+    for fault in faults(cgroup, plan) {
         tracing::error!(vm = plan.name, "degraded: {fault}");
     }
+}
+
+/// What is wrong with the limits of a VM that runs, as they are now: nothing if all is as it was made. It reads a few files.
+pub fn faults(cgroup: &VmCgroup, plan: &Plan) -> Vec<String> {
+    let values = values(plan);
+    let device = values.io.as_ref().and_then(|_| crate::cgroup::backing(&plan.dirs.state).ok().flatten());
+    let unlimited = (values.io.is_some() && device.is_none()).then(|| unlimited(plan));
+    let fault = cgroup.check(&values, device).map(|fault| fault.to_string());
+    fault.into_iter().chain(unlimited).collect()
+}
+
+/// What is said where reads and writes cannot be limited.
+pub(super) fn unlimited(plan: &Plan) -> String {
+    let directory = plan.dirs.state.display();
+    format!("its reads and writes are not limited: the file system of {directory} has no disk of its own")
 }
 
 /// Whether processes in `cgroup` were killed for want of memory since it was made: why a process that was killed was.

@@ -68,6 +68,9 @@ impl Life {
             }
             (Request::Start, Ready) => Err(Refusal::Already("running")),
             (Request::Start, Stopping(_)) if restarts => Err(Refusal::Already("restarting")),
+            (Request::Start | Request::Restart, Cleaning(Outcome::Failed(failure))) => {
+                Err(Refusal::Failing(failure.to_string()))
+            }
             (Request::Start | Request::Restart, Stopping(_) | Cleaning(_)) => Err(Refusal::Stopping),
             (Request::Restart, Starting(_)) => Ok(life.wanted(Wanted::Running).clean(Outcome::Again)),
             (Request::Restart, Booting | Ready) => {
@@ -138,7 +141,8 @@ impl Life {
                 (life.to(Booting), vec![Action::Expect(Patience::Boot), Action::Probe])
             }
             (Booting, Input::Silent) => life.fail(Failure::Unresponsive),
-            (Booting, Input::Deadline) => life.fail(Failure::ReadyTimeout),
+            // Its kernel may well run, and its volumes be in use.
+            (Booting, Input::Deadline) => life.end(Stage::Agent, Why::Overdue, now.moment),
             (Booting | Ready, Input::GuestPanic) => {
                 life.no_longer_ready(now.moment).fail(Failure::GuestPanic)
             }
@@ -152,8 +156,8 @@ impl Life {
                 life.no_longer_ready(now.moment).fail(Failure::ProcessEnded { part, how })
             }
             (Stopping(_), Input::Ended(Part::Hypervisor, _)) => life.ended(now.moment),
-            (Stopping(at), Input::EndFailed(stage)) if *at == stage => life.harder(now.moment, false),
-            (Stopping(_), Input::Deadline) => life.harder(now.moment, true),
+            (Stopping(at), Input::EndFailed(stage)) if *at == stage => life.harder(false),
+            (Stopping(_), Input::Deadline) => life.harder(true),
             (Cleaning(outcome), Input::Cleaned) => match outcome {
                 Outcome::Stopped => (life.to(Stopped), vec![]),
                 Outcome::Again => life.begin(now.moment),
@@ -263,16 +267,16 @@ impl Life {
     }
 
     /// The next stage, if there is one. After the last there is only the clean-up, which tells if something cannot be ended.
-    fn harder(self, moment: Moment, overdue: bool) -> Turn {
+    fn harder(self, overdue: bool) -> Turn {
         let State::Stopping(at) = self.state else { return (self, vec![]) };
         match at.next() {
             Some(next) => (Self { state: State::Stopping(next), ..self }, stage(next)),
-            None if overdue => self.ended(moment),
+            None if overdue => self.over(),
             None => (self, vec![]),
         }
     }
 
-    /// The hypervisor has ended, or is to be ended by the clean-up.
+    /// The hypervisor has ended.
     fn ended(mut self, moment: Moment) -> Turn {
         let (Some(stop), State::Stopping(at)) = (self.stop, &self.state) else {
             return self.clean(Outcome::Stopped);
@@ -285,11 +289,24 @@ impl Life {
             (_, Stage::Kill) => Ender::Kill,
         };
         self.last_stop = Some(StopReport { by, took_ms: moment.saturating_sub(stop.began) });
-        match (stop.why, self.wanted) {
+        self.over()
+    }
+
+    /// What the guest ran in has ended, or is to be ended by the clean-up, which tells if it cannot.
+    fn over(self) -> Turn {
+        let why = self.stop.map_or(Why::Stop, |stop| stop.why);
+        match (why, self.wanted) {
             (Why::Restart, _) => self.clean(Outcome::Again),
             (Why::Guest, Wanted::Running) => self.clean(Outcome::Failed(Failure::PoweredOff)),
-            (Why::Guest | Why::Stop | Why::Withdrawn, _) => self.clean(Outcome::Stopped),
+            (Why::Overdue, Wanted::Running) => self.clean(Outcome::Failed(Failure::ReadyTimeout)),
+            (Why::Guest | Why::Overdue | Why::Stop | Why::Withdrawn, _) => self.clean(Outcome::Stopped),
         }
+    }
+
+    /// Whether it is being ended though it is wanted to run: it is no longer in the fleet, or was not for a moment.
+    pub fn is_withdrawn(&self) -> bool {
+        self.stop.is_some_and(|stop| stop.why == Why::Withdrawn)
+            || (self.wanted == Wanted::Running && self.state == State::Cleaning(Outcome::Stopped))
     }
 
     fn fail(self, failure: Failure) -> Turn {

@@ -167,13 +167,17 @@ impl Running {
     }
 
     /// Puts on disk what processes have said, where there is no shim to do that.
-    pub fn keep_unread(&self, dirs: &VmDirs) {
-        for (part, pipe) in self.take_unread() {
-            let log = dirs.log(part.word());
-            if let Err(error) = file::replace(&log, &waiting(pipe), 0o640) {
-                tracing::warn!(log = %log.display(), error = chain(&error), "cannot keep what {part} said");
+    pub async fn keep_unread(&self, dirs: &VmDirs) {
+        let (unread, dirs) = (self.take_unread(), dirs.clone());
+        let keep = move || {
+            for (part, pipe) in unread {
+                let log = dirs.log(part.word());
+                if let Err(error) = file::replace(&log, &waiting(pipe), 0o640) {
+                    tracing::warn!(log = %log.display(), error = chain(&error), "cannot keep what {part} said");
+                }
             }
-        }
+        };
+        let _ = tokio::task::spawn_blocking(keep).await;
     }
 
     /// Watches the VM's cgroup until the clean-up: what happens to it is logged and sent to `happened`.
@@ -198,7 +202,7 @@ impl Running {
     /// says what still runs.
     pub async fn clean_up(&self, dirs: &VmDirs, cgroup: Option<VmCgroup>) -> Result<(), String> {
         self.inner().cgroup = None;
-        self.keep_unread(dirs);
+        self.keep_unread(dirs).await;
         let tool = self.inner().tool.take();
         if let Some(tool) = tool {
             tool.signal(Signal::SIGKILL);

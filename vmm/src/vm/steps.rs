@@ -59,6 +59,9 @@ const PROMPT: Duration = Duration::from_secs(10);
 const POLL_MIN: Duration = Duration::from_millis(1);
 const POLL_MAX: Duration = Duration::from_millis(20);
 
+/// How long the end of a hypervisor may take to be seen after that of its control socket.
+const ENDING: Duration = Duration::from_secs(1);
+
 /// How long a step may take that does much work: closures, indexing and formatting, on a disk that others use as well.
 const WORK: Duration = Duration::from_secs(15 * 60);
 
@@ -225,8 +228,7 @@ impl Job {
             }
         };
         if values.io.is_some() && device.is_none() {
-            let directory = plan.dirs.state.display();
-            tracing::warn!(vm = plan.name, %directory, "its reads and writes are not limited: the file system has no disk of its own");
+            tracing::warn!(vm = plan.name, "{}", limits::unlimited(plan));
         }
         cgroup.create(&values, device)?;
         self.running.watch_cgroup(cgroup, &self.context.host.happened);
@@ -274,7 +276,7 @@ impl Job {
         checkpoint::reach(&format!("{word}: runs"));
         let how = self.running.wait_for(process.ended()).await;
         self.running.set_tool(None);
-        if process.succeeded() { Ok(()) } else { Err(format!("it {how}{}", tail(&log))) }
+        if process.succeeded() { Ok(()) } else { Err(format!("it {how}{}", tail(log).await)) }
     }
 
     /// Brings the index up to date. Runs for several VMs wait for each other.
@@ -312,9 +314,9 @@ impl Job {
     }
 
     /// A process did not do what it is for; what it said is told.
-    fn not_up(&self, part: Part, plan: &Plan, reason: String) -> StepError {
-        self.running.keep_unread(&plan.dirs);
-        StepError::NotUp { part, reason, log: tail(&plan.dirs.log(part.word())) }
+    async fn not_up(&self, part: Part, plan: &Plan, reason: String) -> StepError {
+        self.running.keep_unread(&plan.dirs).await;
+        StepError::NotUp { part, reason, log: tail(plan.dirs.log(part.word())).await }
     }
 
     /// Waits until a process listens; its end or its silence is a failure that carries the end of its log.
@@ -326,9 +328,11 @@ impl Job {
                 pause(began).await;
             }
         };
-        self.unless_it_ends(part, plan, PROMPT, listening).await?.ok_or_else(|| {
-            self.not_up(part, plan, format!("{} did not appear within {PROMPT:?}", socket.display()))
-        })
+        if self.unless_it_ends(part, plan, PROMPT, listening).await?.is_some() {
+            return Ok(());
+        }
+        let reason = format!("{} did not appear within {PROMPT:?}", socket.display());
+        Err(self.not_up(part, plan, reason).await)
     }
 
     async fn unless_it_ends<T>(
@@ -345,8 +349,10 @@ impl Job {
                 outcome = timeout(patience, wait) => Ok(outcome.ok()),
             }
         };
-        let outcome = self.running.wait_for(waiting).await;
-        outcome.map_err(|how| self.not_up(part, plan, format!("it {how}")))
+        match self.running.wait_for(waiting).await {
+            Ok(outcome) => Ok(outcome),
+            Err(how) => Err(self.not_up(part, plan, format!("it {how}")).await),
+        }
     }
 
     /// Connects to the hypervisor's control socket, unless that is done.
@@ -358,13 +364,16 @@ impl Job {
         let plan = self.running.plan().ok_or(StepError::Lost)?;
         let (sender, heard) = watch::channel(Heard::default());
         let connect = Qmp::connect(&plan.machine.control_socket, PROMPT, sender);
-        let qmp = self.unless_it_ends(Part::Hypervisor, &plan, PROMPT * 2, connect).await?;
-        let qmp = qmp
-            .ok_or_else(|| self.not_up(Part::Hypervisor, &plan, "no answer on its control socket".into()))?;
-        // It may have ended, and its connection be seen to end first: what it said is worth more than that.
-        let qmp = qmp.map_err(|error| self.not_up(Part::Hypervisor, &plan, chain(&error)))?;
-        self.running.set_qmp(qmp, heard);
-        Ok(())
+        let reason = match self.unless_it_ends(Part::Hypervisor, &plan, PROMPT * 2, connect).await? {
+            Some(Ok(qmp)) => {
+                self.running.set_qmp(qmp, heard);
+                return Ok(());
+            }
+            // It may have ended, and its connection be seen to end first: what it said is worth more than that.
+            Some(Err(error)) => chain(&error),
+            None => "no answer on its control socket".into(),
+        };
+        Err(self.not_up(Part::Hypervisor, &plan, reason).await)
     }
 
     async fn resume(&self, plan: &Plan) -> Result<(), StepError> {
@@ -375,9 +384,10 @@ impl Job {
                 pause(began).await;
             }
         };
-        self.unless_it_ends(Part::Shim, plan, PROMPT, connected).await?.ok_or_else(|| {
-            self.not_up(Part::Shim, plan, format!("it did not connect to the console within {PROMPT:?}"))
-        })?;
+        if self.unless_it_ends(Part::Shim, plan, PROMPT, connected).await?.is_none() {
+            let reason = format!("it did not connect to the console within {PROMPT:?}");
+            return Err(self.not_up(Part::Shim, plan, reason).await);
+        }
         checkpoint::reach("Resume: before it");
         let qmp = self.running.qmp().ok_or(StepError::Lost)?;
         self.running.wait_for(qmp.execute("cont")).await?;
@@ -402,13 +412,18 @@ impl Job {
         Ok(())
     }
 
-    /// Whether the hypervisor answers.
-    pub async fn probe(self) -> bool {
-        if self.connect_qmp().await.is_err() {
+    /// Whether the hypervisor is silent. One that has ended is not: its end is told, and why.
+    pub async fn is_silent(self) -> bool {
+        let answers = self.connect_qmp().await.is_ok()
+            && match self.running.qmp() {
+                Some(qmp) => qmp.execute("query-status").await.is_ok(),
+                None => false,
+            };
+        if answers {
             return false;
         }
-        match self.running.qmp() {
-            Some(qmp) => qmp.execute("query-status").await.is_ok(),
+        match self.running.process(Part::Hypervisor) {
+            Some(process) => timeout(ENDING, process.ended()).await.is_err(),
             None => false,
         }
     }
@@ -418,8 +433,13 @@ impl Job {
         &self,
         work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
     ) -> Result<T, StepError> {
-        let _place = LARGE.acquire().await;
-        let outcome = self.blocking(work).await;
+        let place = LARGE.acquire().await;
+        // Kept by the thread, which goes on should this be dropped.
+        let outcome = self.blocking(move || {
+            let _place = place;
+            work()
+        });
+        let outcome = outcome.await;
         memory::used();
         outcome
     }
@@ -471,15 +491,18 @@ fn text(path: &Path) -> String {
 const TAIL: u64 = 8 << 10;
 
 /// The last lines of a log, indented below the message that they explain; at most 50 lines and 8 KiB.
-fn tail(log: &Path) -> String {
-    use std::io::{Read, Seek, SeekFrom};
-    let mut bytes = Vec::new();
-    if let Ok(mut file) = fs::File::open(log) {
-        let length = file.metadata().map_or(0, |metadata| metadata.len());
-        let _ = file.seek(SeekFrom::Start(length.saturating_sub(TAIL)));
-        let _ = file.take(TAIL).read_to_end(&mut bytes);
-    }
-    last_lines(&bytes)
+async fn tail(log: PathBuf) -> String {
+    let read = move || {
+        use std::io::{Read, Seek, SeekFrom};
+        let mut bytes = Vec::new();
+        if let Ok(mut file) = fs::File::open(log) {
+            let length = file.metadata().map_or(0, |metadata| metadata.len());
+            let _ = file.seek(SeekFrom::Start(length.saturating_sub(TAIL)));
+            let _ = file.take(TAIL).read_to_end(&mut bytes);
+        }
+        bytes
+    };
+    last_lines(&tokio::task::spawn_blocking(read).await.unwrap_or_default())
 }
 
 fn last_lines(bytes: &[u8]) -> String {

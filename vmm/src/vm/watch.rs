@@ -1,14 +1,17 @@
 //! Watching what runs of a VM: its processes, its shim, its reboots.
 
-use super::{handle::Mail, machine::Part};
-use crate::{host::process::Process, hypervisor::Heard, shim::client};
+use super::{handle::Mail, machine::Part, running::Running};
+use crate::{
+    host::process::{Process, ProcessId},
+    shim::client,
+};
 use std::{
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 use tokio::{
-    sync::{mpsc, watch},
+    sync::mpsc,
     time::{sleep, timeout},
 };
 
@@ -20,25 +23,23 @@ const AGAIN: Duration = Duration::from_millis(200);
 
 /// Reports the end of a process. That of a hypervisor is reported once its last words are there: whether the guest powered off tells
 /// a stop from a failure.
-pub(super) async fn process(
-    part: Part,
-    process: Arc<Process>,
-    heard: Option<watch::Receiver<Heard>>,
-    queue: mpsc::Sender<Mail>,
-) {
+pub(super) async fn process(part: Part, process: Arc<Process>, running: Running, queue: mpsc::Sender<Mail>) {
     let how = process.ended().await;
-    if let Some(mut heard) = heard {
+    // It may have been connected only lately.
+    if part == Part::Hypervisor
+        && let Some(mut heard) = running.heard()
+    {
         let _ = timeout(LAST_WORDS, heard.wait_for(|heard| heard.lost)).await;
     }
     let _ = queue.send(Mail::Ended(part, process.id(), how)).await;
 }
 
-/// Reports what a shim says, for as long as anybody listens.
-pub(super) async fn shim(control: PathBuf, queue: mpsc::Sender<Mail>) {
+/// Reports what the shim `id` says, for as long as anybody listens.
+pub(super) async fn shim(id: ProcessId, control: PathBuf, queue: mpsc::Sender<Mail>) {
     while !queue.is_closed() {
         if let Ok(mut changes) = client::watch(&control).await {
             while let Ok(Some(status)) = changes.next().await {
-                if queue.send(Mail::Shim(Box::new(status))).await.is_err() {
+                if queue.send(Mail::Shim(id, Box::new(status))).await.is_err() {
                     return;
                 }
             }

@@ -1,8 +1,8 @@
 //! `laird` is killed at every point that it reaches during an operation, and started again: the end is that of an undisturbed run, and
 //! nothing is left over.
 
-use crate::host::{Host, Traces};
-use lair_vmm::api::client::ClientError;
+use crate::host::{Host, Traces, until};
+use lair_vmm::{api::client::ClientError, vm::machine::Wanted};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// A volume makes the step that formats it count.
@@ -20,8 +20,8 @@ struct Operation {
 }
 
 impl Operation {
-    /// Performs it once; `laird` is killed at a point, and started again. What is there in the end.
-    fn run(&self, kill_at: Option<usize>, and: fn(&mut Host)) -> (Traces, Vec<String>) {
+    /// Performs it once; `laird` is killed at a point, and started again.
+    fn run(&self, kill_at: Option<usize>, and: fn(&mut Host)) -> Run {
         let mut host = Host::new();
         (self.before)(&mut host);
         assert!(host.is_quiet());
@@ -37,7 +37,8 @@ impl Operation {
         };
         let settled = taken && host.settled(self.after).is_some();
         // It may be killed while it writes down what can be seen already.
-        if !settled || !host.is_quiet() {
+        let killed = !settled || !host.is_quiet();
+        if killed {
             host.await_death();
             host.laird(None);
             // An operator who had no answer asks again. One who had one does not have to.
@@ -57,7 +58,11 @@ impl Operation {
         let known: usize = vms.values().map(|vm| vm.processes.len()).sum();
         let traces = host.traces_at_rest();
         assert_eq!(traces.processes.len(), known, "{traces:?}");
-        (traces, points)
+        let vms = vms.into_values().map(|vm| {
+            let links = vm.counters.into_iter().map(|counters| counters.link).collect();
+            (vm.name, vm.state, vm.wanted, links)
+        });
+        Run { end: End { traces, vms: vms.collect() }, points, killed }
     }
 
     fn killed_at_every_step(&self) {
@@ -66,23 +71,51 @@ impl Operation {
 
     /// As well, what is asserted in the end of each run.
     fn killed_at_every_step_and(&self, and: fn(&mut Host)) {
-        let (undisturbed, points) = self.run(None, and);
-        assert!(points.len() > 3, "{points:?}");
+        let Run { end: undisturbed, points, killed } = self.run(None, and);
+        assert!(points.len() > 3 && !killed, "{points:?}");
         // Half of each run is waiting.
-        let next = AtomicUsize::new(1);
+        let (next, missed) = (AtomicUsize::new(1), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     loop {
                         let at = next.fetch_add(1, Relaxed);
                         let Some(point) = points.get(at - 1) else { return };
-                        let (traces, _) = self.run(Some(at), and);
-                        assert_eq!(traces, undisturbed, "killed at point {at}: {point}");
+                        let run = self.run(Some(at), and);
+                        assert_eq!(run.end, undisturbed, "killed at point {at}: {point}");
+                        if !run.killed {
+                            // Two records in a row may be written as one, so not every run has as many points.
+                            assert!(
+                                run.points.len() < at,
+                                "it reached point {at} and lived: {:?}",
+                                run.points
+                            );
+                            missed.fetch_add(1, Relaxed);
+                        }
                     }
                 });
             }
         });
+        let missed = missed.into_inner();
+        assert!(missed <= points.len() / 8, "{missed} of {} points were not reached", points.len());
     }
+}
+
+/// How a run went.
+struct Run {
+    end: End,
+    /// The points that `laird` reached.
+    points: Vec<String>,
+    /// Whether it was killed.
+    killed: bool,
+}
+
+/// What is there in the end.
+#[derive(Debug, PartialEq)]
+struct End {
+    traces: Traces,
+    /// Each VM: its state, what is wanted of it, and the links that its shim has.
+    vms: Vec<(String, String, Wanted, Vec<String>)>,
 }
 
 fn ready(host: &mut Host) {
@@ -127,6 +160,28 @@ fn sv1_apply_adds_and_removes() {
         after: &[("b", "ready")],
     };
     operation.killed_at_every_step();
+}
+
+#[test]
+fn sv1_apply_changes_the_links_of_a_vm_that_runs() {
+    const LINKED: &str = "[links.cache]\nfrom = [\"a\"]\nto = { host = \"/run/cache.sock\" }";
+    let operation = Operation {
+        before: |host| {
+            host.fleet(&[("a", BY_ITSELF)]);
+            host.laird(None);
+            host.settled(&[("a", "ready")]).unwrap();
+        },
+        ask: |host| {
+            let keys = format!("{BY_ITSELF}\n{LINKED}");
+            host.fleet(&[("a", &keys)]);
+            host.apply()
+        },
+        after: &[("a", "ready")],
+    };
+    operation.killed_at_every_step_and(|host| {
+        let has = |host: &mut Host| host.status().unwrap()["a"].counters.iter().any(|l| l.link == "cache");
+        until(|| has(host).then_some(()));
+    });
 }
 
 #[test]

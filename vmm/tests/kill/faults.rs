@@ -1,6 +1,6 @@
 //! Hypervisors that break, records that are damaged, disks that are full.
 
-use crate::host::Host;
+use crate::host::{Host, until};
 use lair_vmm::{
     api::{client::ClientError, types::VmStatus},
     host::tools,
@@ -78,6 +78,23 @@ fn hv4_a_hypervisor_that_hangs_is_unresponsive_and_killed() {
     assert_eq!(after["a"].failure, Some(Failure::Unresponsive));
     assert_eq!(vms["b"].processes, after["b"].processes);
     assert!(host.traces().processes.iter().all(|process| process.starts_with("b ")));
+}
+
+#[test]
+fn hv4_a_hypervisor_that_closes_its_control_socket_is_connected_again() {
+    let mut host = Host::new();
+    host.fleet(&[("a", ONCE)]);
+    host.laird(None);
+    host.start("a").unwrap();
+    let vms = host.settled(&[("a", "ready")]).unwrap();
+    assert_eq!(vms["a"].degraded, Vec::<String>::new());
+    signal(&vms["a"], Part::Hypervisor, Signal::SIGUSR1);
+    let degraded = until(|| host.status().unwrap()["a"].degraded.first().cloned());
+    assert!(degraded.starts_with("its hypervisor's control socket is not connected"), "{degraded}");
+    until(|| host.status().unwrap()["a"].degraded.is_empty().then_some(()));
+    let after = host.settled(&[("a", "ready")]).unwrap();
+    assert_eq!(vms["a"].processes, after["a"].processes);
+    assert_eq!(host.log().matches("is connected again").count(), 1);
 }
 
 #[test]

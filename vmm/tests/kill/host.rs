@@ -31,6 +31,18 @@ const QUIET: Duration = Duration::from_millis(200);
 /// A store path that is valid in the host's source.
 const ROOT: &str = "0123456789abcdfghijklmnpqrsvwxyz-root";
 
+/// Looks until there is something to see.
+pub(crate) fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(began.elapsed() < LIMIT, "it does not happen");
+        std::thread::sleep(POLL);
+    }
+}
+
 pub(crate) struct Host {
     directory: TempDir,
     laird: Option<Child>,

@@ -1,23 +1,18 @@
 //! Lives of VMs whose processes are real: what `laird`'s own end, the host's and an operator's haste do to them.
 
-use crate::host::{Host, LIMIT};
+use crate::host::{Host, until};
 use lair_vmm::{
     api::{client::ClientError, types::VmStatus},
     host::tools,
     vm::{
         adopt::Verdict,
-        machine::{Ender, Wanted},
+        machine::{Ender, Part, Wanted},
         orphan,
         trace::{Source, worked_us},
     },
 };
-use std::{
-    fs,
-    io::Write,
-    os::unix::net::UnixStream,
-    thread,
-    time::{Duration, Instant},
-};
+use nix::sys::signal::{Signal, kill};
+use std::{fs, io::Write, os::unix::net::UnixStream};
 
 const ASKED_FOR: &str = "autostart = false";
 const WITH_VOLUME: &str = "autostart = false\nvolumes = [{ name = \"v\", size = \"16MiB\", mount = \"/v\" }]";
@@ -26,17 +21,6 @@ fn refusal(outcome: Result<(), ClientError>) -> String {
     match outcome {
         Err(ClientError::Api(error)) => error.message,
         other => panic!("{other:?}"),
-    }
-}
-
-fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(began.elapsed() < LIMIT, "it does not happen");
-        thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -213,6 +197,30 @@ fn cl9_a_vm_that_is_removed_while_it_runs_is_stopped_and_comes_back_when_it_is_a
     let traces = host.traces();
     assert_eq!(traces.processes, Vec::<String>::new());
     assert!(!traces.files.iter().any(|file| file.contains("run/vms/a") || file.ends_with("life.json")));
+}
+
+#[test]
+fn cl9_a_withdrawal_that_was_cut_short_is_a_restart_if_the_vm_is_back() {
+    let mut host = Host::new();
+    host.fleet(&[("a", ""), ("b", "")]);
+    host.laird(None);
+    let before = host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    let hypervisor = nix::unistd::Pid::from_raw(before["a"].processes[&Part::Hypervisor]);
+    // It takes its time.
+    kill(hypervisor, Signal::SIGSTOP).unwrap();
+    host.fleet(&[("b", "")]);
+    host.apply().unwrap();
+    host.settled(&[("a", "stopping"), ("b", "ready")]).unwrap();
+    assert!(host.is_quiet());
+    host.kill();
+    host.fleet(&[("a", ""), ("b", "")]);
+    host.laird(None);
+    host.settled(&[("a", "stopping"), ("b", "ready")]).unwrap();
+    kill(hypervisor, Signal::SIGCONT).unwrap();
+    let after = host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    assert_ne!(before["a"].processes, after["a"].processes);
+    assert_eq!((after["a"].wanted, after["a"].restarts), (Wanted::Running, 0));
+    same(&before["b"], &after["b"]);
 }
 
 #[test]

@@ -10,11 +10,11 @@ use lair_guest::wire::{
 use lair_vmm::{
     shim::{
         config::ShimConfig,
-        protocol::{AgentState, Control, ControlReply, ShimStatus},
+        protocol::{AgentState, Control, ControlReply, LinkCounters, ShimStatus},
     },
     vm::trace::{self, Times},
 };
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
@@ -49,7 +49,7 @@ fn stand_in() {
             "lair-virtiofs" => listen_for_ever(&[after("--control")]).await,
             "vhost-device-vsock" => listen_for_ever(&[after("--socket")]).await,
             "qemu-system-x86_64" => hypervisor(&chardev("console"), &chardev("qmp")).await,
-            "lair-shim" => shim(&ShimConfig::load(Path::new(after("--config"))).unwrap()).await,
+            "lair-shim" => shim(Path::new(after("--config"))).await,
             other => panic!("{other}"),
         }
     });
@@ -70,10 +70,14 @@ enum Guest {
 async fn hypervisor(console: &str, qmp: &str) {
     let (guest, _) = watch::channel(Guest::Paused);
     let (console, qmp) = (UnixListener::bind(console).unwrap(), UnixListener::bind(qmp).unwrap());
+    let mut forget = signal(SignalKind::user_defined1()).unwrap();
+    let mut control = tokio::task::JoinSet::new();
     loop {
         tokio::select! {
             Ok((stream, _)) = console.accept() => { tokio::spawn(serve_console(stream, guest.clone())); }
-            Ok((stream, _)) = qmp.accept() => { tokio::spawn(serve_qmp(stream, guest.clone())); }
+            Ok((stream, _)) = qmp.accept() => { control.spawn(serve_qmp(stream, guest.clone())); }
+            // As if it had closed its control socket and ran on.
+            _ = forget.recv() => control.abort_all(),
         }
     }
 }
@@ -126,7 +130,23 @@ async fn serve_qmp(stream: UnixStream, guest: watch::Sender<Guest>) {
     }
 }
 
-async fn shim(config: &ShimConfig) {
+/// The links of a configuration, none of which was used.
+fn links(config: &ShimConfig) -> Vec<LinkCounters> {
+    let link = |name: &str, to: &str| LinkCounters {
+        link: name.into(),
+        from: config.vm.clone(),
+        to: to.into(),
+        connections: 0,
+        open: 0,
+        refused: 0,
+        bytes_out: 0,
+        bytes_in: 0,
+    };
+    config.outgoing.iter().map(|outgoing| link(&outgoing.link.name, "elsewhere")).collect()
+}
+
+async fn shim(path: &Path) {
+    let config = &ShimConfig::load(path).unwrap();
     let mut times = Times::default();
     times.mark("shim", trace::now_ms());
     let status = ShimStatus {
@@ -134,7 +154,7 @@ async fn shim(config: &ShimConfig) {
         agent: AgentState::Absent,
         console: true,
         console_bytes: 0,
-        links: vec![],
+        links: links(config),
         silent_since_unix_ms: None,
         figures: None,
         times,
@@ -156,7 +176,9 @@ async fn shim(config: &ShimConfig) {
     let controls = UnixListener::bind(&config.sockets.control).unwrap();
     loop {
         tokio::select! {
-            Ok((stream, _)) = controls.accept() => { tokio::spawn(serve_control(stream, status.clone(), ask.clone())); }
+            Ok((stream, _)) = controls.accept() => {
+                tokio::spawn(serve_control(stream, path.to_owned(), status.clone(), ask.clone()));
+            }
             // As if the agent did not answer any more.
             _ = lose.recv() => status.send_modify(|status| status.agent = AgentState::Absent),
             Some(()) = asked.recv() => console.write_all(b"poweroff\n").await.unwrap(),
@@ -166,6 +188,7 @@ async fn shim(config: &ShimConfig) {
 
 async fn serve_control(
     mut stream: UnixStream,
+    config: PathBuf,
     status: watch::Sender<ShimStatus>,
     ask: tokio::sync::mpsc::Sender<()>,
 ) {
@@ -184,6 +207,11 @@ async fn serve_control(
             Control::Ask { ask: Ask::PowerOff } => {
                 ask.send(()).await.unwrap();
                 ControlReply::Answer { answer: Answer::Done }
+            }
+            Control::Reload => {
+                let links = links(&ShimConfig::load(&config).unwrap());
+                status.send_modify(|status| status.links = links);
+                ControlReply::Done
             }
             Control::Stop => std::process::exit(0),
             _ => ControlReply::Done,

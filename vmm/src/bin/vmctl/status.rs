@@ -87,6 +87,10 @@ fn print_host(host: &HostStatus, now: jiff::Timestamp) -> Result<(), CommandErro
         println!();
         print_text(&format!("{} {}: {reason}", vm.name, vm.state))?;
     }
+    for (vm, fault) in host.vms.iter().flat_map(|vm| vm.degraded.iter().map(move |fault| (vm, fault))) {
+        println!();
+        print_text(&format!("{} degraded: {}", vm.name, harmless(fault)))?;
+    }
     let notes = notes(host);
     if !notes.is_empty() {
         println!();
@@ -153,6 +157,9 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
     if let Some(since) = vm.agent_silent_since {
         let age = duration(now.as_second().saturating_sub(since.as_second()));
         facts.push(("agent", format!("silent for {age}, since {}", since.strftime("%F %T UTC"))));
+    }
+    for fault in &vm.degraded {
+        facts.push(("degraded", harmless(fault).into_owned()));
     }
     if let Some(figures) = &vm.guest {
         facts.extend(guest::figures(figures, now));

@@ -14,7 +14,7 @@ use crate::{
         trace::Start,
     },
 };
-use std::io;
+use std::{io, path::PathBuf};
 
 impl Actor {
     pub(super) fn dirs(&self) -> Result<VmDirs, dirs::DirsError> {
@@ -31,7 +31,7 @@ impl Actor {
         let boot_id = self.context.host.boot_id.clone();
         checkpoint::reach("the lasting state: before it is written");
         let kept = lasting.clone();
-        write(move || {
+        write(dirs.lasting(), move || {
             if let Err(error) = dirs::create(&dirs.state, 0o750) {
                 let source = io::Error::other(chain(&error));
                 return Err(WriteError { path: dirs.lasting(), step: "making its directory", source });
@@ -73,7 +73,7 @@ impl Actor {
             self.running.processes().iter().map(|(part, process)| (*part, process.id())).collect();
         record.start = Start::clone(&self.running.start());
         checkpoint::reach(&format!("{}: before it is recorded", self.life.state.word()));
-        write(move || record.write(&plan.dirs.record())).await?;
+        write(plan.dirs.record(), move || record.write(&plan.dirs.record())).await?;
         checkpoint::reach(&format!("{}: recorded", self.life.state.word()));
         Ok(())
     }
@@ -86,6 +86,11 @@ impl Actor {
 }
 
 /// Writes on a thread: a disk that hangs stops this VM's task only.
-async fn write(work: impl FnOnce() -> Result<(), WriteError> + Send + 'static) -> Result<(), WriteError> {
-    tokio::task::spawn_blocking(work).await.unwrap_or(Ok(()))
+async fn write(
+    path: PathBuf,
+    work: impl FnOnce() -> Result<(), WriteError> + Send + 'static,
+) -> Result<(), WriteError> {
+    let written = tokio::task::spawn_blocking(work).await;
+    written
+        .unwrap_or_else(|error| Err(WriteError { path, step: "writing it", source: io::Error::other(error) }))
 }

@@ -48,7 +48,7 @@ impl Actor {
                     });
                 }
                 Action::Probe => {
-                    self.work(None, |job| async move { (!job.probe().await).then_some(Input::Silent) });
+                    self.work(None, |job| async move { job.is_silent().await.then_some(Input::Silent) });
                 }
                 Action::Expect(patience) => self.deadline = Some(Instant::now() + self.duration(patience)),
                 Action::Relax => self.deadline = None,
@@ -83,6 +83,9 @@ impl Actor {
     fn clean_up(&mut self) {
         if let Some(shim) = self.shim.take() {
             shim.abort();
+        }
+        if let Some((_, reloading)) = self.reloading.take() {
+            reloading.abort();
         }
         self.heard = None;
         self.shim_status = None;

@@ -5,14 +5,27 @@ use crate::{
     error::chain,
     hypervisor::Heard,
     vm::{
-        handle::Snapshot,
-        machine::{Input, Part, Stage},
+        handle::{Mail, Snapshot},
+        machine::{Input, Part, Stage, State, Step},
         plan::{self, Plan},
         steps::reload_links,
         watch,
     },
 };
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+use tokio::time::sleep;
+
+/// The pause before a hypervisor is connected again that closed its control socket and runs on.
+const RECONNECT: Duration = Duration::from_secs(10);
+
+/// What is known of the links that a shim has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Told {
+    /// Those of the plan.
+    AsPlanned,
+    /// Perhaps others: an earlier `laird` may have been killed before it wrote down what it had told.
+    Unknown,
+}
 
 impl Actor {
     /// Listens to a hypervisor that has been connected.
@@ -27,6 +40,7 @@ impl Actor {
             self.heard = heard;
             self.known = Heard::default();
             self.hear();
+            self.publish();
         }
     }
 
@@ -46,20 +60,52 @@ impl Actor {
         if heard.power_off && !before.power_off {
             self.inputs.push_back(Input::GuestPowerOff);
         }
-        if more > 0 {
+        let lost = heard.lost && !before.lost;
+        if lost {
+            self.connect_again();
+        }
+        if more > 0 || lost {
             self.publish();
         }
     }
 
+    /// Connects the hypervisor again, should it run on without its control socket: without one neither a panic nor a power-off is heard,
+    /// and no power button can be pressed.
+    fn connect_again(&self) {
+        let Some(process) = self.running.process(Part::Hypervisor) else { return };
+        let (job, queue) = (self.job(tokio::sync::watch::channel(false).1), self.queue.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                // As it always is: the connection ends with it.
+                _ = process.ended() => return,
+                () = sleep(RECONNECT) => {}
+            }
+            let name = &job.context.name;
+            match job.connect_qmp().await {
+                Ok(()) => tracing::warn!(
+                    vm = name,
+                    "its hypervisor had closed its control socket; it is connected again"
+                ),
+                Err(error) => tracing::error!(
+                    vm = name,
+                    error = chain(&error),
+                    "its hypervisor has closed its control socket and cannot be connected again"
+                ),
+            }
+            let _ = queue.send(Mail::Connected).await;
+        });
+    }
+
     pub(super) fn watch_process(&mut self, part: Part) {
         let Some(process) = self.running.process(part) else { return };
-        let heard = self.running.heard().filter(|_| part == Part::Hypervisor);
-        tokio::spawn(watch::process(part, process, heard, self.queue.clone()));
+        let id = process.id();
+        tokio::spawn(watch::process(part, process, self.running.clone(), self.queue.clone()));
         if part == Part::Shim
             && let Some(plan) = self.running.plan()
         {
             let control = plan.shim.sockets.control.clone();
-            if let Some(before) = self.shim.replace(tokio::spawn(watch::shim(control, self.queue.clone()))) {
+            let watching = tokio::spawn(watch::shim(id, control, self.queue.clone()));
+            if let Some(before) = self.shim.replace(watching) {
                 before.abort();
             }
         }
@@ -75,31 +121,61 @@ impl Actor {
 
     /// Follows the fleet file: out of the fleet, and with the links.
     pub(super) fn follow_fleet(&mut self) {
-        let fleet = Arc::clone(&self.fleet.borrow_and_update());
-        if !fleet.vms.contains_key(&self.context.name) {
+        let present = self.fleet.borrow_and_update().vms.contains_key(&self.context.name);
+        if !present {
             self.withdraw();
         }
-        let Some(plan) = self.running.plan() else { return };
-        let shim = match plan::shim(&plan.name, &plan.vm, &fleet, &self.context.dirs, &plan.dirs) {
-            Ok(shim) => shim,
-            Err(error) => return tracing::warn!(vm = plan.name, %error, "its links stay as they are"),
-        };
-        if shim == plan.shim {
+        self.follow_links(Told::AsPlanned);
+    }
+
+    /// Has the shim's links follow the fleet. The plan says what the shim was told, so that it changes once the shim has taken them.
+    pub(super) fn follow_links(&mut self, told: Told) {
+        // Its end looks again.
+        if self.reloading.is_some() {
             return;
         }
-        let plan = Arc::new(Plan { shim, ..(*plan).clone() });
-        self.running.set_plan(Arc::clone(&plan));
-        self.publish();
+        let Some(before) = self.running.plan() else { return };
+        let fleet = Arc::clone(&self.fleet.borrow());
+        let shim = match plan::shim(&before.name, &before.vm, &fleet, &self.context.dirs, &before.dirs) {
+            Ok(shim) => shim,
+            Err(error) => return tracing::warn!(vm = before.name, %error, "its links stay as they are"),
+        };
+        if shim == before.shim && told == Told::AsPlanned {
+            return;
+        }
+        let after = Arc::new(Plan { shim, ..(*before).clone() });
         if self.running.process(Part::Shim).is_some() {
-            tokio::spawn(async move {
-                if let Err(error) = reload_links(&plan).await {
-                    tracing::warn!(
-                        vm = plan.name,
-                        error = chain(&error),
-                        "its shim did not take the new links"
-                    );
-                }
+            let queue = self.queue.clone();
+            let task = tokio::spawn(async move {
+                let outcome = reload_links(&after).await.map_err(|error| chain(&error));
+                let _ = queue.send(Mail::Reloaded(after, outcome)).await;
             });
+            self.reloading = Some((before, task));
+        } else if self.life.state != State::Starting(Step::Shim) {
+            self.running.set_plan(after);
+            self.publish();
+        }
+        // A shim that is being started was told what the plan said; the end of that step looks again.
+    }
+
+    /// The shim has taken its links, or has not.
+    pub(super) async fn reloaded(&mut self, plan: Arc<Plan>, outcome: Result<(), String>) {
+        // It may have been cleaned up meanwhile.
+        let Some((before, _)) = self
+            .reloading
+            .take_if(|(before, _)| self.running.plan().is_some_and(|now| Arc::ptr_eq(before, &now)))
+        else {
+            return;
+        };
+        match outcome {
+            Ok(()) => {
+                self.running.set_plan(plan);
+                self.record_or_warn().await;
+                self.publish();
+                self.follow_links(Told::AsPlanned);
+            }
+            // The next change of the fleet tries again.
+            Err(error) => tracing::warn!(vm = before.name, error, "its shim did not take the new links"),
         }
     }
 

@@ -106,9 +106,42 @@ fn a_stop_gets_harder_until_the_hypervisor_ends_and_is_reported() {
         (&life.state, actions),
         (&State::Cleaning(Outcome::Stopped), vec![Action::Relax, Action::CleanUp])
     );
+    assert_eq!(life.last_stop, None);
     let (life, _) = life.step(Input::NotCleaned("7 hypervisor".into()), now());
     assert_eq!(life.state, State::Quarantined("7 hypervisor".into()));
     assert!(life.state.holds_memory());
+}
+
+#[test]
+fn a_guest_that_does_not_become_ready_is_asked_to_end_and_has_failed_then() {
+    let silent = ready().step(Input::AgentLost, now()).0;
+    for booting in [booting(), silent] {
+        let (life, actions) = booting.step(Input::Deadline, at(5, FAILS));
+        assert_eq!((&life.state, actions), (&State::Stopping(Stage::Agent), stage(Stage::Agent)));
+        let (life, _) = life.step(Input::EndFailed(Stage::Agent), now());
+        assert_eq!(life.state, State::Stopping(Stage::PowerButton));
+        let ended = Input::Ended(Part::Hypervisor, "ended".into());
+        let (failed, _) = life.step(ended.clone(), at(7, FAILS));
+        assert_eq!(failed.state, State::Cleaning(Outcome::Failed(Failure::ReadyTimeout)));
+        assert_eq!(failed.last_stop, Some(StopReport { by: Ender::PowerButton, took_ms: 2 }));
+        assert!(matches!(failed.step(Input::Cleaned, now()).0.state, State::Waiting { .. }));
+        // An operator's stop makes it one.
+        let stopped = life.request(Request::Stop, 6).unwrap().0.step(ended, now()).0;
+        assert_eq!((&stopped.state, stopped.wanted), (&State::Cleaning(Outcome::Stopped), Wanted::Stopped));
+    }
+}
+
+#[test]
+fn a_withdrawal_is_told_from_a_stop_wherever_it_is() {
+    let withdrawn = ready().step(Input::Withdraw(Stage::Agent), now()).0;
+    let cleaning = withdrawn.step(Input::Ended(Part::Hypervisor, "ended".into()), now()).0;
+    assert!(withdrawn.is_withdrawn() && cleaning.is_withdrawn());
+    let stopping = ready().request(Request::Stop, 0).unwrap().0;
+    let stopped = stopping.step(Input::Ended(Part::Hypervisor, "ended".into()), now()).0;
+    let restarting = ready().request(Request::Restart, 0).unwrap().0;
+    for life in [ready(), stopping, stopped, restarting, life(State::Stopped)] {
+        assert!(!life.is_withdrawn(), "{life:?}");
+    }
 }
 
 #[test]
@@ -159,6 +192,11 @@ fn cl8_requests_that_do_not_fit_are_refused_with_the_reason() {
         (stopping(), Request::Start, "It is being stopped; start it when it has stopped"),
         (stopping(), Request::Restart, "It is being stopped; start it when it has stopped"),
         (ready().request(Request::Restart, 0).unwrap().0, Request::Start, "It is already restarting"),
+        (
+            ready().step(Input::GuestPanic, now()).0,
+            Request::Start,
+            "It has failed (the guest's kernel panicked) and is being cleaned up; start it when that is done",
+        ),
         (
             life(State::Quarantined("odd".into())),
             Request::Start,
@@ -334,8 +372,9 @@ fn sv15_100000_starts_and_stops_leave_a_life_as_small_as_before() {
 enum Event {
     Input(Input),
     Request(Request),
-    /// laird is killed and started again, with all of the VM's processes or none.
-    Crash(bool),
+    /// laird is killed and started again, with all of the VM's processes or none; what is wanted may have been written down later
+    /// than the rest.
+    Crash(bool, Option<Wanted>),
 }
 
 fn any_event() -> impl Strategy<Value = Event> {
@@ -345,7 +384,8 @@ fn any_event() -> impl Strategy<Value = Event> {
     prop_oneof![
         4 => prop::sample::select(vec![Request::Start, Request::Stop, Request::Restart, Request::Kill])
             .prop_map(Event::Request),
-        1 => any::<bool>().prop_map(Event::Crash),
+        1 => (any::<bool>(), prop::sample::select(vec![None, Some(Wanted::Running), Some(Wanted::Stopped)]))
+            .prop_map(|(all, wanted)| Event::Crash(all, wanted)),
         2 => at.prop_map(|s| Event::Input(Input::StepFailed(s, "x".into()))),
         2 => part.prop_map(|p| Event::Input(Input::Ended(p, "x".into()))),
         2 => stage.prop_map(|s| Event::Input(Input::EndFailed(s))),
@@ -403,13 +443,13 @@ proptest! {
                     Ok(turn) => turn,
                     Err(_) => continue,
                 },
-                Event::Crash(all) => {
+                Event::Crash(all, wanted) => {
                     (performing, cleaning, deadline) = (None, false, false);
                     let runs = matches!(life.state, State::Booting | State::Ready | State::Stopping(_));
                     let missing = if runs && all { vec![] } else { Part::ALL.into() };
                     let text = serde_json::to_string(&if runs { life.clone() } else { life.lasting() }).unwrap();
                     let read: Life = serde_json::from_str(&text).unwrap();
-                    read.resume(&Found { missing }, life.wanted, moment)
+                    read.resume(&Found { missing }, wanted.unwrap_or(life.wanted), moment)
                 }
             };
             if !matches!(next.state, State::Starting(_)) {

@@ -72,6 +72,8 @@ pub enum Why {
     Restart,
     /// It powers itself off.
     Guest,
+    /// It did not become ready in time, or was ready and did not become it again.
+    Overdue,
     /// It is no longer in the fleet, or the host shuts down.
     Withdrawn,
 }
@@ -186,6 +188,9 @@ pub enum Refusal {
     /// It is being stopped.
     #[error("It is being stopped; start it when it has stopped")]
     Stopping,
+    /// It has failed, and what is left of it is being ended.
+    #[error("It has failed ({0}) and is being cleaned up; start it when that is done")]
+    Failing(String),
     /// It is quarantined.
     #[error(
         "It is quarantined ({0}); stop it, which looks at it again, or kill it, which ends what is left of it"
