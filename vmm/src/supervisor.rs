@@ -9,7 +9,7 @@ use crate::{
         Loaded, Place, Problem, Problems, diff,
         schema::{Fleet, Limits, Users},
     },
-    host::Host,
+    host::{Host, thread},
     shim::client,
     state::dirs::Dirs,
     vm::{
@@ -455,7 +455,7 @@ async fn refresh(snapshot: &mut Snapshot, host: &Host) {
         && matches!(snapshot.state, State::Booting | State::Ready)
     {
         let (cgroup, plan) = (cgroups.vm(&plan.name), Arc::clone(&plan));
-        let faults = tokio::task::spawn_blocking(move || limits::faults(&cgroup, &plan)).await;
+        let faults = thread::run(move || limits::faults(&cgroup, &plan)).await;
         snapshot.degraded.extend(faults.unwrap_or_default());
     }
     if snapshot.shim.is_some()

@@ -4,7 +4,10 @@
 //! gives nobody anything; it is asked for again after a while, as it may come with a directory service that starts later.
 
 use super::peer::Peer;
-use crate::fleet::{self, schema::Fleet};
+use crate::{
+    fleet::{self, schema::Fleet},
+    host::thread,
+};
 use nix::unistd::{Group, User, geteuid};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -195,7 +198,7 @@ impl CurrentAccess {
         let resolved = tokio::spawn(async move {
             let lists = fleet.access.clone();
             let resolve = move || Access::resolve(&lists, tell);
-            let access = Arc::new(tokio::task::spawn_blocking(resolve).await.ok()?);
+            let access = Arc::new(thread::run(resolve).await.ok()?);
             let until = if access.is_whole() { None } else { Instant::now().checked_add(MISSING) };
             let entry = Known { fleet: Arc::downgrade(&fleet), access: Arc::clone(&access), until };
             *current.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(entry);

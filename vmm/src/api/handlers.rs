@@ -7,7 +7,7 @@ use super::{
     metrics::{self, Own, Seen},
     openapi,
     progress::{Change, Wish},
-    server::{Api, Call, Done, Lines, bytes, document, failed, lost, patience},
+    server::{Api, Call, Done, Lines, bytes, document, failed, patience},
     types::{
         API_VERSION, ApiError, ApplyReply, ApplyRequest, AuditQuery, ErrorKind, EventsQuery, LogQuery,
         SessionReply, SessionRequest, VersionReply, WaitQuery,
@@ -17,6 +17,7 @@ use super::{
 use crate::{
     error::chain,
     fleet,
+    host::thread,
     shim::{
         client,
         protocol::{Grant, Session},
@@ -27,7 +28,7 @@ use crate::{
 use axum::response::{IntoResponse, Response};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use std::sync::{Arc, atomic::Ordering::Relaxed};
-use tokio::{task::spawn_blocking, time::sleep};
+use tokio::time::sleep;
 
 /// How long a ticket is good for.
 const TICKET_MS: i64 = 10_000;
@@ -97,12 +98,12 @@ async fn check_and_apply(
 ) -> Result<ApplyReply, ApiError> {
     let name = request.file.as_ref().map(|file| file.name.clone());
     let (path, host) = (supervisor.fleet_file().to_owned(), supervisor.host().facts);
-    let checked = spawn_blocking(move || match request.file {
+    let checked = thread::run(move || match request.file {
         Some(file) => fleet::check(&file.name, file.text.as_bytes(), &host),
         None => fleet::check_file(&path, &host),
     });
     let invalid = |problems: fleet::Problems| ApiError::new(ErrorKind::Invalid, problems.to_string());
-    let loaded = checked.await.map_err(|_| lost())?.map_err(invalid)?;
+    let loaded = checked.await.map_err(|error| failed(&chain(&error)))?.map_err(invalid)?;
     Ok(if request.dry_run { supervisor.preview(loaded, name) } else { supervisor.apply(loaded, name).await })
 }
 
@@ -195,7 +196,7 @@ pub(super) async fn audit(call: Call) -> Done {
     tokio::spawn(async move {
         loop {
             // Files are read where that may block.
-            let read = spawn_blocking(move || {
+            let read = thread::run(move || {
                 let (records, _) = reader.next(most);
                 (reader, records)
             });
@@ -240,7 +241,7 @@ pub(super) async fn metrics_text(api: &Api) -> String {
     }
     let running = host.vms.iter().filter(|vm| !vm.processes.is_empty()).map(|vm| vm.name.as_str());
     let store = metrics::store_requests(api.supervisor.dirs(), running).await;
-    let usage = spawn_blocking(move || {
+    let usage = thread::run(move || {
         let usage = |(vm, part, pid)| Some((vm, part, Usage::of(pid).ok()?));
         processes.into_iter().filter_map(usage).collect()
     });

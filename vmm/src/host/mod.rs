@@ -8,6 +8,7 @@ pub mod listen;
 pub mod logging;
 pub mod memory;
 pub mod process;
+pub mod thread;
 pub mod tools;
 
 use crate::{cgroup::Hierarchy, fleet::limits::HostFacts, vm::limits::Happened};

@@ -2,6 +2,7 @@
 
 use crate::{
     fleet::schema::Fleet,
+    host::thread,
     state::{dirs::Dirs, file},
     vm::{adopt, orphan, record::Record},
 };
@@ -13,7 +14,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Removes it all. No VM's task runs yet.
 pub(super) async fn remove(dirs: &Dirs, fleet: &Fleet) {
     let (in_thread, run) = (dirs.clone(), dirs.run.join("vms"));
-    let found = tokio::task::spawn_blocking(move || {
+    let found = thread::run(move || {
         let unnamed = orphan::unnamed(orphan::tagged(&run), &adopt::named_processes(&in_thread));
         // Where the record cannot be read, nothing is known and nothing is touched.
         unnamed.into_iter().filter(|one| is_readable(&in_thread, &one.vm)).collect::<Vec<_>>()
@@ -26,7 +27,7 @@ pub(super) async fn remove(dirs: &Dirs, fleet: &Fleet) {
         }
     }
     let (dirs, known) = (dirs.clone(), fleet.vms.keys().cloned().collect::<std::collections::BTreeSet<_>>());
-    let files = tokio::task::spawn_blocking(move || files(&dirs, |vm| known.contains(vm)));
+    let files = thread::run(move || files(&dirs, |vm| known.contains(vm)));
     let _ = files.await;
 }
 

@@ -372,7 +372,7 @@ impl Actor {
     /// Whether nothing of a quarantined VM runs.
     async fn look_again(&self) -> Result<(), Refusal> {
         let Ok(dirs) = self.dirs() else { return Ok(()) };
-        let found = tokio::task::spawn_blocking(move || orphan::tagged(&dirs.run)).await.unwrap_or_default();
+        let found = orphan::look(dirs.run).await;
         if found.is_empty() {
             return Ok(());
         }

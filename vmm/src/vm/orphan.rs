@@ -3,7 +3,10 @@
 //! Everything that is started for a VM has three variables in its environment, which its children inherit and nobody else has. Without
 //! them no process is ever touched.
 
-use crate::host::process::{self, Process, ProcessId};
+use crate::host::{
+    process::{self, Process, ProcessId},
+    thread,
+};
 use nix::sys::signal::Signal;
 use std::{
     collections::BTreeSet,
@@ -51,6 +54,15 @@ pub struct Tagged {
 impl std::fmt::Display for Tagged {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} {}", self.id.pid, self.part)
+    }
+}
+
+/// [`tagged`], on a thread. Where there is none it is done at once: what runs must not pass for gone.
+pub async fn look(below: PathBuf) -> Vec<Tagged> {
+    let path = below.clone();
+    match thread::run(move || tagged(&path)).await {
+        Ok(found) => found,
+        Err(_) => tagged(&below),
     }
 }
 

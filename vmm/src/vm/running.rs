@@ -10,7 +10,7 @@ use super::{
 use crate::{
     cgroup::VmCgroup,
     error::chain,
-    host::process::Process,
+    host::{process::Process, thread},
     hypervisor::{Heard, qemu::qmp::Qmp},
     state::{dirs::VmDirs, file},
 };
@@ -177,7 +177,7 @@ impl Running {
                 }
             }
         };
-        let _ = tokio::task::spawn_blocking(keep).await;
+        let _ = thread::run(keep).await;
     }
 
     /// Watches the VM's cgroup until the clean-up: what happens to it is logged and sent to `happened`.
@@ -226,7 +226,7 @@ impl Running {
         left.extend(ends.join_all().await.into_iter().flatten());
         super::checkpoint::reach("clean-up: all processes have ended");
         let run = dirs.run.clone();
-        let strays = tokio::task::spawn_blocking(move || orphan::tagged(&run)).await.unwrap_or_default();
+        let strays = orphan::look(run).await;
         if !strays.is_empty() {
             tracing::warn!(directory = %dirs.run.display(), count = strays.len(), "ending processes that were not recorded");
             left.extend(orphan::end(strays, PATIENCE).await.iter().map(ToString::to_string));

@@ -28,7 +28,7 @@ use crate::{
         listen::listen,
         memory,
         process::{self, Launch, Process, ProcessError, Sink},
-        tools,
+        thread, tools,
     },
     hypervisor::{
         Heard,
@@ -450,11 +450,11 @@ impl Job {
         work: impl FnOnce() -> Result<T, StepError> + Send + 'static,
     ) -> Result<T, StepError> {
         let permit = self.running.thread().await;
-        let task = tokio::task::spawn_blocking(move || {
+        let task = thread::run(move || {
             let _permit = permit;
             work()
         });
-        task.await.unwrap_or(Err(StepError::Lost))
+        task.await?
     }
 }
 
@@ -502,7 +502,7 @@ async fn tail(log: PathBuf) -> String {
         }
         bytes
     };
-    last_lines(&tokio::task::spawn_blocking(read).await.unwrap_or_default())
+    last_lines(&thread::run(read).await.unwrap_or_default())
 }
 
 fn last_lines(bytes: &[u8]) -> String {

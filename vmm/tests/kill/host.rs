@@ -13,7 +13,7 @@ use lair_vmm::{
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -46,13 +46,15 @@ pub(crate) fn until<T>(mut look: impl FnMut() -> Option<T>) -> T {
 pub(crate) struct Host {
     directory: TempDir,
     laird: Option<Child>,
+    /// Who runs `laird`, if not who runs the test.
+    pub(crate) user: Option<u32>,
 }
 
 impl Host {
     pub(crate) fn new() -> Self {
         // Short, for the sockets below it.
         let directory = TempDir::with_prefix_in("lk", "/tmp").unwrap();
-        let host = Self { directory, laird: None };
+        let host = Self { directory, laird: None, user: None };
         for name in ["kernel", "guest"] {
             fs::write(host.path(name), name).unwrap();
         }
@@ -77,9 +79,27 @@ impl Host {
         host
     }
 
+    /// Gives all of it to a user that runs nothing else. Whoever is not root stays who it is.
+    pub(crate) fn give_to(&mut self, user: u32) {
+        if !nix::unistd::geteuid().is_root() {
+            return;
+        }
+        let mut all = vec![self.directory.path().to_owned()];
+        list(self.directory.path(), &mut all);
+        for path in all {
+            std::os::unix::fs::lchown(path, Some(user), Some(user)).unwrap();
+        }
+        self.user = Some(user);
+    }
+
     /// Puts a stand-in in a program's place.
     pub(crate) fn stand_in(&self, tool: tools::Tool) {
-        let test = std::env::current_exe().unwrap();
+        // Anybody may run it here, wherever it was built.
+        let test = self.path("stand-in");
+        let built = std::env::current_exe().unwrap();
+        if !test.exists() && fs::hard_link(&built, &test).is_err() {
+            fs::copy(&built, &test).unwrap();
+        }
         let script = format!(
             "IFS='\n'\n{arguments}=\"$*\" {program}={name} exec {test} --exact stand_in::stand_in --ignored --nocapture --quiet",
             arguments = stand_in::ARGUMENTS,
@@ -140,6 +160,9 @@ impl Host {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
+        if let Some(user) = self.user {
+            command.uid(user).gid(user);
+        }
         if let Some(at) = kill_at {
             command.env("LAIR_KILL_AT", at.to_string());
         }

@@ -5,6 +5,7 @@
 #![allow(clippy::expect_used, clippy::panic, clippy::unwrap_used)]
 
 mod every_step;
+mod exhaustion;
 mod faults;
 mod host;
 mod lifecycle;

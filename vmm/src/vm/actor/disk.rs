@@ -3,6 +3,7 @@
 use super::Actor;
 use crate::{
     error::chain,
+    host::thread,
     state::{
         dirs::{self, VmDirs},
         file::WriteError,
@@ -90,7 +91,7 @@ async fn write(
     path: PathBuf,
     work: impl FnOnce() -> Result<(), WriteError> + Send + 'static,
 ) -> Result<(), WriteError> {
-    let written = tokio::task::spawn_blocking(work).await;
+    let written = thread::run(work).await;
     written
         .unwrap_or_else(|error| Err(WriteError { path, step: "writing it", source: io::Error::other(error) }))
 }

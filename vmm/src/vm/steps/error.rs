@@ -2,7 +2,7 @@
 
 use crate::{
     cgroup::CgroupError,
-    host::{ids::IdsError, listen::ListenError, process::ProcessError, tools::Missing},
+    host::{ids::IdsError, listen::ListenError, process::ProcessError, thread::ThreadError, tools::Missing},
     hypervisor::qemu::qmp::QmpError,
     shim::client::ClientError,
     state::{dirs::DirsError, file::WriteError},
@@ -26,6 +26,9 @@ pub enum StepError {
     /// A directory cannot be used.
     #[error(transparent)]
     Dirs(#[from] DirsError),
+    /// There is no thread for it.
+    #[error(transparent)]
+    Thread(#[from] ThreadError),
     /// There are no users for it.
     #[error(transparent)]
     Ids(#[from] IdsError),
