@@ -35,6 +35,7 @@ use tokio::{
 };
 
 mod claims;
+mod disks;
 mod leftovers;
 pub mod shutdown;
 #[cfg(test)]
@@ -112,6 +113,7 @@ impl Supervisor {
             observed: Observed::default(),
         });
         supervisor.observed.listen(supervisor.host.happened.subscribe());
+        tokio::spawn(disks::follow(Arc::downgrade(&supervisor)));
         let fleet = supervisor.fleet();
         leftovers::remove(&supervisor.dirs, &fleet).await;
         let names: BTreeSet<_> =

@@ -7,6 +7,7 @@ pub mod ids;
 pub mod listen;
 pub mod logging;
 pub mod memory;
+pub mod mounts;
 pub mod process;
 pub mod thread;
 pub mod tools;

@@ -3,6 +3,7 @@
 use super::plan::Plan;
 use crate::{
     cgroup::{Event, VmCgroup, Watcher, values::Values},
+    error::chain,
     host::facts::Engine,
 };
 use tokio::sync::broadcast;
@@ -22,7 +23,7 @@ pub(super) async fn follow(cgroup: VmCgroup, happened: broadcast::Sender<Happene
     let mut watcher = match Watcher::new(cgroup) {
         Ok(watcher) => watcher,
         Err(error) => {
-            return tracing::error!(vm, error = crate::error::chain(&error), "its limits are not watched");
+            return tracing::error!(vm, error = chain(&error), "its limits are not watched");
         }
     };
     loop {
@@ -72,6 +73,18 @@ pub fn faults(cgroup: &VmCgroup, plan: &Plan) -> Vec<String> {
     let unlimited = (values.io.is_some() && device.is_none()).then(|| unlimited(plan));
     let fault = cgroup.check(&values, device).map(|fault| fault.to_string());
     fault.into_iter().chain(unlimited).collect()
+}
+
+/// Has `io.max` follow the disk under the VM's volumes. What it is then, or nothing where the VM has no such limits.
+pub fn follow_io(cgroup: &VmCgroup, plan: &Plan) -> Option<Result<(), String>> {
+    let values = values(plan);
+    let io = values.io.as_ref()?;
+    let followed = match crate::cgroup::backing(&plan.dirs.state) {
+        Ok(Some(device)) => cgroup.follow_io(Some(io), Some(device)).map_err(|error| chain(&error)),
+        Ok(None) => cgroup.follow_io(Some(io), None).map_err(|error| chain(&error)).and(Err(unlimited(plan))),
+        Err(error) => Err(error.to_string()),
+    };
+    Some(followed)
 }
 
 /// What is said where reads and writes cannot be limited.

@@ -363,7 +363,8 @@ impl Job {
         }
         let plan = self.running.plan().ok_or(StepError::Lost)?;
         let (sender, heard) = watch::channel(Heard::default());
-        let connect = Qmp::connect(&plan.machine.control_socket, PROMPT, sender);
+        let qemu = self.running.process(Part::Hypervisor).ok_or(StepError::Lost)?.id().pid;
+        let connect = Qmp::connect(&plan.machine.control_socket, qemu, PROMPT, sender);
         let reason = match self.unless_it_ends(Part::Hypervisor, &plan, PROMPT * 2, connect).await? {
             Some(Ok(qmp)) => {
                 self.running.set_qmp(qmp, heard);

@@ -42,6 +42,16 @@ pub enum QmpError {
     /// The connection failed.
     #[error("The connection to QEMU failed")]
     Io(#[from] io::Error),
+    /// Another process listens there: the socket's directory belongs to QEMU, which its guest may have taken over.
+    #[error("{socket} is not QEMU's: process {found} listens there, and QEMU is process {expected}")]
+    Stranger {
+        /// The socket.
+        socket: PathBuf,
+        /// Who listens.
+        found: i32,
+        /// Who should.
+        expected: i32,
+    },
     /// Something else than QMP came.
     #[error("QEMU sent what is not QMP")]
     Malformed,
@@ -81,18 +91,23 @@ struct Refusal {
 }
 
 impl Qmp {
-    /// Connects, waiting until `deadline` for QEMU to listen. Events show in `heard` until the connection ends.
+    /// Connects to the process `qemu`, waiting until `deadline` for it to listen. Events show in `heard` until the connection ends.
     pub async fn connect(
         socket: &Path,
+        qemu: i32,
         deadline: Duration,
         heard: watch::Sender<Heard>,
     ) -> Result<Self, QmpError> {
-        timeout(deadline, Self::connect_patiently(socket, heard))
+        timeout(deadline, Self::connect_patiently(socket, qemu, heard))
             .await
             .unwrap_or_else(|_| Err(QmpError::NoGreeting(socket.to_owned(), deadline)))
     }
 
-    async fn connect_patiently(socket: &Path, heard: watch::Sender<Heard>) -> Result<Self, QmpError> {
+    async fn connect_patiently(
+        socket: &Path,
+        qemu: i32,
+        heard: watch::Sender<Heard>,
+    ) -> Result<Self, QmpError> {
         let stream = loop {
             match UnixStream::connect(socket).await {
                 Ok(stream) => break stream,
@@ -100,6 +115,10 @@ impl Qmp {
                 Err(_) => sleep(Duration::from_millis(2)).await,
             }
         };
+        let found = stream.peer_cred()?.pid().unwrap_or_default();
+        if found != qemu {
+            return Err(QmpError::Stranger { socket: socket.to_owned(), found, expected: qemu });
+        }
         let (reader, writer) = stream.into_split();
         let mut lines = BufReader::with_capacity(BUFFER, reader);
         let greeting = read_line(&mut lines).await?.ok_or(QmpError::Malformed)?;
@@ -211,6 +230,20 @@ mod tests {
         (directory, socket)
     }
 
+    /// The process that listens in these tests.
+    fn own() -> i32 {
+        std::process::id().cast_signed()
+    }
+
+    #[tokio::test]
+    async fn a_socket_in_the_hypervisors_place_is_not_spoken_to() {
+        let (_directory, socket) = qemu(GREETING, vec!["{\"return\": {}, \"id\": 0}\n"]).await;
+        let (sender, _heard) = watch::channel(Heard::default());
+        let error = Qmp::connect(&socket, own() + 1, Duration::from_secs(5), sender).await.unwrap_err();
+        let QmpError::Stranger { found, expected, .. } = error else { panic!("{error}") };
+        assert_eq!((found, expected), (own(), own() + 1));
+    }
+
     #[tokio::test]
     async fn answers_find_their_commands_among_events() {
         let answers = vec![
@@ -220,7 +253,7 @@ mod tests {
         ];
         let (_directory, socket) = qemu(GREETING, answers).await;
         let (sender, mut heard) = watch::channel(Heard::default());
-        let qmp = Qmp::connect(&socket, Duration::from_secs(5), sender).await.unwrap();
+        let qmp = Qmp::connect(&socket, own(), Duration::from_secs(5), sender).await.unwrap();
         assert_eq!(qmp.execute("query-status").await.unwrap()["status"], "running");
         assert_eq!(qmp.execute("cont").await.unwrap_err().to_string(), "QEMU refused cont: no");
         assert_eq!(*heard.borrow(), Heard { reboots: 1, ..Heard::default() });
@@ -248,7 +281,7 @@ mod tests {
         for greeting in ["", "HTTP/1.1 500\n", "{\"QMP\"", "[]\n", "{}\n"] {
             let (_directory, socket) = qemu(greeting, vec![]).await;
             let (sender, _heard) = watch::channel(Heard::default());
-            let outcome = Qmp::connect(&socket, Duration::from_millis(300), sender).await;
+            let outcome = Qmp::connect(&socket, own(), Duration::from_millis(300), sender).await;
             assert!(outcome.is_err(), "{greeting}");
         }
     }
@@ -263,8 +296,9 @@ mod tests {
     #[tokio::test]
     async fn hv2_a_socket_that_never_appears_is_an_error_by_the_deadline() {
         let (sender, _heard) = watch::channel(Heard::default());
-        let error =
-            Qmp::connect(Path::new("/nonexistent/qmp"), Duration::from_millis(50), sender).await.unwrap_err();
+        let error = Qmp::connect(Path::new("/nonexistent/qmp"), own(), Duration::from_millis(50), sender)
+            .await
+            .unwrap_err();
         assert_eq!(error.to_string(), "QEMU does not answer on /nonexistent/qmp within 50ms");
     }
 }
