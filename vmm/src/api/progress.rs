@@ -8,7 +8,7 @@ use crate::{
     supervisor::{Supervisor, SupervisorError},
     vm::{
         handle::Snapshot,
-        machine::{Request, State},
+        machine::{Part, Request, State},
     },
 };
 use std::time::{Duration, Instant};
@@ -33,6 +33,8 @@ pub(super) struct Change {
     wish: Wish,
     began: Instant,
     changes: watch::Receiver<Snapshot>,
+    /// Its processes before.
+    before: Vec<(Part, i32)>,
 }
 
 impl Change {
@@ -40,7 +42,7 @@ impl Change {
     pub(super) async fn ask(supervisor: &Supervisor, vm: &str, wish: Wish) -> Result<Self, SupervisorError> {
         let mut changes = supervisor.vm(vm)?.watch();
         // What is seen from now on comes after the request.
-        changes.borrow_and_update();
+        let before = changes.borrow_and_update().processes.clone();
         let request = match wish {
             Wish::Start => Request::Start,
             Wish::Stop => Request::Stop,
@@ -48,7 +50,7 @@ impl Change {
             Wish::Kill => Request::Kill,
         };
         supervisor.request(vm, request).await?;
-        Ok(Self { vm: vm.into(), wish, began: Instant::now(), changes })
+        Ok(Self { vm: vm.into(), wish, began: Instant::now(), changes, before })
     }
 
     fn progress(&self, state: &State, outcome: Option<Outcome>) -> Progress {
@@ -81,8 +83,13 @@ impl Change {
         let mut up = self.wish != Wish::Restart;
         let mut told = None;
         loop {
-            let state = self.changes.borrow_and_update().state.clone();
-            up |= matches!(state, State::Starting(_));
+            let (state, processes) = {
+                let now = self.changes.borrow_and_update();
+                (now.state.clone(), now.processes.clone())
+            };
+            // Whoever looks seldom may see nothing of the start but what came of it.
+            let others = matches!(state, State::Booting | State::Ready) && processes != self.before;
+            up |= others || matches!(state, State::Starting(_));
             let outcome = reached(self.wish, &state, up);
             let progress = self.progress(&state, outcome);
             if told.as_ref() != Some(&state) || outcome.is_some() {

@@ -71,6 +71,17 @@ pub enum IdsError {
         /// Where the directories of VMs are.
         vms: PathBuf,
     },
+    /// The user namespace does not have them.
+    #[error(
+        "host.ids, {} numbers from {} on, is not in /proc/self/{map}: this is a container that has other numbers; name some of them",
+        .range.count, .range.first
+    )]
+    Unmapped {
+        /// The range.
+        range: IdRange,
+        /// The file.
+        map: &'static str,
+    },
     /// What was given out cannot be read.
     #[error("Cannot read {0}, which says which users VMs have")]
     Read(PathBuf, #[source] io::Error),
@@ -87,6 +98,28 @@ pub enum IdsError {
     /// What is given out cannot be written down.
     #[error(transparent)]
     Write(#[from] WriteError),
+}
+
+/// Fails where this process's user namespace does not have all numbers of `range`, so that nothing could be given to them.
+pub fn mapped(range: IdRange) -> Result<(), IdsError> {
+    for map in ["uid_map", "gid_map"] {
+        // Without the file there are no such namespaces.
+        let text = std::fs::read_to_string(Path::new("/proc/self").join(map)).unwrap_or_default();
+        if !text.is_empty() && !maps(&text, range) {
+            return Err(IdsError::Unmapped { range, map });
+        }
+    }
+    Ok(())
+}
+
+/// Whether one line of a map (user_namespaces(7): first inside, first outside, how many) has all of `range`.
+fn maps(text: &str, range: IdRange) -> bool {
+    let end = u64::from(range.first).saturating_add(range.count.into());
+    text.lines().any(|line| {
+        let mut numbers = line.split_ascii_whitespace().map(|word| word.parse::<u64>().unwrap_or(0));
+        let (first, _, count) = (numbers.next().unwrap_or(0), numbers.next(), numbers.next().unwrap_or(0));
+        first <= range.first.into() && end <= first.saturating_add(count)
+    })
 }
 
 /// What is on disk.
@@ -245,6 +278,19 @@ mod tests {
 
     fn open(directory: &Path, range: IdRange, named: &[&str]) -> Result<Ids, IdsError> {
         Ids::open(&directory.join("ids.json"), &directory.join("vms"), range, |vm| named.contains(&vm))
+    }
+
+    #[test]
+    fn a_range_is_in_one_line_of_a_map_or_not_at_all() {
+        let range = IdRange { first: 1000, count: 100 };
+        assert!(maps("         0          0 4294967295\n", range));
+        assert!(maps("0 100000 1\n1000 200000 100\n", range));
+        for other in
+            ["0 100000 1000", "0 100000 1099", "1001 100000 65536", "1000 200000 50\n1050 9 50", "x", ""]
+        {
+            assert!(!maps(other, range), "{other}");
+        }
+        mapped(IdRange { first: 0, count: 1 }).unwrap();
     }
 
     #[test]

@@ -119,6 +119,7 @@ fn ids(fleet: &Fleet, dirs: &Dirs) -> Result<Option<Arc<Ids>>> {
         return Ok(None);
     }
     let range = fleet.host.ids.unwrap_or(ids::DEFAULT);
+    ids::mapped(range)?;
     let (file, vms) = (dirs.state.join("ids.json"), dirs.state.join("vms"));
     Ok(Some(Arc::new(Ids::open(&file, &vms, range, |vm| fleet.vms.contains_key(vm))?)))
 }
