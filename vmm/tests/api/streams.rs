@@ -42,7 +42,7 @@ async fn a_change_is_waited_for_and_its_end_is_the_exit_status() {
     let output = host.vmctl(&["restart", "--wait", "c"]).await;
     assert_eq!(output.status.code(), Some(1));
     let text = String::from_utf8(output.stderr).unwrap();
-    assert!(text.starts_with("vmctl: VM c failed: Cannot use a source"), "{text}");
+    assert!(text.starts_with("vmctl: VM c failed: in the step view: Cannot use a source"), "{text}");
     // One that is down is started.
     assert_eq!(host.vmctl(&["restart", "--wait", "a"]).await.status.code(), Some(1));
     let verbs: Vec<_> =
@@ -96,7 +96,7 @@ async fn a_wait_goes_on_while_laird_is_restarted() {
     let output = timeout(LIMIT, vmctl.wait_with_output()).await.unwrap().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert!(text.starts_with("vmctl: VM a failed: Cannot use a source"), "{text}");
+    assert!(text.starts_with("vmctl: VM a failed: in the step view: Cannot use a source"), "{text}");
 }
 
 #[tokio::test]
