@@ -351,6 +351,21 @@ async fn vs8_output_without_end_waits_for_its_reader() {
     assert_closed(&mut agent).await;
 }
 
+/// A reset in place of the end would leave the command alive.
+#[tokio::test]
+async fn vs8_an_agent_with_output_in_flight_sees_a_clean_end() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    for (digit, terminal) in [('a', false), ('b', true)] {
+        let session = if terminal { shell() } else { exec(&["yes"]) };
+        let ticket = grant(&shim, digit, session).await;
+        let (client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+        fill(&mut agent, Kind::Stdout).await;
+        drop(client);
+        assert_closed(&mut agent).await;
+    }
+}
+
 #[tokio::test]
 async fn vs8_a_client_that_leaves_is_noticed_while_the_guest_takes_no_input() {
     let host = Host::new();
