@@ -29,6 +29,9 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+/// Why a session ended whose client is gone.
+const CLIENT_LEFT: &str = "The client left";
+
 /// Runs a command to its end. An error means that it did not begin.
 pub(super) async fn run(
     shim: &Shim,
@@ -62,7 +65,12 @@ async fn carry(
     let terminal = exec.terminal.clone();
     let open = HostOpen::Exec(exec);
     timeout(limits::HANDSHAKE, frame::write_message(agent, &open)).await.map_err(|_| Refusal::Slow)??;
-    message::send(client, &LinkReply::Opened).await?;
+    if message::send(client, &LinkReply::Opened).await.is_err() {
+        // The agent has the command: it was allowed, and may have begun.
+        let outcome = Outcome { reason: Some(CLIENT_LEFT.into()), ..Outcome::default() };
+        shim.audit.ended(attempt, outcome);
+        return Ok(None);
+    }
     let recording = terminal.and_then(|terminal| shim.record(kind, attempt.uid, Some(&terminal)));
     let recording = recording.as_ref();
     let started = Instant::now();
@@ -73,7 +81,7 @@ async fn carry(
     let end = tokio::select! {
         end = watch_agent(&mut output, recording, &back) => end,
         reason = pass_input(Passage::new(Reader(client), to_agent), recording, &out) => ExecEnd::Cut(reason),
-        () = left_for_good(client) => ExecEnd::Cut("The client left".into()),
+        () = left_for_good(client) => ExecEnd::Cut(CLIENT_LEFT.into()),
         () = shim.rebooted() => ExecEnd::Cut("The guest was started anew".into()),
         () = shim.stopped() => ExecEnd::Cut("The shim was stopped".into()),
     };
@@ -190,15 +198,15 @@ where
                 // No more input; the client still waits for the output.
                 Kind::Eof => {
                     frames.after_end().await;
-                    return "The client left".into();
+                    return CLIENT_LEFT.into();
                 }
                 _ => {}
             },
-            Ok(None) => return "The client left".into(),
+            Ok(None) => return CLIENT_LEFT.into(),
             // The agent takes no more input: the command may end any moment, and its end comes the other way.
             Err(FrameError::Io(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
                 frames.after_end().await;
-                return "The client left".into();
+                return CLIENT_LEFT.into();
             }
             Err(error) => return chain(&error),
         }

@@ -7,7 +7,7 @@ use lair_guest::wire::{
 };
 use lair_vmm::shim::{
     client::{self, ClientError},
-    protocol::{Grant, Session},
+    protocol::{Grant, Session, SessionOpen},
 };
 use std::time::Duration;
 use tokio::{
@@ -229,6 +229,26 @@ async fn other_ends_of_a_command_are_recorded() {
     assert_eq!(cut_off(&mut client).await, "The agent closed before the end of the command");
     assert_closed(&mut client).await;
     assert_eq!(shim.audit(5).await[4]["reason"], "The agent closed before the end of the command");
+}
+
+/// The agent has the command by then: that it was refused would be wrong.
+#[tokio::test]
+async fn a_client_that_leaves_before_the_answer_has_had_its_command() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', exec(&["sleep"])).await;
+    let mut message = Vec::new();
+    frame::write_message(&mut message, &SessionOpen { ticket }).await.unwrap();
+    let mut client = std::os::unix::net::UnixStream::connect(&shim.config.sockets.session).unwrap();
+    std::io::Write::write_all(&mut client, &message).unwrap();
+    // Nothing is awaited in between, and so the guest, which is this thread, cannot have answered the dial.
+    drop(client);
+    let (opened, mut agent) = guest.agent_connection().await;
+    assert!(matches!(opened, HostOpen::Exec(_)));
+    assert_closed(&mut agent).await;
+    let record = shim.audit(1).await.remove(0);
+    assert_eq!((&record["verdict"], &record["reason"]), (&"allowed".into(), &"The client left".into()));
+    assert_eq!((&record["kind"], record.get("recording")), (&"exec".into(), None));
 }
 
 #[tokio::test]
