@@ -150,7 +150,7 @@ mod tests {
     use super::super::tests::agent;
     use super::*;
     use lair_guest::wire::{VERSION, message::JournalEntry};
-    use std::{sync::Arc, time::Duration};
+    use std::{collections::BTreeMap, sync::Arc, time::Duration};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
         task::JoinHandle,
@@ -163,15 +163,38 @@ mod tests {
             ticket: "0".repeat(64),
             links_out: vec![],
             links_in: vec![],
+            credentials: BTreeMap::new(),
             unix_ms: 0,
             features: Features::default(),
         }
     }
 
-    fn open(agent: &Arc<Agent>, version: u32) -> (DuplexStream, JoinHandle<Result<(), FrameError>>) {
+    type Task = JoinHandle<Result<(), FrameError>>;
+
+    fn open(agent: &Arc<Agent>, version: u32) -> (DuplexStream, Task) {
+        open_as(agent, hello(version))
+    }
+
+    /// By a host that takes the journal.
+    fn open_for_journal(agent: &Arc<Agent>) -> (DuplexStream, Task) {
+        open_as(agent, Hello { features: Features::OURS, ..hello(VERSION) })
+    }
+
+    fn open_as(agent: &Arc<Agent>, hello: Hello) -> (DuplexStream, Task) {
         let (host, guest) = tokio::io::duplex(1 << 12);
         let agent = agent.clone();
-        (host, tokio::spawn(async move { serve(&agent, hello(version), guest).await }))
+        (host, tokio::spawn(async move { serve(&agent, hello, guest).await }))
+    }
+
+    fn entry(message: &str) -> JournalEntry {
+        JournalEntry {
+            message: message.into(),
+            priority: 6,
+            identifier: String::new(),
+            unit: String::new(),
+            realtime_us: 0,
+            dropped_before: 0,
+        }
     }
 
     async fn event(host: &mut DuplexStream) -> Event {
@@ -236,23 +259,16 @@ mod tests {
     #[tokio::test]
     async fn the_journal_waits_for_a_host_that_knows_it() {
         let agent = Arc::new(agent(true));
-        let entry = |message: &str| JournalEntry {
-            message: message.into(),
-            priority: 6,
-            identifier: String::new(),
-            unit: String::new(),
-            realtime_us: 0,
-            dropped_before: 0,
-        };
         agent.journal_source.send(entry("one")).await.unwrap();
-        // A host of the first release.
-        let (mut old, _task) = open(&agent, VERSION);
+        // A host of the first release, with its own greeting.
+        let hello = format!(
+            r#"{{"version":{VERSION},"ticket":"t","links_out":[],"links_in":[],"credentials":{{"key":"c2Vj"}},"unix_ms":0}}"#
+        );
+        let (mut old, _task) = open_as(&agent, serde_json::from_str(&hello).unwrap());
         welcome(&mut old).await;
         frame::write_message(&mut old, &Request { id: 1, ask: Ask::Ping }).await.unwrap();
         assert!(matches!(event(&mut old).await, Event::Reply { .. }));
-        let (mut host, guest) = tokio::io::duplex(1 << 12);
-        let (newer, knows) = (agent.clone(), Hello { features: Features::OURS, ..hello(VERSION) });
-        tokio::spawn(async move { serve(&newer, knows, guest).await });
+        let (mut host, _task) = open_for_journal(&agent);
         welcome(&mut host).await;
         assert!(matches!(event(&mut host).await, Event::Journal { entries } if entries[0].message == "one"));
         for _ in 0..20 {

@@ -30,7 +30,7 @@ use lair_guest::wire::{
 };
 use std::{
     cell::Cell,
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     pin::pin,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -148,6 +148,7 @@ async fn open(shim: &Shim) -> Result<Channel, ChannelError> {
         ticket: ticket.text().into(),
         links_out,
         links_in,
+        credentials: BTreeMap::new(),
         unix_ms: unix_ms(),
         features: Features { journal: shim.journal.is_some(), ..Features::OURS },
     });
