@@ -13,7 +13,7 @@ use super::{
 use crate::{clock, handshake};
 use lair_guest::wire::{
     frame::{self, FrameError},
-    message::{Answer, Ask, Event, Features, Hello, HelloReply, Phase, Request},
+    message::{Answer, Ask, Event, Features, Hello, HelloReply, JournalEntry, Phase, Request},
 };
 use std::sync::atomic::Ordering;
 use tokio::{
@@ -141,7 +141,30 @@ async fn speak<W: AsyncWrite + Unpin>(
                 Err(RecvError::Lagged(_) | RecvError::Closed) => continue,
             },
         };
+        let mut unsent = Unsent::of(agent, &event);
         frame::write_message(to, &event).await?;
+        unsent.entries = 0;
+    }
+}
+
+/// Entries of the journal that are being written. Where that fails, or is given up for a newer channel, they count as left out.
+struct Unsent<'a> {
+    agent: &'a Agent,
+    entries: u64,
+}
+
+impl<'a> Unsent<'a> {
+    fn of(agent: &'a Agent, event: &Event) -> Self {
+        let Event::Journal { entries } = event else { return Self { agent, entries: 0 } };
+        let with_dropped =
+            |sum: u64, entry: &JournalEntry| sum.saturating_add(entry.dropped_before).saturating_add(1);
+        Self { agent, entries: entries.iter().fold(0, with_dropped) }
+    }
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        self.agent.journal_lost.fetch_add(self.entries, Ordering::Relaxed);
     }
 }
 
@@ -149,7 +172,7 @@ async fn speak<W: AsyncWrite + Unpin>(
 mod tests {
     use super::super::tests::agent;
     use super::*;
-    use lair_guest::wire::{VERSION, message::JournalEntry};
+    use lair_guest::wire::VERSION;
     use std::{collections::BTreeMap, sync::Arc, time::Duration};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
@@ -278,6 +301,33 @@ mod tests {
         while count < 20 {
             let Event::Journal { entries } = event(&mut host).await else { panic!("no journal") };
             count += entries.len();
+        }
+    }
+
+    #[tokio::test]
+    async fn vs7_entries_that_a_lost_channel_took_with_it_are_counted() {
+        let agent = Arc::new(agent(true));
+        let all = agent.journal_source.capacity();
+        // Longer than what the channel holds: the host is gone, or has a newer channel, while they are written.
+        for leaves in [true, false] {
+            let (mut host, task) = open_for_journal(&agent);
+            welcome(&mut host).await;
+            let long = JournalEntry { dropped_before: 2, ..entry(&"x".repeat(8000)) };
+            agent.journal_source.send(long).await.unwrap();
+            while agent.journal_source.capacity() < all {
+                tokio::task::yield_now().await;
+            }
+            if leaves {
+                drop(host);
+                let _ = timeout(Duration::from_secs(20), task).await.unwrap().unwrap();
+            }
+            let (mut next, _task) = open_for_journal(&agent);
+            welcome(&mut next).await;
+            for dropped in [3, 0] {
+                agent.journal_source.send(entry("after")).await.unwrap();
+                let Event::Journal { entries } = event(&mut next).await else { panic!("no journal") };
+                assert_eq!((entries.len(), entries[0].dropped_before), (1, dropped));
+            }
         }
     }
 
