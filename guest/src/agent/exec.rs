@@ -27,7 +27,9 @@ use tokio::{
 const LINGER: Duration = Duration::from_millis(300);
 
 /// After so long without output an empty frame goes out: while the command does not read its input, the connection
-/// is not read either, and only a write tells that the host has gone.
+/// is not read either, and only a write tells that the host has gone. That holds for a hypervisor that passes the host's end on. One
+/// that first has to deliver what the guest does not take never does: vhost-device-vsock spins without credit, and the command stays until
+/// it reads or ends.
 const PROBE: Duration = Duration::from_secs(10);
 
 /// Runs `exec` and speaks about it over `stream`.
