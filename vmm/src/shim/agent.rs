@@ -89,6 +89,7 @@ pub(super) async fn keep(shim: &Shim) {
         let since = Instant::now();
         let error = channels(shim).await;
         shim.set_agent(None);
+        shim.guest().lost();
         let heard = shim.guest().heard_unix_ms.filter(|_| error.is_silence());
         shim.observe(|seen| {
             seen.agent = AgentState::Absent;
