@@ -49,6 +49,9 @@ const _: () = assert!(RECORDINGS >= SESSIONS && RECORDINGS_BYTES >= SESSIONS as 
 /// What waits to be recorded, in bytes, for all sessions together.
 pub(super) const RECORDING_QUEUE: usize = 1 << 20;
 
+/// What waits to be recorded for one session, in bytes: one that floods loses of its own recording, not of the others'.
+pub(super) const RECORDING_SHARE: usize = RECORDING_QUEUE / 4;
+
 /// The longest first message on a link, session or dial connection, and the longest answer to it, in bytes.
 pub(super) const HANDSHAKE_BYTES: usize = 4 << 10;
 
