@@ -118,6 +118,8 @@ struct Agent {
     journal_lost: AtomicU64,
     /// One for each service, counted up for each restart of it that is asked for.
     restarts: BTreeMap<String, watch::Sender<u64>>,
+    /// What could not be restarted because of a credential.
+    undone_restarts: Mutex<credentials::Restarts>,
     commands: Semaphore,
 }
 
@@ -142,6 +144,7 @@ impl Agent {
             disks: statistics::disks(config),
             credentials: Store::of_guest(config.init.is_some()),
             restarts: config.services.iter().map(|s| (s.name.clone(), watch::Sender::new(0))).collect(),
+            undone_restarts: Mutex::default(),
             commands: Semaphore::new(MAX_COMMANDS),
         }
     }

@@ -61,6 +61,9 @@ pub(super) const EVENT_BYTES: usize = 64 << 10;
 /// All credentials of a VM together, in bytes: with base64's third on top they must fit into one frame.
 pub(super) const CREDENTIAL_BYTES: usize = 512 << 10;
 
+/// The shortest and the longest pause before credentials that the guest did not take are sent again.
+pub(super) const CREDENTIAL_RETRY: (Duration, Duration) = (PING_EVERY, Duration::from_secs(300));
+
 /// The configuration file, in bytes.
 pub(super) const CONFIG_BYTES: usize = 1 << 20;
 
