@@ -121,10 +121,11 @@ impl Store {
     pub(crate) fn keep(&self, name: &str, credential: &Credential) -> Result<bool, CredentialError> {
         check_name(name)?;
         let mut changed = self.replace(&self.all, name, &credential.secret)?;
-        if let Some(for_units) = &self.for_units
-            && !credential.restart.is_empty()
-        {
-            changed |= self.replace(for_units, name, &credential.secret)?;
+        match &self.for_units {
+            // It may be one that restarted something before.
+            Some(for_units) if credential.restart.is_empty() => drop(forget(for_units, name)?),
+            Some(for_units) => changed |= self.replace(for_units, name, &credential.secret)?,
+            None => {}
         }
         Ok(changed)
     }
@@ -134,12 +135,7 @@ impl Store {
         check_name(name)?;
         let mut removed = false;
         for folder in [Some(&self.all), self.for_units.as_ref()].into_iter().flatten() {
-            let path = folder.join(name);
-            match fs::remove_file(&path) {
-                Ok(()) => removed = true,
-                Err(error) if error.kind() == ErrorKind::NotFound => {}
-                Err(source) => return Err(CredentialError::Write { path, source }),
-            }
+            removed |= forget(folder, name)?;
         }
         Ok(removed)
     }
@@ -172,6 +168,16 @@ impl Store {
                 .map_err(|source| CredentialError::Mount { path: folder.into(), source })?;
         }
         fs::set_permissions(folder, fs::Permissions::from_mode(0o700)).map_err(failed)
+    }
+}
+
+/// Removes a file; whether there was one.
+fn forget(folder: &Path, name: &str) -> Result<bool, CredentialError> {
+    let path = folder.join(name);
+    match fs::remove_file(&path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(CredentialError::Write { path, source }),
     }
 }
 
@@ -231,6 +237,17 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path().join("lair")).unwrap().count(), 1);
         assert!(store.remove("key").unwrap() && !store.remove("key").unwrap());
         assert!(!lair.exists() && !units.exists());
+    }
+
+    #[test]
+    fn a_credential_that_restarts_nothing_any_more_is_kept_from_units() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::below(dir.path(), true);
+        store.keep("key", &credential("one", &["x.service"])).unwrap();
+        assert!(!store.keep("key", &credential("one", &[])).unwrap(), "The secret is as it was");
+        assert!(dir.path().join("lair/key").exists() && !dir.path().join("credstore/key").exists());
+        assert!(store.keep("key", &credential("one", &["x.service"])).unwrap());
+        assert!(dir.path().join("credstore/key").exists());
     }
 
     /// systemd would go on giving out what it was started with.

@@ -36,6 +36,7 @@ pub(crate) fn answer(hello: &Hello, boot_id: &str, phase: Phase) -> HelloReply {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
 
     pub(crate) fn hello(version: u32) -> Hello {
         Hello {
@@ -43,6 +44,7 @@ mod tests {
             ticket: "0".repeat(64),
             links_out: vec![],
             links_in: vec![],
+            credentials: BTreeMap::new(),
             unix_ms: 0,
             features: Features::default(),
         }

@@ -6,6 +6,7 @@ use nix::{
     libc,
     sys::{
         resource::{Resource, setrlimit},
+        signal::{self, SigHandler, Signal},
         stat::Mode,
     },
 };
@@ -25,11 +26,15 @@ pub(crate) fn raise_descriptor_limit() -> nix::Result<()> {
     setrlimit(Resource::RLIMIT_NOFILE, AGENT_DESCRIPTORS, DESCRIPTORS.1)
 }
 
-/// Makes the command start in a session of its own and behind `filter`, with the usual limit of descriptors and as
-/// likely a victim of the OOM killer as any program: what the agent has for itself is not for its children.
+/// Makes the command start in a session of its own and behind `filter`, with the usual limit of descriptors, no signal ignored, and as
+/// likely a victim of the OOM killer as any program: what the agent has for itself, or from whoever started it, is not for its children.
 pub(crate) fn isolate(command: &mut tokio::process::Command, filter: Option<BpfProgram>) {
     let prepare = move || -> io::Result<()> {
         nix::unistd::setsid()?;
+        for signal in Signal::iterator() {
+            // SAFETY: no handler is set. That of SIGKILL and SIGSTOP cannot be, and need not.
+            let _ = unsafe { signal::signal(signal, SigHandler::SigDfl) };
+        }
         // Neither is worth a command that does not start.
         let _ = setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTORS.0, DESCRIPTORS.1);
         if let Ok(file) =
@@ -70,4 +75,32 @@ pub(crate) fn signal_systemd(offset: i32) -> io::Result<()> {
     // SAFETY: kill takes numbers and touches no memory.
     let result = unsafe { libc::kill(1, libc::SIGRTMIN() + offset) };
     Ok(Errno::result(result).map(drop)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::process::Command;
+
+    /// The signals that `command` finds ignored, as bits.
+    async fn ignored(mut command: Command) -> u64 {
+        let output = command.arg("/proc/self/status").output().await.unwrap();
+        let status = String::from_utf8(output.stdout).unwrap();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+        u64::from_str_radix(mask.trim(), 16).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_command_ignores_no_signal() {
+        // As a shell does for what it starts in the background.
+        // SAFETY: no handler is set.
+        let before = unsafe { signal::signal(Signal::SIGINT, SigHandler::SigIgn) }.unwrap();
+        let mut isolated = Command::new("cat");
+        isolate(&mut isolated, None);
+        let (inherited, isolated) = (ignored(Command::new("cat")).await, ignored(isolated).await);
+        // SAFETY: it is what was there.
+        unsafe { signal::signal(Signal::SIGINT, before) }.unwrap();
+        assert_eq!(inherited & 0b10, 0b10, "SIGINT is the second");
+        assert_eq!(isolated & 0x7fff_ffff, 0, "{isolated:x}");
+    }
 }

@@ -13,7 +13,7 @@ use super::{
 use crate::{clock, handshake};
 use lair_guest::wire::{
     frame::{self, FrameError},
-    message::{Answer, Ask, Event, Features, Hello, HelloReply, Phase, Request},
+    message::{Answer, Ask, Event, Features, Hello, HelloReply, JournalEntry, Phase, Request},
 };
 use std::sync::atomic::Ordering;
 use tokio::{
@@ -141,7 +141,30 @@ async fn speak<W: AsyncWrite + Unpin>(
                 Err(RecvError::Lagged(_) | RecvError::Closed) => continue,
             },
         };
+        let mut unsent = Unsent::of(agent, &event);
         frame::write_message(to, &event).await?;
+        unsent.entries = 0;
+    }
+}
+
+/// Entries of the journal that are being written. Where that fails, or is given up for a newer channel, they count as left out.
+struct Unsent<'a> {
+    agent: &'a Agent,
+    entries: u64,
+}
+
+impl<'a> Unsent<'a> {
+    fn of(agent: &'a Agent, event: &Event) -> Self {
+        let Event::Journal { entries } = event else { return Self { agent, entries: 0 } };
+        let with_dropped =
+            |sum: u64, entry: &JournalEntry| sum.saturating_add(entry.dropped_before).saturating_add(1);
+        Self { agent, entries: entries.iter().fold(0, with_dropped) }
+    }
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        self.agent.journal_lost.fetch_add(self.entries, Ordering::Relaxed);
     }
 }
 
@@ -149,8 +172,8 @@ async fn speak<W: AsyncWrite + Unpin>(
 mod tests {
     use super::super::tests::agent;
     use super::*;
-    use lair_guest::wire::{VERSION, message::JournalEntry};
-    use std::{sync::Arc, time::Duration};
+    use lair_guest::wire::VERSION;
+    use std::{collections::BTreeMap, sync::Arc, time::Duration};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
         task::JoinHandle,
@@ -163,15 +186,38 @@ mod tests {
             ticket: "0".repeat(64),
             links_out: vec![],
             links_in: vec![],
+            credentials: BTreeMap::new(),
             unix_ms: 0,
             features: Features::default(),
         }
     }
 
-    fn open(agent: &Arc<Agent>, version: u32) -> (DuplexStream, JoinHandle<Result<(), FrameError>>) {
+    type Task = JoinHandle<Result<(), FrameError>>;
+
+    fn open(agent: &Arc<Agent>, version: u32) -> (DuplexStream, Task) {
+        open_as(agent, hello(version))
+    }
+
+    /// By a host that takes the journal.
+    fn open_for_journal(agent: &Arc<Agent>) -> (DuplexStream, Task) {
+        open_as(agent, Hello { features: Features::OURS, ..hello(VERSION) })
+    }
+
+    fn open_as(agent: &Arc<Agent>, hello: Hello) -> (DuplexStream, Task) {
         let (host, guest) = tokio::io::duplex(1 << 12);
         let agent = agent.clone();
-        (host, tokio::spawn(async move { serve(&agent, hello(version), guest).await }))
+        (host, tokio::spawn(async move { serve(&agent, hello, guest).await }))
+    }
+
+    fn entry(message: &str) -> JournalEntry {
+        JournalEntry {
+            message: message.into(),
+            priority: 6,
+            identifier: String::new(),
+            unit: String::new(),
+            realtime_us: 0,
+            dropped_before: 0,
+        }
     }
 
     async fn event(host: &mut DuplexStream) -> Event {
@@ -236,23 +282,16 @@ mod tests {
     #[tokio::test]
     async fn the_journal_waits_for_a_host_that_knows_it() {
         let agent = Arc::new(agent(true));
-        let entry = |message: &str| JournalEntry {
-            message: message.into(),
-            priority: 6,
-            identifier: String::new(),
-            unit: String::new(),
-            realtime_us: 0,
-            dropped_before: 0,
-        };
         agent.journal_source.send(entry("one")).await.unwrap();
-        // A host of the first release.
-        let (mut old, _task) = open(&agent, VERSION);
+        // A host of the first release, with its own greeting.
+        let hello = format!(
+            r#"{{"version":{VERSION},"ticket":"t","links_out":[],"links_in":[],"credentials":{{"key":"c2Vj"}},"unix_ms":0}}"#
+        );
+        let (mut old, _task) = open_as(&agent, serde_json::from_str(&hello).unwrap());
         welcome(&mut old).await;
         frame::write_message(&mut old, &Request { id: 1, ask: Ask::Ping }).await.unwrap();
         assert!(matches!(event(&mut old).await, Event::Reply { .. }));
-        let (mut host, guest) = tokio::io::duplex(1 << 12);
-        let (newer, knows) = (agent.clone(), Hello { features: Features::OURS, ..hello(VERSION) });
-        tokio::spawn(async move { serve(&newer, knows, guest).await });
+        let (mut host, _task) = open_for_journal(&agent);
         welcome(&mut host).await;
         assert!(matches!(event(&mut host).await, Event::Journal { entries } if entries[0].message == "one"));
         for _ in 0..20 {
@@ -262,6 +301,33 @@ mod tests {
         while count < 20 {
             let Event::Journal { entries } = event(&mut host).await else { panic!("no journal") };
             count += entries.len();
+        }
+    }
+
+    #[tokio::test]
+    async fn vs7_entries_that_a_lost_channel_took_with_it_are_counted() {
+        let agent = Arc::new(agent(true));
+        let all = agent.journal_source.capacity();
+        // Longer than what the channel holds: the host is gone, or has a newer channel, while they are written.
+        for leaves in [true, false] {
+            let (mut host, task) = open_for_journal(&agent);
+            welcome(&mut host).await;
+            let long = JournalEntry { dropped_before: 2, ..entry(&"x".repeat(8000)) };
+            agent.journal_source.send(long).await.unwrap();
+            while agent.journal_source.capacity() < all {
+                tokio::task::yield_now().await;
+            }
+            if leaves {
+                drop(host);
+                let _ = timeout(Duration::from_secs(20), task).await.unwrap().unwrap();
+            }
+            let (mut next, _task) = open_for_journal(&agent);
+            welcome(&mut next).await;
+            for dropped in [3, 0] {
+                agent.journal_source.send(entry("after")).await.unwrap();
+                let Event::Journal { entries } = event(&mut next).await else { panic!("no journal") };
+                assert_eq!((entries.len(), entries[0].dropped_before), (1, dropped));
+            }
         }
     }
 

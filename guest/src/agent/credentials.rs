@@ -5,76 +5,114 @@
 use super::{Agent, report};
 use crate::credentials::{self, CredentialError};
 use lair_guest::wire::message::{Answer, Credentials};
-use std::{collections::BTreeSet, process::Stdio, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::Stdio,
+    time::{Duration, Instant},
+};
 use tokio::process::Command;
 
-/// How long systemd may take to queue the restarts.
+/// How long systemd may take to queue all restarts.
 const QUEUED: Duration = Duration::from_secs(5);
 
-/// Keeps what the host has sent.
+/// What is to be restarted because of a credential, by the credential's name.
+pub(super) type Restarts = BTreeMap<String, BTreeSet<String>>;
+
+/// Keeps what the host has sent. After a failure the host sends the same again: what is done by then is not done twice.
 pub(super) async fn take(agent: &Agent, sent: Credentials) -> Answer {
-    let restart = match keep(agent, &sent) {
-        Ok(restart) => restart,
-        Err(error) => {
-            let reason = report::chain(&error);
-            agent.log.say(&format!("credentials: {reason}"));
-            return Answer::Failed(reason);
-        }
-    };
-    match restart_all(agent, &restart).await {
-        Ok(()) => Answer::Done,
-        Err(reason) => {
-            agent.log.say(&format!("credentials: {reason}"));
-            Answer::Failed(reason)
-        }
+    let mut undone = agent.undone_restarts.lock().await;
+    let kept = keep(agent, &sent, &mut undone);
+    // Also where not all was kept: what was replaced is not replaced again.
+    let due: BTreeSet<_> = sent.keep.keys().filter_map(|name| undone.get(name)).flatten().cloned().collect();
+    let (failed, restarted) = restart_all(agent, &due).await;
+    undone.retain(|_, names| {
+        names.retain(|name| failed.contains(name) || !due.contains(name));
+        !names.is_empty()
+    });
+    let failures = [kept.map_err(|error| report::chain(&error)), restarted];
+    let failures: Vec<_> = failures.into_iter().filter_map(Result::err).collect();
+    if failures.is_empty() {
+        return Answer::Done;
     }
+    let reason = failures.join("; ");
+    agent.log.say(&format!("credentials: {reason}"));
+    Answer::Failed(reason)
 }
 
-/// Replaces and removes files; what is to be restarted because of it. Nothing is touched if anything is not as it must be.
-fn keep(agent: &Agent, sent: &Credentials) -> Result<BTreeSet<String>, CredentialError> {
-    let credentials = credentials::decode(&sent.keep)?;
-    let mut restart = BTreeSet::new();
-    for (name, credential) in credentials {
-        if agent.credentials.keep(&name, &credential)? {
-            agent.log.say(&format!("credential `{name}` was replaced"));
-            restart.extend(credential.restart);
+/// Replaces and removes files, as many as can be, and notes what is to be restarted; the first failure. Nothing is touched if anything
+/// of what was sent is not as it must be.
+fn keep(agent: &Agent, sent: &Credentials, undone: &mut Restarts) -> Result<(), CredentialError> {
+    sent.remove.iter().try_for_each(|name| credentials::check_name(name))?;
+    let decoded = credentials::decode(&sent.keep)?;
+    let mut result = Ok(());
+    for (name, credential) in decoded {
+        match agent.credentials.keep(&name, &credential) {
+            Ok(changed) => {
+                if changed {
+                    agent.log.say(&format!("credential `{name}` was replaced"));
+                }
+                let before = undone.remove(&name).unwrap_or_default();
+                let due = credential.restart.into_iter().filter(|unit| changed || before.contains(unit));
+                undone.insert(name, due.collect());
+            }
+            Err(error) => result = result.and(Err(error)),
         }
     }
     for name in &sent.remove {
-        if agent.credentials.remove(name)? {
-            agent.log.say(&format!("credential `{name}` was removed"));
+        undone.remove(name);
+        match agent.credentials.remove(name) {
+            Ok(true) => agent.log.say(&format!("credential `{name}` was removed")),
+            Ok(false) => {}
+            Err(error) => result = result.and(Err(error)),
         }
     }
-    Ok(restart)
+    result
 }
 
-async fn restart_all(agent: &Agent, names: &BTreeSet<String>) -> Result<(), String> {
-    if names.is_empty() {
-        return Ok(());
-    }
+/// Restarts what is named; what could not be, and why the first of them.
+async fn restart_all(agent: &Agent, names: &BTreeSet<String>) -> (BTreeSet<String>, Result<(), String>) {
     if agent.own_init {
         return restart_units(agent, "systemctl", names).await;
     }
-    let unknown: Vec<_> = names.iter().filter(|name| !agent.restart(name)).map(String::as_str).collect();
-    if unknown.is_empty() { Ok(()) } else { Err(format!("there is no service {}", unknown.join(", "))) }
+    let unknown: BTreeSet<_> = names.iter().filter(|name| !agent.restart(name)).cloned().collect();
+    let all = unknown.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+    let result = if unknown.is_empty() { Ok(()) } else { Err(format!("there is no service {all}")) };
+    (unknown, result)
 }
 
-/// Has systemd restart those units that run; the others read the new secret when they start.
-async fn restart_units(agent: &Agent, systemctl: &str, units: &BTreeSet<String>) -> Result<(), String> {
+/// Has systemd restart those units that run; the others read the new secret when they start. One by one: it says only of all together
+/// that one has failed.
+async fn restart_units(
+    agent: &Agent,
+    systemctl: &str,
+    units: &BTreeSet<String>,
+) -> (BTreeSet<String>, Result<(), String>) {
+    let (mut failed, mut result) = (BTreeSet::new(), Ok(()));
+    let begun = Instant::now();
+    for unit in units {
+        let left = QUEUED.saturating_sub(begun.elapsed());
+        if let Err(reason) = restart_unit(agent, systemctl, unit, left).await {
+            failed.insert(unit.clone());
+            result = result.and(Err(reason));
+        }
+    }
+    (failed, result)
+}
+
+async fn restart_unit(agent: &Agent, systemctl: &str, unit: &str, limit: Duration) -> Result<(), String> {
     let mut command = Command::new(systemctl);
     command
-        .args(["--no-block", "try-restart", "--"])
-        .args(units)
+        .args(["--no-block", "try-restart", "--", unit])
         .env_clear()
         .envs(agent.environment.iter().cloned())
         .stdin(Stdio::null())
         .kill_on_drop(true);
-    match tokio::time::timeout(QUEUED, command.output()).await {
+    match tokio::time::timeout(limit, command.output()).await {
         Ok(Ok(output)) if output.status.success() => Ok(()),
         Ok(Ok(output)) => {
             let said = String::from_utf8_lossy(&output.stderr);
             Err(format!(
-                "systemd did not restart the units: {}",
+                "systemd did not restart {unit}: {}",
                 said.trim_end().chars().take(500).collect::<String>()
             ))
         }
@@ -115,9 +153,45 @@ mod tests {
         );
         assert_eq!(fs::read(dir.path().join("lair/key")).unwrap(), b"two");
         assert!(!asked.has_changed().unwrap());
+        // The same again: what could not be restarted, and nothing that was.
+        assert!(matches!(take(&agent, sent("key", "dHdv", &["gone", "web"])).await, Answer::Failed(_)));
+        assert!(!asked.has_changed().unwrap());
+        assert_eq!(
+            take(&agent, sent("key", "dHdv", &["web"])).await,
+            Answer::Done,
+            "It is not named any more"
+        );
         let remove = Credentials { remove: vec!["key".into(), "none".into()], ..Credentials::default() };
         assert_eq!(take(&agent, remove).await, Answer::Done);
         assert_eq!(fs::read_dir(dir.path().join("lair")).unwrap().count(), 0);
+    }
+
+    #[tokio::test]
+    async fn what_changed_is_restarted_where_not_all_could_be_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut agent = agent(false);
+        agent.credentials = Store::below(dir.path(), false);
+        let (web, mut asked) = tokio::sync::watch::channel(0);
+        agent.restarts.insert("web".into(), web);
+        // In the way of a file, and of a removal.
+        let (blocked, old) = (dir.path().join("lair/blocked"), dir.path().join("lair/old"));
+        fs::create_dir_all(&blocked).unwrap();
+        fs::create_dir_all(&old).unwrap();
+        fs::write(dir.path().join("lair/older"), "o").unwrap();
+        let mut all = sent("key", "b25l", &["web"]);
+        all.keep.extend(sent("blocked", "b25l", &["gone"]).keep);
+        all.remove = vec!["old".into(), "older".into()];
+        let Answer::Failed(reason) = take(&agent, all.clone()).await else { panic!("done") };
+        assert!(reason.contains("lair/blocked") && !reason.contains("gone"), "{reason}");
+        assert!(asked.has_changed().unwrap());
+        assert!(!dir.path().join("lair/older").exists());
+        // Once it can be kept: the one that was missing, and no other.
+        asked.mark_unchanged();
+        fs::remove_dir(&blocked).unwrap();
+        fs::remove_dir(&old).unwrap();
+        all.keep.get_mut("blocked").unwrap().restart = vec![];
+        assert_eq!(take(&agent, all).await, Answer::Done);
+        assert!(blocked.is_file() && !asked.has_changed().unwrap());
     }
 
     #[tokio::test]
@@ -138,15 +212,17 @@ mod tests {
     async fn units_are_restarted_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let systemctl = dir.path().join("systemctl");
-        fs::write(&systemctl, "#!/bin/sh\necho \"$*\" >>\"$0.said\"; echo no such unit >&2; exit 5\n")
-            .unwrap();
+        let script = "#!/bin/sh\necho \"$*\" >>\"$0.said\"; [ $4 != -x.service ] || { echo no such unit >&2; exit 5; }\n";
+        fs::write(&systemctl, script).unwrap();
         fs::set_permissions(&systemctl, fs::Permissions::from_mode(0o755)).unwrap();
         let units = BTreeSet::from(["-x.service".to_string(), "nginx.service".into()]);
-        let failed = restart_units(&agent(true), systemctl.to_str().unwrap(), &units).await.unwrap_err();
-        assert_eq!(failed, "systemd did not restart the units: no such unit");
+        let (failed, result) = restart_units(&agent(true), systemctl.to_str().unwrap(), &units).await;
+        assert_eq!(failed, ["-x.service".to_string()].into());
+        assert_eq!(result.unwrap_err(), "systemd did not restart -x.service: no such unit");
         let said = fs::read_to_string(dir.path().join("systemctl.said")).unwrap();
-        assert_eq!(said, "--no-block try-restart -- -x.service nginx.service\n");
-        let missing = restart_units(&agent(true), "/nonexistent/systemctl", &units).await.unwrap_err();
-        assert!(missing.contains("could not run"), "{missing}");
+        assert_eq!(said, "--no-block try-restart -- -x.service\n--no-block try-restart -- nginx.service\n");
+        let (failed, result) = restart_units(&agent(true), "/nonexistent/systemctl", &units).await;
+        let missing = result.unwrap_err();
+        assert!(failed == units && missing.contains("could not run"), "{missing}");
     }
 }

@@ -54,7 +54,10 @@ pub(crate) use ready::tell as tell_ready;
 use std::{
     collections::BTreeMap,
     io,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 use tokio::{
@@ -111,8 +114,12 @@ struct Agent {
     /// Entries of the journal on their way to the host, and where they come from.
     journal: Mutex<mpsc::Receiver<JournalEntry>>,
     journal_source: mpsc::Sender<JournalEntry>,
+    /// How many of them were lost with a channel, and are still to be told.
+    journal_lost: AtomicU64,
     /// One for each service, counted up for each restart of it that is asked for.
     restarts: BTreeMap<String, watch::Sender<u64>>,
+    /// What could not be restarted because of a credential.
+    undone_restarts: Mutex<credentials::Restarts>,
     commands: Semaphore,
 }
 
@@ -122,6 +129,7 @@ impl Agent {
         Self {
             journal: Mutex::new(journal),
             journal_source,
+            journal_lost: AtomicU64::new(0),
             boot_id,
             environment: environment::of(config.profile.as_deref()),
             own_init: config.init.is_some(),
@@ -136,6 +144,7 @@ impl Agent {
             disks: statistics::disks(config),
             credentials: Store::of_guest(config.init.is_some()),
             restarts: config.services.iter().map(|s| (s.name.clone(), watch::Sender::new(0))).collect(),
+            undone_restarts: Mutex::default(),
             commands: Semaphore::new(MAX_COMMANDS),
         }
     }
@@ -144,6 +153,10 @@ impl Agent {
     async fn journal(&self) -> Vec<JournalEntry> {
         let mut entries = Vec::new();
         self.journal.lock().await.recv_many(&mut entries, journal::BATCH).await;
+        if let Some(first) = entries.first_mut() {
+            let lost = self.journal_lost.swap(0, Ordering::Relaxed);
+            first.dropped_before = first.dropped_before.saturating_add(lost);
+        }
         entries
     }
 

@@ -45,8 +45,9 @@ fn signal(session: u32, signals: &[Signal]) -> usize {
         };
         // First the descriptor, then the look: what is seen and what is signalled are the same process.
         let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { continue };
-        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        if session_of(&stat) == Some(session) {
+        // A program's name need not be text.
+        let stat = fs::read(entry.path().join("stat")).unwrap_or_default();
+        if session_of(&String::from_utf8_lossy(&stat)) == Some(session) {
             found = found.saturating_add(1);
             for signal in signals {
                 // It may have ended meanwhile.
@@ -71,6 +72,22 @@ fn session_of(stat: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_program_whose_name_is_no_text_is_found() {
+        use std::{ffi::OsStr, os::unix::ffi::OsStrExt, process::Stdio};
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join(OsStr::from_bytes(b"\xff\xfe) Z"));
+        std::os::unix::fs::symlink("/bin/sh", &program).unwrap();
+        let mut command = tokio::process::Command::new(&program);
+        command.args(["-c", "read line"]).stdin(Stdio::piped()).kill_on_drop(true);
+        crate::sys::isolate(&mut command, None);
+        let mut child = command.spawn().unwrap();
+        let session = child.id().unwrap();
+        assert_eq!(signal(session, &[]), 1);
+        end(&mut child, session).await;
+        assert!(child.try_wait().unwrap().is_some(), "It was not ended");
+    }
 
     #[test]
     fn a_programs_name_cannot_forge_its_session() {

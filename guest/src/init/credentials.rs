@@ -155,6 +155,7 @@ mod tests {
             ticket: String::new(),
             links_out: vec![],
             links_in: vec![],
+            credentials: BTreeMap::new(),
             unix_ms: 0,
             features: Features::OURS,
         })

@@ -25,6 +25,9 @@ pub struct Hello {
     pub links_out: Vec<OutgoingLink>,
     /// Links that end in this VM and have something behind them for the agent to dial.
     pub links_in: Vec<IncomingLink>,
+    /// Empty: an agent of the first release takes no greeting without this field. What a host of that release has in it is not used.
+    #[serde(default)]
+    pub credentials: BTreeMap<String, String>,
     /// The host's clock, milliseconds since 1970.
     pub unix_ms: u64,
     /// What this host understands beyond the first release.
@@ -411,6 +414,39 @@ mod tests {
         let ask = Request { id: 1, ask: Ask::Credentials(Credentials { keep, remove: vec![] }) };
         let shown = format!("{ask:?}");
         assert!(shown.contains("Secret(8 bytes)") && !shown.contains("c2Vj"), "{shown}");
+    }
+
+    /// [`Hello`] as the first release had it.
+    #[derive(Serialize, Deserialize)]
+    struct FirstHello {
+        version: u32,
+        ticket: String,
+        links_out: Vec<OutgoingLink>,
+        links_in: Vec<IncomingLink>,
+        credentials: BTreeMap<String, String>,
+        unix_ms: u64,
+    }
+
+    #[test]
+    fn vs7_the_greeting_is_understood_by_the_first_release_and_its_own_here() {
+        let ours = Hello {
+            version: 1,
+            ticket: "t".into(),
+            links_out: vec![],
+            links_in: vec![],
+            credentials: BTreeMap::new(),
+            unix_ms: 7,
+            features: Features::OURS,
+        };
+        let first: FirstHello = serde_json::from_value(serde_json::to_value(ours).unwrap()).unwrap();
+        assert_eq!((first.ticket.as_str(), first.unix_ms, first.credentials.len()), ("t", 7, 0));
+        let first = serde_json::to_value(first).unwrap();
+        let ours: Hello = serde_json::from_value(first.clone()).unwrap();
+        assert_eq!((ours.unix_ms, ours.features), (7, Features::default()));
+        // Nor is it missed, so that a later release may leave it out.
+        let mut later = first;
+        later.as_object_mut().unwrap().remove("credentials");
+        assert!(serde_json::from_value::<Hello>(later).is_ok());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Operators' sessions with a real guest: `vmctl` on a terminal.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use lair_harness::{
     fleet::{empty, mib, vm},
     host::Host,
@@ -23,7 +23,7 @@ const BOOT: Duration = Duration::from_secs(300);
 /// For everything else.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Succeeds while the process lives that the shell has left behind.
+/// Status 0 while the process lives that the shell has left behind, 1 when it does not.
 const RUNNING: &str = "set +e; for file in /proc/[0-9]*/cmdline; do tr '\\0' ' ' < $file; echo; done 2>/dev/null | \
     grep -q '^sleep 1234'";
 
@@ -134,19 +134,30 @@ fn a_shell_has_a_terminal_outlives_laird_and_takes_its_processes_with_it() -> Re
     host.wait_ready("guest", PATIENCE)?;
     operator.types("(trap '' HUP; sleep 1234) & echo begun\r")?;
     operator.sees("\nbegun\r\n")?;
+    until_status(&host, 0).context("the shell's child does not run")?;
     operator.types("\r~.")?;
     assert_eq!(operator.ends()?.code(), Some(125), "{}", operator.seen());
     // Those that ignore SIGHUP get two seconds.
-    let deadline = Instant::now() + PATIENCE;
-    while host.try_shell("guest", RUNNING)?.status.success() {
-        ensure!(Instant::now() < deadline, "the shell's child lives on");
-        sleep(Duration::from_millis(200));
-    }
+    until_status(&host, 1).context("the shell's child lives on")?;
 
     let mut operator =
         Operator::run(&host, &["exec", "-t", "guest", "--", "sh", "-c", "[ -t 0 ] && exit 7"])?;
     assert_eq!(operator.ends()?.code(), Some(7), "{}", operator.seen());
     recordings(&host)
+}
+
+/// Waits until [`RUNNING`] ends with `wanted`. Any other status than its two would be Lair's, and tells nothing.
+fn until_status(host: &Host, wanted: i32) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let output = host.try_shell("guest", RUNNING)?;
+        match output.status.code() {
+            Some(status) if status == wanted => return Ok(()),
+            Some(0 | 1) => ensure!(Instant::now() < deadline, "not within {} s", PATIENCE.as_secs()),
+            _ => bail!("{output:?}"),
+        }
+        sleep(Duration::from_millis(200));
+    }
 }
 
 fn recordings(host: &Host) -> Result<()> {

@@ -30,7 +30,7 @@ use lair_guest::wire::{
 };
 use std::{
     cell::Cell,
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     pin::pin,
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -89,6 +89,7 @@ pub(super) async fn keep(shim: &Shim) {
         let since = Instant::now();
         let error = channels(shim).await;
         shim.set_agent(None);
+        shim.guest().lost();
         let heard = shim.guest().heard_unix_ms.filter(|_| error.is_silence());
         shim.observe(|seen| {
             seen.agent = AgentState::Absent;
@@ -148,6 +149,7 @@ async fn open(shim: &Shim) -> Result<Channel, ChannelError> {
         ticket: ticket.text().into(),
         links_out,
         links_in,
+        credentials: BTreeMap::new(),
         unix_ms: unix_ms(),
         features: Features { journal: shim.journal.is_some(), ..Features::OURS },
     });

@@ -6,6 +6,7 @@ use super::{
     audit::{Attempt, Outcome},
     links::{Counters, InUse},
     note::chain,
+    parting::leave_halves,
     state::Shim,
 };
 use lair_guest::wire::relay::{End, Form, relay};
@@ -84,7 +85,7 @@ pub(super) async fn carry<OR, OW>(
         () = shim.rebooted() => Some("The guest was started anew".into()),
         () = shim.stopped() => Some("The shim was stopped".into()),
     };
-    drop((opener, target, open));
+    drop(open);
     let outcome = Outcome {
         reason,
         bytes_out: out.into_inner(),
@@ -93,4 +94,9 @@ pub(super) async fn carry<OR, OW>(
         ..Outcome::default()
     };
     shim.audit.ended(attempt, outcome);
+    // Either may be a guest.
+    tokio::join!(
+        leave_halves(&mut opener.reader, &mut opener.writer),
+        leave_halves(&mut target.reader, &mut target.writer),
+    );
 }

@@ -1,9 +1,12 @@
 //! What `laird` writes for one VM's shim. The shim reads it at its start and when told to reload.
+//!
+//! `laird` may be of a later release than a shim that runs: fields that are not known here are let pass, and those that say nothing are
+//! not written.
 
 use super::{files, limits};
-use crate::fleet::schema::Credential;
+use crate::fleet::schema::{Credential, RotatedCredential};
 use lair_guest::wire::message::{IncomingLink, OutgoingLink};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -11,7 +14,6 @@ use std::{
 
 /// The configuration of one VM's shim.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ShimConfig {
     /// The VM's name.
     pub vm: String,
@@ -31,7 +33,7 @@ pub struct ShimConfig {
     pub audit_log: PathBuf,
     /// The directory of recordings of operators' terminals, made with the first one. `None` in a configuration of the previous
     /// release: nothing is recorded.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recordings: Option<PathBuf>,
     /// Where the shim listens.
     pub sockets: ShimSockets,
@@ -40,12 +42,32 @@ pub struct ShimConfig {
     /// Links that end in the guest.
     pub incoming: Vec<Incoming>,
     /// Credentials, by name: the files that hold them, and what to restart in the guest when they change.
+    #[serde(deserialize_with = "credentials")]
     pub credentials: BTreeMap<String, Credential>,
+}
+
+/// Credentials as in the fleet file, which takes no field that it does not know.
+fn credentials<'de, D: Deserializer<'de>>(from: D) -> Result<BTreeMap<String, Credential>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Any {
+        File(PathBuf),
+        Rotated {
+            file: PathBuf,
+            #[serde(default)]
+            restart: Vec<String>,
+        },
+    }
+    let known = |any| match any {
+        Any::File(file) => Credential::File(file),
+        Any::Rotated { file, restart } => Credential::Rotated(RotatedCredential { file, restart }),
+    };
+    let all = BTreeMap::<String, Any>::deserialize(from)?;
+    Ok(all.into_iter().map(|(name, any)| (name, known(any))).collect())
 }
 
 /// Where a guest's journal goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct JournalTarget {
     /// The socket of the host's journal.
     pub socket: PathBuf,
@@ -57,7 +79,6 @@ pub struct JournalTarget {
 
 /// The shim's listening sockets: one for each kind of client, so that directory rights keep them apart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct ShimSockets {
     /// For `laird`: [`super::protocol::Control`].
     pub control: PathBuf,
@@ -69,7 +90,6 @@ pub struct ShimSockets {
 
 /// A link that the guest may open.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Outgoing {
     /// What the guest is told about it.
     pub link: OutgoingLink,
@@ -79,7 +99,7 @@ pub struct Outgoing {
 
 /// What an outgoing link reaches.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[serde(rename_all = "snake_case")]
 pub enum OutgoingTarget {
     /// Another VM, by way of its shim's dial socket.
     Vm {
@@ -97,17 +117,18 @@ pub enum OutgoingTarget {
 
 /// A link that ends in the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Incoming {
     /// The link's name.
     pub name: String,
     /// The vsock port in the guest.
     pub port: u32,
     /// What the agent dials behind the port. `None`: a program in the guest listens on the port, and speaks no frames.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub connect: Option<String>,
     /// The VMs that may connect; `host` for the host.
     pub from: Vec<String>,
     /// Where the shim listens on the host, for links from `host`: a loopback `ADDRESS:PORT` or a unix socket's path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_listen: Option<String>,
 }
 
@@ -158,5 +179,81 @@ impl ShimConfig {
         let mut path = self.vsock.clone().into_os_string();
         path.push(format!("_{}", lair_guest::wire::LINK_PORT));
         path.into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn config() -> ShimConfig {
+        let socket = PathBuf::from("/run/s");
+        let outgoing =
+            |name: &str, to| Outgoing { link: OutgoingLink { name: name.into(), listen: None }, to };
+        let rotated = RotatedCredential { file: "/b".into(), restart: vec!["x.service".into()] };
+        ShimConfig {
+            vm: "hydra".into(),
+            vsock: socket.clone(),
+            console: socket.clone(),
+            console_log: socket.clone(),
+            console_limit: 1,
+            journal: Some(JournalTarget { socket: socket.clone(), log: socket.clone(), limit: 2 }),
+            audit_log: socket.clone(),
+            recordings: Some(socket.clone()),
+            sockets: ShimSockets { control: socket.clone(), session: socket.clone(), dial: socket.clone() },
+            outgoing: vec![
+                outgoing("store", OutgoingTarget::Host { socket: socket.clone() }),
+                outgoing("queue", OutgoingTarget::Vm { vm: "other".into(), dial: socket }),
+            ],
+            incoming: vec![Incoming {
+                name: "web".into(),
+                port: 3000,
+                connect: Some("/c".into()),
+                from: vec!["host".into()],
+                host_listen: Some("127.0.0.1:3000".into()),
+            }],
+            credentials: [
+                ("a".to_owned(), Credential::File("/a".into())),
+                ("b".to_owned(), Credential::Rotated(rotated)),
+            ]
+            .into(),
+        }
+    }
+
+    /// Adds a field to each object below `value`, apart from `value` itself where its keys are names.
+    fn extend(value: &mut Value, are_names: bool) {
+        match value {
+            Value::Object(fields) => {
+                for (key, field) in fields.iter_mut() {
+                    // Of these, the key is what tells the kind.
+                    extend(field, key == "credentials" || key == "to");
+                }
+                if !are_names {
+                    fields.insert("of_a_later_release".into(), json!({ "x": [1] }));
+                }
+            }
+            Value::Array(values) => values.iter_mut().for_each(|value| extend(value, false)),
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn vs7_a_configuration_of_a_later_laird_is_taken() {
+        let mut later = serde_json::to_value(config()).unwrap();
+        extend(&mut later, false);
+        assert_eq!(later.to_string().matches("of_a_later_release").count(), 11);
+        assert_eq!(serde_json::from_value::<ShimConfig>(later).unwrap(), config());
+    }
+
+    /// A shim of the previous release denies fields that it does not know.
+    #[test]
+    fn vs7_what_is_not_used_is_not_written() {
+        let mut plain = config();
+        (plain.journal, plain.recordings) = (None, None);
+        (plain.incoming[0].connect, plain.incoming[0].host_listen) = (None, None);
+        let written = serde_json::to_string(&plain).unwrap();
+        assert!(!written.contains("null"), "{written}");
+        assert_eq!(serde_json::from_str::<ShimConfig>(&written).unwrap(), plain);
     }
 }

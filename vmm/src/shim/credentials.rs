@@ -28,6 +28,7 @@ use std::{
     fs,
     os::unix::fs::MetadataExt,
     path::Path,
+    time::{Duration, Instant},
 };
 use tokio::{net::UnixStream, sync::mpsc, time::timeout};
 
@@ -57,6 +58,15 @@ struct Acknowledged {
     stamp: Option<Stamp>,
 }
 
+/// What the guest did not take, or not in whole.
+struct Refused {
+    /// Of its file; `None` for what was to be taken back.
+    stamp: Option<Stamp>,
+    /// When the same is sent again, and how long that is from when it was sent last.
+    again: Instant,
+    pause: Duration,
+}
+
 /// What was given in this boot.
 #[derive(Default)]
 pub(super) struct Given {
@@ -64,6 +74,8 @@ pub(super) struct Given {
     /// Whether the first half of `lair-guest` has had its delivery.
     delivered: bool,
     acknowledged: BTreeMap<String, Acknowledged>,
+    /// None of these is acknowledged: the guest may have the old one, or the new one, or none.
+    refused: BTreeMap<String, Refused>,
     /// The files at the last look.
     seen: BTreeMap<String, Stamp>,
 }
@@ -76,13 +88,15 @@ impl Given {
         }
     }
 
-    /// The files that are to be read, by what a look has shown: those that are not as the guest has them, and have come to rest.
-    fn due(&mut self, look: BTreeMap<String, Stamp>, at_once: bool) -> BTreeSet<String> {
+    /// The files that are to be read, by what a look has shown: those that are not as the guest has them, have come to rest, and were not
+    /// refused a moment ago.
+    fn due(&mut self, look: BTreeMap<String, Stamp>, at_once: bool, now: Instant) -> BTreeSet<String> {
         let known = |name: &str| self.acknowledged.get(name).and_then(|known| known.stamp);
         let due = look
             .iter()
             .filter(|(name, stamp)| known(name) != Some(**stamp))
             .filter(|(name, stamp)| at_once || self.seen.get(*name) == Some(stamp))
+            .filter(|(name, stamp)| !self.waits(name, Some(**stamp), now))
             .map(|(name, _)| name.clone())
             .collect();
         self.seen = look;
@@ -90,15 +104,39 @@ impl Given {
     }
 
     /// Those of the guest's that it may not have any longer.
-    fn revoked(&self, configured: &Configured) -> Vec<String> {
-        self.acknowledged.keys().filter(|name| !configured.contains_key(*name)).cloned().collect()
+    fn revoked(&self, configured: &Configured, now: Instant) -> Vec<String> {
+        let names: BTreeSet<_> = self.acknowledged.keys().chain(self.refused.keys()).collect();
+        let revoked = names.into_iter().filter(|name| !configured.contains_key(*name));
+        revoked.filter(|name| !self.waits(name, None, now)).cloned().collect()
+    }
+
+    /// Whether just this was refused, not long ago.
+    fn waits(&self, name: &str, stamp: Option<Stamp>, now: Instant) -> bool {
+        self.refused.get(name).is_some_and(|refused| refused.stamp == stamp && now < refused.again)
     }
 
     fn acknowledge(&mut self, read: &BTreeMap<String, Read>) {
         for (name, read) in read {
             let known = Acknowledged { digest: read.digest, stamp: read.stamp };
             self.acknowledged.insert(name.clone(), known);
+            self.refused.remove(name);
         }
+    }
+
+    /// The guest has it no more.
+    fn forget(&mut self, name: &str) {
+        self.acknowledged.remove(name);
+        self.refused.remove(name);
+    }
+
+    /// The guest did not take it: the same is sent again, after longer and longer pauses.
+    fn refuse(&mut self, name: &str, stamp: Option<Stamp>, now: Instant) {
+        let (shortest, longest) = limits::CREDENTIAL_RETRY;
+        let before = self.refused.get(name).filter(|refused| refused.stamp == stamp);
+        let pause = before.map_or(shortest, |before| before.pause.saturating_mul(2).min(longest));
+        let again = now.checked_add(pause).unwrap_or(now);
+        self.acknowledged.remove(name);
+        self.refused.insert(name.into(), Refused { stamp, again, pause });
     }
 }
 
@@ -181,7 +219,8 @@ pub(super) async fn deliver(shim: &Shim, stream: &mut UnixStream, boot_id: &str)
     ChannelError::Closed
 }
 
-/// Gives the agent what has changed since it was given; with `at_once` also what may just be being written.
+/// Gives the agent what has changed since it was given, with `at_once` also what may just be being written; and again what it did not
+/// take.
 pub(super) async fn renew(
     shim: &Shim,
     requests: &mpsc::Sender<Asked>,
@@ -189,10 +228,11 @@ pub(super) async fn renew(
     at_once: bool,
 ) -> Result<(), ChannelError> {
     let mut configured = shim.credentials();
+    let now = Instant::now();
     let revoked = {
         let mut given = shim.given();
         given.boot(boot_id);
-        given.revoked(&configured)
+        given.revoked(&configured, now)
     };
     if configured.is_empty() && revoked.is_empty() {
         return Ok(());
@@ -204,7 +244,7 @@ pub(super) async fn renew(
         stamps.collect()
     });
     let look = look.await.unwrap_or_default();
-    let due = shim.given().due(look, at_once);
+    let due = shim.given().due(look, at_once, now);
     configured.retain(|name, _| due.contains(name));
     let (mut read, missing) = if due.is_empty() { Default::default() } else { read_apart(configured).await };
     if !missing.is_empty() {
@@ -229,13 +269,19 @@ pub(super) async fn renew(
         Answer::Failed(reason) => Some(foreign(&reason)),
         Answer::Done | Answer::Statistics(_) => None,
     };
-    if let Some(reason) = &reason {
-        shim.notes.say(&format!("The guest took new credentials, but: {reason}"));
-    }
-    // Also after a failure: the same again would fail again, and every change is tried anew.
     let mut given = shim.given();
-    given.acknowledge(&read);
-    given.acknowledged.retain(|name, _| !revoked.contains(name));
+    match &reason {
+        None => {
+            given.acknowledge(&read);
+            revoked.iter().for_each(|name| given.forget(name));
+        }
+        Some(reason) => {
+            shim.notes.say(&format!("The guest did not take all new credentials: {reason}"));
+            let now = Instant::now();
+            read.iter().for_each(|(name, read)| given.refuse(name, read.stamp, now));
+            revoked.iter().for_each(|name| given.refuse(name, None, now));
+        }
+    }
     drop(given);
     let outcome = Outcome { reason, ..Outcome::default() };
     shim.audit.ended(attempt(shim, read.into_keys().collect(), revoked), outcome);
@@ -268,21 +314,21 @@ mod tests {
         fs::write(dir.path().join("a"), "one").unwrap();
         let mut given = Given::default();
         given.boot("boot");
-        assert!(given.due(look(&files), false).is_empty(), "Seen for the first time");
-        assert_eq!(given.due(look(&files), false), ["a".to_string()].into());
+        assert!(given.due(look(&files), false, Instant::now()).is_empty(), "Seen for the first time");
+        assert_eq!(given.due(look(&files), false, Instant::now()), ["a".to_string()].into());
         let (found, missing) = read(&files);
         given.acknowledge(&found);
         assert_eq!(missing.len(), 1);
-        assert!(given.due(look(&files), true).is_empty(), "The guest has it");
+        assert!(given.due(look(&files), true, Instant::now()).is_empty(), "The guest has it");
         // Replaced by rename, as editors and secret managers do.
         fs::write(dir.path().join("new"), "two").unwrap();
         fs::rename(dir.path().join("new"), dir.path().join("a")).unwrap();
-        assert!(given.due(look(&files), false).is_empty());
-        assert_eq!(given.due(look(&files), false), ["a".to_string()].into());
+        assert!(given.due(look(&files), false, Instant::now()).is_empty());
+        assert_eq!(given.due(look(&files), false, Instant::now()), ["a".to_string()].into());
         given.boot("boot");
         assert_eq!(given.acknowledged.len(), 1);
         given.boot("another");
-        assert_eq!(given.due(look(&files), true), ["a".to_string()].into());
+        assert_eq!(given.due(look(&files), true, Instant::now()), ["a".to_string()].into());
     }
 
     #[test]
@@ -297,12 +343,12 @@ mod tests {
         let files = configured(&current, &["key"]);
         let mut given = Given::default();
         given.acknowledge(&read(&files).0);
-        assert!(given.due(look(&files), true).is_empty());
+        assert!(given.due(look(&files), true, Instant::now()).is_empty());
         fs::remove_file(&current).unwrap();
         std::os::unix::fs::symlink("2", &current).unwrap();
-        assert_eq!(given.due(look(&files), true).len(), 1);
+        assert_eq!(given.due(look(&files), true, Instant::now()).len(), 1);
         fs::remove_file(&current).unwrap();
-        assert!(given.due(look(&files), true).is_empty(), "What is gone is left as it was");
+        assert!(given.due(look(&files), true, Instant::now()).is_empty(), "What is gone is left as it was");
     }
 
     #[test]
@@ -313,8 +359,41 @@ mod tests {
         fs::write(dir.path().join("b"), "two").unwrap();
         let mut given = Given::default();
         given.acknowledge(&read(&files).0);
-        assert!(given.revoked(&files).is_empty());
-        assert_eq!(given.revoked(&configured(dir.path(), &["b", "c"])), ["a"]);
+        assert!(given.revoked(&files, Instant::now()).is_empty());
+        assert_eq!(given.revoked(&configured(dir.path(), &["b", "c"]), Instant::now()), ["a"]);
+    }
+
+    #[test]
+    fn what_was_refused_is_sent_again_after_longer_and_longer_pauses() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = configured(dir.path(), &["a"]);
+        fs::write(dir.path().join("a"), "one").unwrap();
+        let mut given = Given::default();
+        let mut now = Instant::now();
+        given.acknowledge(&read(&files).0);
+        fs::write(dir.path().join("a"), "two, which is longer").unwrap();
+        let two = look(&files);
+        given.due(two.clone(), false, now);
+        let (shortest, longest) = limits::CREDENTIAL_RETRY;
+        let mut pause = shortest;
+        for _ in 0..20 {
+            assert_eq!(given.due(two.clone(), false, now).len(), 1);
+            given.refuse("a", Some(two["a"]), now);
+            assert!(given.due(two.clone(), false, now + pause - Duration::from_millis(1)).is_empty());
+            assert!(given.due(two.clone(), true, now).is_empty(), "However new the channel is");
+            now += pause;
+            pause = (pause * 2).min(longest);
+        }
+        // The guest may have it in part: neither does the old one count as known, nor is it left there.
+        assert!(given.acknowledged.is_empty());
+        assert_eq!(given.revoked(&configured(dir.path(), &[]), now), ["a"]);
+        given.refuse("a", None, now);
+        assert!(given.revoked(&configured(dir.path(), &[]), now).is_empty());
+        assert_eq!(given.revoked(&configured(dir.path(), &[]), now + shortest), ["a"]);
+        // Configured again, or changed: that was not refused.
+        assert_eq!(given.due(two, false, now).len(), 1);
+        given.forget("a");
+        assert!(given.revoked(&configured(dir.path(), &[]), Instant::now()).is_empty());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use super::{
     half::{self, Reader, Writer},
     limits, message,
     note::{chain, foreign},
+    parting::leave,
     recorder::Recording,
     session::Refusal,
     state::Shim,
@@ -28,6 +29,9 @@ use tokio::{
     time::{sleep, timeout},
 };
 
+/// Why a session ended whose client is gone.
+const CLIENT_LEFT: &str = "The client left";
+
 /// Runs a command to its end. An error means that it did not begin.
 pub(super) async fn run(
     shim: &Shim,
@@ -36,13 +40,37 @@ pub(super) async fn run(
     attempt: Attempt,
 ) -> Result<(), Refusal> {
     let mut agent = shim.dialer.dial(AGENT_PORT).await?;
+    let carried = carry(shim, client, &mut agent, exec, attempt).await;
+    let tell = async {
+        if let Ok(Some(cut)) = &carried {
+            // Whether the client takes it is its own affair.
+            let _ = timeout(limits::PARTING, frame::write_message(client, cut)).await;
+        }
+    };
+    // On every way out, however it came about: an agent that does not learn of the end keeps the command.
+    tokio::join!(tell, leave(agent));
+    carried.map(drop)
+}
+
+/// Carries the streams until the command ends or one of the two sides leaves; what the client is to hear in place of the
+/// command's end.
+async fn carry(
+    shim: &Shim,
+    client: &mut UnixStream,
+    agent: &mut UnixStream,
+    exec: Exec,
+    attempt: Attempt,
+) -> Result<Option<ExecEvent>, Refusal> {
     let kind = if exec.is_shell() { "shell" } else { "exec" };
     let terminal = exec.terminal.clone();
     let open = HostOpen::Exec(exec);
-    timeout(limits::HANDSHAKE, frame::write_message(&mut agent, &open))
-        .await
-        .map_err(|_| Refusal::Slow)??;
-    message::send(client, &LinkReply::Opened).await?;
+    timeout(limits::HANDSHAKE, frame::write_message(agent, &open)).await.map_err(|_| Refusal::Slow)??;
+    if message::send(client, &LinkReply::Opened).await.is_err() {
+        // The agent has the command: it was allowed, and may have begun.
+        let outcome = Outcome { reason: Some(CLIENT_LEFT.into()), ..Outcome::default() };
+        shim.audit.ended(attempt, outcome);
+        return Ok(None);
+    }
     let recording = terminal.and_then(|terminal| shim.record(kind, attempt.uid, Some(&terminal)));
     let recording = recording.as_ref();
     let started = Instant::now();
@@ -53,15 +81,16 @@ pub(super) async fn run(
     let end = tokio::select! {
         end = watch_agent(&mut output, recording, &back) => end,
         reason = pass_input(Passage::new(Reader(client), to_agent), recording, &out) => ExecEnd::Cut(reason),
-        () = left_for_good(client) => ExecEnd::Cut("The client left".into()),
+        () = left_for_good(client) => ExecEnd::Cut(CLIENT_LEFT.into()),
         () = shim.rebooted() => ExecEnd::Cut("The guest was started anew".into()),
         () = shim.stopped() => ExecEnd::Cut("The shim was stopped".into()),
     };
-    if let (ExecEnd::Cut(reason), Some(client)) = (&end, output.receiver()) {
-        let cut = ExecEvent::Failed { reason: reason.clone() };
-        // Whether the client takes it is its own affair.
-        let _ = timeout(limits::PARTING, frame::write_message(client, &cut)).await;
-    }
+    // In the middle of a frame there is no place for a word.
+    let told = output.is_between_frames();
+    let cut = match &end {
+        ExecEnd::Cut(reason) if told => Some(ExecEvent::Failed { reason: reason.clone() }),
+        _ => None,
+    };
     if let Some(recording) = recording {
         recording.note(end.in_words());
     }
@@ -80,7 +109,7 @@ pub(super) async fn run(
         ExecEnd::Cut(reason) => outcome.reason = Some(reason),
     }
     shim.audit.ended(attempt, outcome);
-    Ok(())
+    Ok(cut)
 }
 
 /// Waits until the client has left, and then as long as its last input may take: a guest that takes no input must not keep
@@ -169,15 +198,15 @@ where
                 // No more input; the client still waits for the output.
                 Kind::Eof => {
                     frames.after_end().await;
-                    return "The client left".into();
+                    return CLIENT_LEFT.into();
                 }
                 _ => {}
             },
-            Ok(None) => return "The client left".into(),
+            Ok(None) => return CLIENT_LEFT.into(),
             // The agent takes no more input: the command may end any moment, and its end comes the other way.
             Err(FrameError::Io(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
                 frames.after_end().await;
-                return "The client left".into();
+                return CLIENT_LEFT.into();
             }
             Err(error) => return chain(&error),
         }

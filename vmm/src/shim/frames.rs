@@ -67,9 +67,9 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Passage<R, W> {
         Ok(Some(Passed { kind, length, payload }))
     }
 
-    /// The receiver, if it is not in the middle of a frame: then a message may go to it from elsewhere.
-    pub(super) fn receiver(&mut self) -> Option<&mut W> {
-        (!self.inside).then_some(&mut self.writer)
+    /// Whether the receiver is not in the middle of a frame: then a message may go to it from elsewhere.
+    pub(super) fn is_between_frames(&self) -> bool {
+        !self.inside
     }
 
     /// Waits until the sender closes or sends more, when it should do neither.
@@ -119,9 +119,9 @@ mod tests {
         let sent = [&frame::header(Kind::Stdout, 1000).unwrap()[..], &[0; 1000]].concat();
         let (narrow, _reader) = tokio::io::duplex(10);
         let mut passage = Passage::new(&sent[..], narrow);
-        assert!(passage.receiver().is_some());
+        assert!(passage.is_between_frames());
         let pass = tokio::time::timeout(std::time::Duration::from_millis(50), passage.pass()).await;
-        assert!(pass.is_err() && passage.receiver().is_none());
+        assert!(pass.is_err() && !passage.is_between_frames());
     }
 
     #[tokio::test]

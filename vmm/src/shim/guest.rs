@@ -26,6 +26,8 @@ pub(super) struct Known {
     pub(super) times: Times,
     pub(super) figures: Option<Box<Figures>>,
     clock: ClockWatch,
+    /// When the present boot was lost, by the clock of moments: for the trace of the next one.
+    lost_ms: Option<u64>,
     /// When the agent was heard last, milliseconds since 1970.
     pub(super) heard_unix_ms: Option<u64>,
 }
@@ -38,6 +40,7 @@ impl Known {
             times: Times::default(),
             figures: None,
             clock: ClockWatch::default(),
+            lost_ms: None,
             heard_unix_ms: None,
         };
         known.mark("shim");
@@ -55,15 +58,24 @@ impl Known {
     pub(super) fn contact(&mut self, boot_id: &str, phase: Phase) {
         if self.boot_id.as_ref().is_some_and(|known| known != boot_id) {
             self.times = Times::default();
+            if let Some(at_ms) = self.lost_ms {
+                self.times.mark("lost", at_ms);
+            }
             self.figures = None;
             self.clock = ClockWatch::default();
         }
         self.boot_id = Some(boot_id.into());
+        self.lost_ms = None;
         self.heard();
         self.mark(match phase {
             Phase::Init => "init",
             Phase::Agent => "agent",
         });
+    }
+
+    /// There is no channel to the guest any more, or still none.
+    pub(super) fn lost(&mut self) {
+        self.lost_ms.get_or_insert_with(trace::now_ms);
     }
 
     /// The agent said something.
@@ -125,8 +137,13 @@ mod tests {
         assert_eq!(known.answered(figures, asked), None);
         assert!(known.figures.is_some() && known.times.guest_start_ms.is_some());
 
+        // Lost for a moment, and then for good: a boot begins with the end of the one before.
+        known.lost();
+        known.contact("one", Phase::Agent);
+        known.lost();
+        known.lost();
         known.contact("two", Phase::Agent);
-        assert_eq!(names(&known.times.host), ["agent"]);
+        assert_eq!(names(&known.times.host), ["lost", "agent"]);
         assert!(known.times.guest.is_empty() && known.figures.is_none());
         assert_eq!(known.times.guest_start_ms, None);
     }

@@ -142,7 +142,7 @@ fn native(vm: &str, entry: &JournalEntry) -> Vec<u8> {
     let mut fields = vec![
         ("LAIR_VM", vm.to_owned()),
         ("SYSLOG_IDENTIFIER", identifier),
-        ("PRIORITY", entry.priority.min(7).to_string()),
+        ("PRIORITY", priority(entry).to_string()),
         ("MESSAGE", message(&entry.message)),
     ];
     if !entry.unit.is_empty() {
@@ -167,10 +167,15 @@ fn line(time: jiff::Timestamp, entry: &JournalEntry) -> String {
     let unit = if entry.unit.is_empty() { String::new() } else { format!("[{}]", name(&entry.unit)) };
     format!(
         "{time:.3} <{}> {}{unit}: {}\n",
-        entry.priority.min(7),
+        priority(entry),
         name(&entry.identifier),
         message(&entry.message).replace('\n', "\n    ")
     )
+}
+
+/// How urgent it is: at most 1. With 0 the host's journald would write it on every terminal there.
+fn priority(entry: &JournalEntry) -> u8 {
+    entry.priority.clamp(1, 7)
 }
 
 /// A message without anything that a terminal would obey; it may have several lines.
@@ -250,6 +255,15 @@ mod tests {
             lines,
             "1970-01-01T00:00:00.000Z <7> x\u{fffd}PRIORITY=0_y[u\u{fffd}]: a\n    LAIR_VM=other\n    _UID=0\n    \u{fffd}[2J\n"
         );
+    }
+
+    #[test]
+    fn vs3_a_guest_writes_on_no_terminal_of_the_host() {
+        for (theirs, ours) in [(0, "1"), (1, "1"), (7, "7"), (8, "7")] {
+            let entry = JournalEntry { priority: theirs, ..entry("") };
+            assert_eq!(fields(&native("hydra", &entry))["PRIORITY"], ours);
+            assert!(line(jiff::Timestamp::UNIX_EPOCH, &entry).contains(&format!("<{ours}>")));
+        }
     }
 
     #[test]

@@ -49,6 +49,9 @@ const _: () = assert!(RECORDINGS >= SESSIONS && RECORDINGS_BYTES >= SESSIONS as 
 /// What waits to be recorded, in bytes, for all sessions together.
 pub(super) const RECORDING_QUEUE: usize = 1 << 20;
 
+/// What waits to be recorded for one session, in bytes: one that floods loses of its own recording, not of the others'.
+pub(super) const RECORDING_SHARE: usize = RECORDING_QUEUE / 4;
+
 /// The longest first message on a link, session or dial connection, and the longest answer to it, in bytes.
 pub(super) const HANDSHAKE_BYTES: usize = 4 << 10;
 
@@ -57,6 +60,9 @@ pub(super) const EVENT_BYTES: usize = 64 << 10;
 
 /// All credentials of a VM together, in bytes: with base64's third on top they must fit into one frame.
 pub(super) const CREDENTIAL_BYTES: usize = 512 << 10;
+
+/// The shortest and the longest pause before credentials that the guest did not take are sent again.
+pub(super) const CREDENTIAL_RETRY: (Duration, Duration) = (PING_EVERY, Duration::from_secs(300));
 
 /// The configuration file, in bytes.
 pub(super) const CONFIG_BYTES: usize = 1 << 20;

@@ -6,7 +6,7 @@
 //! | [`client`] | how `laird` and `vmctl` speak to a shim |
 //! | [`serve`] | the shim itself: start, stop |
 //! | `state`, `limits` | what all connections share; every bound in one place |
-//! | `outgoing`, `target`, `incoming`, `links`, `carry` | links: opened by the guest, reached, ended in the guest; counters; the relay |
+//! | `outgoing`, `target`, `incoming`, `links`, `carry`, `parting` | links: opened by the guest, reached, ended in the guest; counters; the relay; its end |
 //! | `session`, `exec`, `console_view`, `frames`, `half` | operators' sessions: admitted, a command in the guest, the console |
 //! | `recorder`, `asciicast`, `retention` | recordings of terminals |
 //! | `agent`, `ticket`, `vsock` | the control channel to the guest's agent |
@@ -43,6 +43,7 @@ mod message;
 mod note;
 mod outgoing;
 pub mod output;
+mod parting;
 pub mod protocol;
 pub(crate) mod rate;
 mod recorder;

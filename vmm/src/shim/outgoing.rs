@@ -10,6 +10,7 @@ use super::{
     links::{InUse, target_name},
     message,
     note::{chain, foreign},
+    parting::leave,
     socket::accept,
     state::Shim,
     target::{self, TargetError},
@@ -65,8 +66,11 @@ fn attempt(shim: &Shim, link: &str, to: &str) -> Attempt {
 async fn serve_one(shim: Arc<Shim>, mut stream: UnixStream, handshake: OwnedSemaphorePermit) {
     let open = match message::receive::<LinkOpen, _>(&mut stream).await {
         Ok(open) => open,
-        // No answer to what is not a request.
-        Err(error) => return shim.audit.refused(attempt(&shim, "", ""), chain(&error)),
+        // No answer to what is not a request, but an end.
+        Err(error) => {
+            shim.audit.refused(attempt(&shim, "", ""), chain(&error));
+            return leave(stream).await;
+        }
     };
     drop(handshake);
     let known = shim.links.outgoing(&open.link);
@@ -76,7 +80,8 @@ async fn serve_one(shim: Arc<Shim>, mut stream: UnixStream, handshake: OwnedSema
     match prepare(&shim, &open, known).await {
         Ok((target, form, link, _permit)) => {
             if let Err(error) = message::send(&mut stream, &LinkReply::Opened).await {
-                return shim.audit.refused(attempt, chain(&error));
+                shim.audit.refused(attempt, chain(&error));
+                return leave(target).await;
             }
             carry(&shim, attempt, Some(&link), end(stream, Form::Framed), end(target, form)).await;
         }

@@ -65,6 +65,8 @@ impl Entry {
 struct Queue {
     entries: VecDeque<(u64, Entry)>,
     cost: usize,
+    /// What each recording has of that.
+    shares: BTreeMap<u64, usize>,
     /// The number of the next recording.
     next: u64,
 }
@@ -72,13 +74,23 @@ struct Queue {
 impl Queue {
     fn push(&mut self, recording: u64, entry: Entry) -> bool {
         let cost = self.cost.saturating_add(entry.cost());
+        let share = self.shares.get(&recording).copied().unwrap_or_default().saturating_add(entry.cost());
+        let full = cost > limits::RECORDING_QUEUE || share > limits::RECORDING_SHARE;
         // The end of a recording that has begun has its place.
-        if cost > limits::RECORDING_QUEUE && !matches!(entry, Entry::End) {
+        if full && !matches!(entry, Entry::End) {
             return false;
         }
         self.cost = cost;
+        self.shares.insert(recording, share);
         self.entries.push_back((recording, entry));
         true
+    }
+
+    /// All that is there.
+    fn take(&mut self) -> VecDeque<(u64, Entry)> {
+        self.cost = 0;
+        self.shares.clear();
+        std::mem::take(&mut self.entries)
     }
 }
 
@@ -111,11 +123,7 @@ impl Recorder {
         let source = self.queue.clone();
         let mut writer = Writer::new(self.directory.clone());
         let worker = Worker::start("recorder", 1, move |_: Work<()>| {
-            let entries = {
-                let mut queue = locked(&source);
-                queue.cost = 0;
-                std::mem::take(&mut queue.entries)
-            };
+            let entries = locked(&source).take();
             for (recording, entry) in entries {
                 writer.take(recording, entry);
             }
@@ -472,6 +480,24 @@ mod tests {
         let words = "8 bytes are missing here, the disk was too slow";
         assert!(matches!(&queue.entries[0].1, Entry::Event(_, Event::Note(text)) if text == words));
         assert!(matches!(&queue.entries[1].1, Entry::Output(_, bytes) if bytes == b"9"));
+    }
+
+    #[test]
+    fn vs8_a_session_that_floods_loses_of_its_own_recording_only() {
+        let mut queue = Queue::default();
+        let flood = |queue: &mut Queue| {
+            let before = queue.cost;
+            while queue.push(1, Entry::Output(Duration::ZERO, vec![0; 5000])) {}
+            queue.cost - before
+        };
+        let taken = flood(&mut queue);
+        assert!(taken <= limits::RECORDING_SHARE && taken > limits::RECORDING_SHARE / 2, "{taken}");
+        for other in 2..5 {
+            assert!(queue.push(other, Entry::Output(Duration::ZERO, vec![0; limits::RECORDING_SHARE / 2])));
+        }
+        assert!(queue.push(1, Entry::End), "An end always has its place");
+        assert_eq!(queue.take().len(), taken.div_ceil(5000 + ENTRY) + 4);
+        assert_eq!(flood(&mut queue), taken, "The thread has made room");
     }
 
     #[test]

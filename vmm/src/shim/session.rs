@@ -10,6 +10,7 @@ use super::{
     links::HOST,
     message::{self, MessageError, OpenError},
     note::chain,
+    parting::leave,
     protocol::{Grant, Session, SessionOpen},
     socket::accept,
     state::Shim,
@@ -119,7 +120,10 @@ async fn run_connect(
     if form == Form::Framed {
         message::opened(&mut target).await?;
     }
-    message::send(client, &LinkReply::Opened).await?;
+    if let Err(error) = message::send(client, &LinkReply::Opened).await {
+        leave(target).await;
+        return Err(error.into());
+    }
     let (reader, writer) = client.split();
     let client = lair_guest::wire::relay::End { reader, writer, form: Form::Framed };
     carry(shim, attempt, None, client, end(target, form)).await;

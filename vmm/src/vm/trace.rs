@@ -34,7 +34,7 @@ pub struct Point {
     pub name: String,
     /// Who saw it.
     pub source: Source,
-    /// Milliseconds since the first point.
+    /// Milliseconds since the first point of the host's.
     pub at_ms: u64,
     /// Of a step of `laird`'s that ends here: what it was made of. It began where the one before it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -188,8 +188,9 @@ impl Times {
     }
 }
 
-/// Puts everybody's moments on one time line that begins with the first of them. Without the time of the guest's start its moments
-/// have no place and are left out; of a later boot than the first, the start has none. Equal times keep the order of [`Source`].
+/// Puts everybody's moments on one time line that begins with the first of the host's: a guest has no say in where the others stand,
+/// and what it puts before them stands at their beginning. Without the time of the guest's start its moments have no place and are left
+/// out; of a later boot than the first, the start has none. Equal times keep the order of [`Source`].
 pub fn merge(start: &Start, times: Option<&Times>) -> Vec<Point> {
     let marks = start.0.iter().filter(|_| times.is_none_or(Times::is_first)).map(|mark| Point {
         name: mark.name.clone().into_owned(),
@@ -209,11 +210,12 @@ pub fn merge(start: &Start, times: Option<&Times>) -> Vec<Point> {
     let guest = times.into_iter().filter_map(|times| Some((times.guest_start_ms?, &times.guest)));
     let guest = guest.flat_map(|(start, guest)| guest.iter().map(point(Source::Guest, start)));
     let mut points: Vec<_> = marks.chain(host).chain(guest).collect();
-    points.sort_by_key(|point| point.at_ms);
-    let first = points.first().map_or(0, |point| point.at_ms);
+    let first = points.iter().filter(|point| point.source != Source::Guest).map(|point| point.at_ms).min();
+    let Some(first) = first else { return Vec::new() };
     for point in &mut points {
         point.at_ms = point.at_ms.saturating_sub(first);
     }
+    points.sort_by_key(|point| point.at_ms);
     points
 }
 
@@ -281,8 +283,12 @@ mod tests {
     #[test]
     fn a_reboot_was_not_started_by_laird() {
         let start = Start(vec![mark("start", 1)]);
-        let points = merge(&start, Some(&times(&[("agent", 90)], &[("kernel", 0)], Some(70))));
-        assert_eq!(told(&points), [("kernel", Source::Guest, 0), ("agent", Source::Host, 20)]);
+        let host = [("lost", 60), ("agent", 90)];
+        let points = merge(&start, Some(&times(&host, &[("kernel", 0)], Some(70))));
+        assert_eq!(
+            told(&points),
+            [("lost", Source::Host, 0), ("kernel", Source::Guest, 10), ("agent", Source::Host, 30)]
+        );
     }
 
     #[test]
@@ -291,7 +297,8 @@ mod tests {
         assert_eq!(told(&alone(&times(&host, &guest, None))), [("shim", Source::Host, 0)]);
         // A guest whose hypervisor was started before this shim.
         let points = alone(&times(&host, &guest, Some(3)));
-        assert_eq!(told(&points), [("kernel", Source::Guest, 0), ("shim", Source::Host, 4)]);
+        assert_eq!(told(&points), [("shim", Source::Host, 0), ("kernel", Source::Guest, 0)]);
+        assert!(alone(&times(&[], &[("kernel", 0)], Some(3))).is_empty());
         assert!(alone(&times(&[], &[], Some(3))).is_empty());
     }
 
@@ -301,6 +308,18 @@ mod tests {
         let points = alone(&forged);
         assert_eq!(told(&points)[..2], [("shim", Source::Host, 0), ("ready", Source::Host, 4)]);
         assert_eq!(points.len(), 3);
+        // Nor do those that come long before.
+        let forged =
+            times(&[("shim", 50_000), ("ready", 50_009)], &[("forged", 0), ("ready", 50_004)], Some(0));
+        assert_eq!(
+            told(&alone(&forged)),
+            [
+                ("shim", Source::Host, 0),
+                ("forged", Source::Guest, 0),
+                ("ready", Source::Guest, 4),
+                ("ready", Source::Host, 9)
+            ]
+        );
     }
 
     #[test]

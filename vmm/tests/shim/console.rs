@@ -201,7 +201,7 @@ async fn vs4_frames_that_do_not_belong_there_end_a_console_session() {
     ] {
         let (mut client, _) = open(&shim, digit, true).await;
         client.write_all(frame).await.unwrap();
-        assert_closed(&mut client).await;
+        assert_ended(&mut client).await;
     }
     assert_eq!(shim.audit(4).await.len(), 4);
 }

@@ -133,7 +133,12 @@ async fn a_rotation_reaches_the_agent() {
         (&records[1]["given"], &records[1]["reason"]),
         (&serde_json::json!(["key"]), &"no such unit".into())
     );
-    // It is not tried again until the next change.
+    // It is tried again, and no more once it was taken.
+    let Request { id, ask: Ask::Credentials(again) } = guest.asked_more().await else { panic!("No retry") };
+    assert_eq!(again, sent);
+    guest.answer(id, Answer::Done).await;
+    let records = shim.audit(3).await;
+    assert_eq!((&records[2]["given"], records[2].get("reason")), (&serde_json::json!(["key"]), None));
     replace(&host.path("key"), "newer");
     let Request { ask: Ask::Credentials(sent), .. } = guest.asked_more().await else { panic!("No rotation") };
     assert_eq!(given(&sent), [("key", "bmV3ZXI=")]);

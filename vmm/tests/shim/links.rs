@@ -373,6 +373,29 @@ async fn vs8_a_reader_that_stops_holds_the_writer_and_no_memory() {
 }
 
 #[tokio::test]
+async fn vs8_both_ends_see_a_clean_end_with_data_in_flight() {
+    let host = Host::new();
+    let ((builder, builder_guest), (_hydra, hydra_guest)) =
+        two_vms(&host, framed("queue", 50051, &["builder"])).await;
+    let mut port = hydra_guest.listen(50051);
+    for opener_leaves in [true, false] {
+        let (near, far) = tokio::join!(builder_guest.open_link("queue"), accept_framed(&mut port));
+        let (gone, mut left) = if opener_leaves { (near, far) } else { (far, near) };
+        fill(&mut left, frame::Kind::Data).await;
+        drop(gone);
+        assert_closed(&mut left).await;
+    }
+    // The host ends what two guests would go on with.
+    let (mut near, mut far) = tokio::join!(builder_guest.open_link("queue"), accept_framed(&mut port));
+    fill(&mut near, frame::Kind::Data).await;
+    fill(&mut far, frame::Kind::Data).await;
+    within(lair_vmm::shim::client::stop(builder.control())).await.unwrap();
+    for end in [&mut near, &mut far] {
+        within(end.read_to_end(&mut Vec::new())).await.expect("It was reset");
+    }
+}
+
+#[tokio::test]
 async fn vs5_a_flood_of_refusals_is_a_few_lines_and_a_count() {
     let host = Host::new();
     let (shim, guest) = host.start_ready(host.config("builder")).await;

@@ -8,7 +8,7 @@ use lair_vmm::{
     },
     shim::client,
 };
-use nix::{fcntl::OFlag, unistd::pipe2};
+use nix::{fcntl::OFlag, sys::signal::Signal, unistd::pipe2};
 use std::{
     fs::{self, File},
     io::Write,
@@ -16,8 +16,17 @@ use std::{
     path::Path,
 };
 
+/// A shim that does not outlive its test: a process as `laird` starts it lives on by itself.
+struct Kept(Process);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.0.signal(Signal::SIGKILL);
+    }
+}
+
 /// Starts a shim that keeps a log at `path` and returns the pipe's other end.
-async fn start(host: &Host, path: &Path) -> (Process, File) {
+async fn start(host: &Host, path: &Path) -> (Kept, File) {
     let config = host.config("builder");
     let (reader, writer): (OwnedFd, OwnedFd) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let launch = Launch {
@@ -32,7 +41,7 @@ async fn start(host: &Host, path: &Path) -> (Process, File) {
         output: Sink::File(host.path("shim.log")),
         confinement: Confinement { keep: vec![reader], ..Confinement::default() },
     };
-    let shim = Process::spawn(&launch).unwrap();
+    let shim = Kept(Process::spawn(&launch).unwrap());
     until(async || client::status(&config.sockets.control).await.ok()).await;
     (shim, File::from(writer))
 }
@@ -56,8 +65,8 @@ async fn hv6_a_program_that_floods_is_not_held_up_and_fills_no_disk() {
     assert!(sizes.iter().all(|size| *size <= 1 << 20), "{sizes:?}");
     // The program is gone, and the shim is not.
     client::status(&host.config("builder").sockets.control).await.unwrap();
-    shim.signal(nix::sys::signal::Signal::SIGTERM);
-    assert_eq!(within(shim.ended()).await, "exited with status 0");
+    shim.0.signal(Signal::SIGTERM);
+    assert_eq!(within(shim.0.ended()).await, "exited with status 0");
 }
 
 #[tokio::test]

@@ -47,7 +47,7 @@ fn a_configuration_that_cannot_be_used_is_status_2() {
     std::fs::write(&path, good.replace("\"vsock\"", "\"vsokc\"")).unwrap();
     let (code, text) = run_config(&path);
     assert_eq!(code, Some(2));
-    assert!(text.contains("unknown field `vsokc`") && text.contains("builder.json"), "{text}");
+    assert!(text.contains("missing field `vsock`") && text.contains("builder.json"), "{text}");
     std::fs::write(&path, vec![b' '; (1 << 20) + 1]).unwrap();
     let (code, text) = run_config(&path);
     assert_eq!(code, Some(2));

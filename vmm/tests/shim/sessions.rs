@@ -7,7 +7,7 @@ use lair_guest::wire::{
 };
 use lair_vmm::shim::{
     client::{self, ClientError},
-    protocol::{Grant, Session},
+    protocol::{Grant, Session, SessionOpen},
 };
 use std::time::Duration;
 use tokio::{
@@ -231,6 +231,26 @@ async fn other_ends_of_a_command_are_recorded() {
     assert_eq!(shim.audit(5).await[4]["reason"], "The agent closed before the end of the command");
 }
 
+/// The agent has the command by then: that it was refused would be wrong.
+#[tokio::test]
+async fn a_client_that_leaves_before_the_answer_has_had_its_command() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    let ticket = grant(&shim, 'a', exec(&["sleep"])).await;
+    let mut message = Vec::new();
+    frame::write_message(&mut message, &SessionOpen { ticket }).await.unwrap();
+    let mut client = std::os::unix::net::UnixStream::connect(&shim.config.sockets.session).unwrap();
+    std::io::Write::write_all(&mut client, &message).unwrap();
+    // Nothing is awaited in between, and so the guest, which is this thread, cannot have answered the dial.
+    drop(client);
+    let (opened, mut agent) = guest.agent_connection().await;
+    assert!(matches!(opened, HostOpen::Exec(_)));
+    assert_closed(&mut agent).await;
+    let record = shim.audit(1).await.remove(0);
+    assert_eq!((&record["verdict"], &record["reason"]), (&"allowed".into(), &"The client left".into()));
+    assert_eq!((&record["kind"], record.get("recording")), (&"exec".into(), None));
+}
+
 #[tokio::test]
 async fn vs11_a_ticket_is_good_once_and_in_its_time() {
     let host = Host::new();
@@ -349,6 +369,21 @@ async fn vs8_output_without_end_waits_for_its_reader() {
     assert!(shim.resident_kib() < before + 4096, "{before} to {} KiB", shim.resident_kib());
     drop(client);
     assert_closed(&mut agent).await;
+}
+
+/// A reset in place of the end would leave the command alive.
+#[tokio::test]
+async fn vs8_an_agent_with_output_in_flight_sees_a_clean_end() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("builder")).await;
+    for (digit, terminal) in [('a', false), ('b', true)] {
+        let session = if terminal { shell() } else { exec(&["yes"]) };
+        let ticket = grant(&shim, digit, session).await;
+        let (client, _, mut agent) = open(&shim, &mut guest, &ticket).await;
+        fill(&mut agent, Kind::Stdout).await;
+        drop(client);
+        assert_closed(&mut agent).await;
+    }
 }
 
 #[tokio::test]

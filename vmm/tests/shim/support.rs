@@ -421,16 +421,28 @@ pub(crate) async fn expect(from: &mut UnixStream, bytes: &[u8]) {
     .await;
 }
 
-/// The other side closes, with nothing more to say.
+/// The other side closes, with nothing more to say. A reset is no close: vhost-device-vsock does not tell it to the guest.
 pub(crate) async fn assert_closed(stream: &mut UnixStream) {
-    let rest = within(async {
-        let mut rest = Vec::new();
-        // A reset is a close as well.
-        let _ = stream.read_to_end(&mut rest).await;
-        rest
-    })
-    .await;
+    let mut rest = Vec::new();
+    within(stream.read_to_end(&mut rest)).await.expect("It was reset");
     assert_eq!(rest, b"");
+}
+
+/// The other side ends, with nothing more to say. For clients on the host, who learn of a reset as well.
+pub(crate) async fn assert_ended(stream: &mut UnixStream) {
+    let mut rest = Vec::new();
+    let _ = within(stream.read_to_end(&mut rest)).await;
+    assert_eq!(rest, b"");
+}
+
+/// Writes frames of data until the other side takes no more, which leaves some of them unread.
+pub(crate) async fn fill(to: &mut UnixStream, kind: frame::Kind) {
+    let flood = async {
+        loop {
+            frame::write(to, kind, &[b'x'; 65536]).await.unwrap();
+        }
+    };
+    assert!(timeout(Duration::from_millis(500), flood).await.is_err());
 }
 
 /// Nothing has connected there.
