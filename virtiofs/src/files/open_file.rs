@@ -72,14 +72,8 @@ impl OpenFile {
     }
 
     /// Reads from `offset` into `pieces` until they are full. EIO if the file is shorter by now. With `wait`, it never is
-    /// [`Read::WouldWait`]. `since`: the time, shortly before.
-    pub fn read(
-        &self,
-        offset: u64,
-        pieces: &[VolatileSlice<'_>],
-        wait: bool,
-        since: Instant,
-    ) -> Result<Read, Errno> {
+    /// [`Read::WouldWait`].
+    pub fn read(&self, offset: u64, pieces: &[VolatileSlice<'_>], wait: bool) -> Result<Read, Errno> {
         let length = pieces.iter().map(|piece| piece.len() as u64).fold(0, u64::saturating_add);
         let served = self.served.load(Ordering::Relaxed);
         let again = served >= self.size.saturating_mul(2);
@@ -88,6 +82,7 @@ impl OpenFile {
             && let Some(mapping) = self.mapping()
         {
             let from = usize::try_from(offset).map_err(|_| Errno::EINVAL)?;
+            let since = Instant::now();
             let copied = mapping.copy(from, pieces);
             self.time(since);
             let end = offset.saturating_add(length);
@@ -107,6 +102,7 @@ impl OpenFile {
             }
         } else if again {
             // Nothing tells what is in memory. What was read lately probably is.
+            let since = Instant::now();
             let read = buffers::read_file(&self.file, offset, pieces, false);
             self.time(since);
             read

@@ -1,9 +1,15 @@
 //! Where a manifest's bytes are: in memory of this process, or in a file that is mapped.
 
-#![allow(unsafe_code)] // Mapping a file.
+#![allow(unsafe_code)] // Mapping a file, and pointing into the mapping.
 
 use memmap2::Mmap;
-use std::{fs::File, io, ops::Deref, ops::Range, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    ops::{Deref, Range},
+    ptr::NonNull,
+    sync::Arc,
+};
 
 /// A file of an index, mapped read-only.
 #[derive(Debug)]
@@ -33,7 +39,38 @@ pub(super) enum Bytes {
     /// In words, so that they are aligned.
     Private(Box<[u64]>),
     /// Part of a file. Mappings begin at pages, so they are aligned as they are in the file.
-    Mapped { map: Arc<Map>, range: Range<usize> },
+    Mapped(Part),
+}
+
+/// Part of a mapped file, which stays mapped as long as any part of it is used.
+#[derive(Debug, Clone)]
+pub(super) struct Part {
+    /// Found once: each request would otherwise go by way of the map, which is elsewhere in memory.
+    bytes: NonNull<[u8]>,
+    _map: Arc<Map>,
+}
+
+// SAFETY: It is a shared reference to bytes that nobody changes, together with what keeps them where they are.
+unsafe impl Send for Part {}
+// SAFETY: As above.
+unsafe impl Sync for Part {}
+
+impl Part {
+    /// This part of `map`; `None` if it is not in it.
+    pub(super) fn of(map: Arc<Map>, range: Range<usize>) -> Option<Self> {
+        let bytes = NonNull::from(map.get(range)?);
+        Some(Self { bytes, _map: map })
+    }
+}
+
+impl Deref for Part {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: It was made from a reference into the mapping, whose address does not change while it is mapped, and it is mapped as
+        // long as `_map` lives, so at least as long as `self`. Nobody changes the bytes.
+        unsafe { self.bytes.as_ref() }
+    }
 }
 
 impl Deref for Bytes {
@@ -42,7 +79,7 @@ impl Deref for Bytes {
     fn deref(&self) -> &[u8] {
         match self {
             Self::Private(words) => zerocopy::IntoBytes::as_bytes(&**words),
-            Self::Mapped { map, range } => map.get(range.clone()).unwrap_or_default(),
+            Self::Mapped(part) => part,
         }
     }
 }

@@ -118,15 +118,18 @@ impl<'a> Sections<'a> {
     /// The position of the child with this name.
     fn find(&self, directory: &Inode, name: &[u8]) -> Result<Option<usize>, ManifestError> {
         let children = self.children(directory).ok_or(ManifestError::Range)?;
-        if directory.size == 0 {
-            return Ok(children.binary_search_by(|child| self.name(child).cmp(name)).ok());
-        }
-        let table = self.table(directory).ok_or(ManifestError::Range)?;
         let hash = table::hash(name);
         let tag = table::tag(hash);
-        Ok(table::find(table, hash, |position| {
-            children.get(position).is_some_and(|child| child.tag == tag && self.name(child) == name)
-        }))
+        let is = |child: &Inode| child.tag == tag && self.name(child) == name;
+        if directory.size != 0 {
+            let table = self.table(directory).ok_or(ManifestError::Range)?;
+            return Ok(table::find(table, hash, |position| children.get(position).is_some_and(is)));
+        }
+        if children.len() <= table::SMALL {
+            // Their records are neighbours, so a look at each is cheaper than jumps between records and names.
+            return Ok(children.iter().position(is));
+        }
+        Ok(children.binary_search_by(|child| self.name(child).cmp(name)).ok())
     }
 
     /// The manifest of these sections; `None` if 32 bits do not hold their lengths.

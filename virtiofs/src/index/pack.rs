@@ -2,7 +2,7 @@
 //! registry does.
 
 use super::{
-    bytes::{Bytes, Map},
+    bytes::{Bytes, Map, Part},
     directory::{Directory, FileError},
     manifest::{Manifest, ManifestError},
 };
@@ -111,13 +111,13 @@ impl Pack {
 
     /// The manifest at this place, if it is sound.
     pub(super) fn manifest(&self, offset: u64, length: u64) -> Result<Manifest, ManifestError> {
-        let range = usize::try_from(offset)
+        let part = usize::try_from(offset)
             .ok()
             .filter(|offset| offset.is_multiple_of(ALIGN))
             .and_then(|offset| Some(offset..offset.checked_add(usize::try_from(length).ok()?)?))
-            .filter(|range| range.end <= self.map.len())
+            .and_then(|range| Part::of(self.map.clone(), range))
             .ok_or(ManifestError::Magic)?;
-        Manifest::parse(Bytes::Mapped { map: self.map.clone(), range })
+        Manifest::parse(Bytes::Mapped(part))
     }
 }
 

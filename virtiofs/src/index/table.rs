@@ -7,7 +7,7 @@
 use twox_hash::XxHash3_64;
 
 /// Directories with no more children have no table.
-const SMALL: usize = 16;
+pub(super) const SMALL: usize = 16;
 
 /// How many places there are to look at, at most.
 const PROBES: usize = 64;

@@ -18,6 +18,8 @@ pub(super) struct Chain<'a> {
     pub(super) readable: SmallVec<[VolatileSlice<'a>; 4]>,
     /// Room for the reply.
     pub(super) writable: Buffers<'a>,
+    /// Its indirect table.
+    pub(super) indirect: Option<VolatileSlice<'a>>,
     /// Bytes of the request.
     pub(super) request: u32,
     /// Bytes of room.
@@ -102,6 +104,7 @@ impl<'a> Chain<'a> {
             let mut desc = table.get(index)?;
             if desc.refers_to_indirect_table() {
                 table = table.indirect(mem, &desc)?;
+                self.indirect = Some(table.slice);
                 desc = table.get(0)?;
                 if desc.refers_to_indirect_table() {
                     return Err(ChainError::Indirect(desc.len()));

@@ -12,7 +12,7 @@ use std::{
     os::fd::{AsRawFd, RawFd},
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -33,6 +33,7 @@ pub(super) struct Device {
     config: Config,
     queues: Vec<Arc<Queue>>,
     stopping: Arc<AtomicBool>,
+    moves: Arc<AtomicU64>,
     /// Those of all queues, once the last worker has told.
     vrings: Arc<OnceLock<Vec<Vring>>>,
     /// Ends the connection.
@@ -61,12 +62,13 @@ impl Device {
     pub(super) fn new(service: Arc<Service>, config: Config, memory: Memory) -> Self {
         let session = Arc::new(Session::new());
         let stopping = Arc::new(AtomicBool::new(false));
-        let vrings = Arc::new(OnceLock::new());
+        let (vrings, moves) = (Arc::new(OnceLock::new()), Arc::new(AtomicU64::new(0)));
         let queue = |(number, stats): (usize, &Arc<Requests>)| {
             Arc::new(Queue {
                 service: service.clone(),
                 session: session.clone(),
                 memory: memory.clone(),
+                moves: moves.clone(),
                 stopping: stopping.clone(),
                 vrings: vrings.clone(),
                 number,
@@ -78,6 +80,7 @@ impl Device {
             queues: service.requests.iter().enumerate().map(queue).collect(),
             config,
             stopping,
+            moves,
             vrings,
             shutdown: OnceLock::new(),
             exits: Mutex::default(),
@@ -199,11 +202,13 @@ impl VhostUserBackend for Device {
             } else if !new.iter().all(has_whole_file) {
                 "A file is shorter than the memory region in it".into()
             } else {
+                self.moves.fetch_add(1, Ordering::Release);
                 return Ok(());
             }
         };
         let exclusive = memory.lock().unwrap_or_else(PoisonError::into_inner);
         exclusive.replace(GuestMemoryMmap::new());
+        self.moves.fetch_add(1, Ordering::Release);
         Err(io::Error::new(io::ErrorKind::InvalidInput, error))
     }
 

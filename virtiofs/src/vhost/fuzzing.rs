@@ -32,6 +32,7 @@ impl OneQueue {
             service: service.clone(),
             session: Arc::new(Session::new()),
             memory,
+            moves: Arc::default(),
             stopping: Arc::new(AtomicBool::new(false)),
             vrings: Arc::new(OnceLock::from(vec![vring.clone()])),
             // It never polls.

@@ -16,6 +16,7 @@ mod queue;
 mod ring;
 mod serve;
 mod spin;
+mod trail;
 mod vring;
 
 pub use config::{Config, ConfigError};

@@ -12,6 +12,7 @@ use super::{
     chain::{Chain, ChainError},
     ring::{Ring, RingError},
     spin::{Pace, WINDOW},
+    trail::Trail,
     vring::Vring,
 };
 use crate::{
@@ -26,7 +27,7 @@ use std::{
     hint::spin_loop,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -50,6 +51,9 @@ const BURST_BYTES: u32 = 256 << 10;
 /// How often the available index is looked at before the clock is.
 const POLLS: u32 = 32;
 
+/// One in so many requests is timed: looking at the clock twice is a tenth of the time that a request takes.
+const TIMED: u8 = 8;
+
 /// The high-priority queue, which only brings FORGET: nobody waits for it.
 const HIPRIO: usize = 0;
 
@@ -58,6 +62,8 @@ pub(super) struct Queue {
     pub(super) service: Arc<Service>,
     pub(super) session: Arc<Session>,
     pub(super) memory: Memory,
+    /// How often the memory was replaced. Asking this is cheaper than asking for the memory.
+    pub(super) moves: Arc<AtomicU64>,
     /// The connection is over.
     pub(super) stopping: Arc<AtomicBool>,
     /// Those of all queues.
@@ -82,6 +88,8 @@ pub(super) struct State {
     /// Requests taken and not yet published, the oldest first. Empty unless that one waits for a disk.
     pending: VecDeque<Pending>,
     pace: Pace,
+    /// Requests since one was timed.
+    untimed: u8,
     /// Where it is, once it has run.
     vring: Option<Vring>,
     scratch: Box<Scratch>,
@@ -91,11 +99,12 @@ pub(super) struct State {
 struct Scratch {
     request: [u8; REQUEST_MAX],
     reply: Vec<u8>,
+    trail: Trail,
 }
 
 impl Default for Scratch {
     fn default() -> Self {
-        Self { request: [0; REQUEST_MAX], reply: Vec::new() }
+        Self { request: [0; REQUEST_MAX], reply: Vec::new(), trail: Trail::default() }
     }
 }
 
@@ -142,8 +151,8 @@ struct Watch {
     next: u16,
     /// Whether to poll for it.
     polls: bool,
-    /// When the last one was done.
-    since: Instant,
+    /// Since when, once that is known.
+    since: Option<Instant>,
 }
 
 /// How a guest breaks a queue.
@@ -210,8 +219,8 @@ impl Queue {
                 Burst::More => found = false,
                 Burst::Moved => return Ok(true),
                 Burst::Stopped => return Ok(false),
-                Burst::Empty(watch) => {
-                    found = self.poll(ring, &watch)?;
+                Burst::Empty(mut watch) => {
+                    found = self.poll(ring, &mut watch)?;
                     if !found && !self.sleep(vring, ring, &watch)? {
                         return Ok(false);
                     }
@@ -264,43 +273,46 @@ impl Queue {
             return Ok(Burst::Stopped);
         }
         state.check_size(vring.get_queue())?;
+        let moves = self.moves.load(Ordering::Acquire);
         if !ring.is_of(&self.memory.memory(), vring.get_queue()) {
             return Ok(Burst::Moved);
         }
         if found {
+            state.scratch.trail.fetch();
             state.pace.hit();
         }
         ring.want_no_kick()?;
         let mut begin = vring.get_queue().next_used();
         let mut used = begin;
         let (mut count, mut bytes) = (0u32, 0u32);
-        let mut last = Instant::now();
         let end = loop {
             if count >= BURST || bytes >= BURST_BYTES {
                 break Burst::More;
             }
             let Some(head) = state.take(ring, used)? else {
                 let polls = self.number != HIPRIO && state.pace.polls();
-                let watch = Watch { next: state.next(used), polls, since: last };
+                let mut watch = Watch { next: state.next(used), polls, since: None };
                 // What waits for a disk needs the lock. Otherwise letting go of it would only cost time.
                 if !state.pending.is_empty() {
                     break Burst::Empty(watch);
                 }
                 self.published(ring, &mut vring, begin, used)?;
                 begin = used;
-                if !self.poll(ring, &watch)? {
+                if !self.poll(ring, &mut watch)? {
                     break Burst::Empty(watch);
                 }
+                state.scratch.trail.fetch();
                 state.pace.hit();
-                // Memory is changed without these locks.
-                if !ring.is_of(&self.memory.memory(), vring.get_queue()) {
+                // Memory is changed without these locks; the queue is not.
+                if self.moves.load(Ordering::Acquire) != moves {
                     break Burst::Moved;
                 }
-                last = Instant::now();
                 continue;
             };
             count = count.saturating_add(1);
-            let (opcode, answer) = self.answer(&mut state.scratch, ring, head, last);
+            let since = state.is_timed().then(Instant::now);
+            let mut chain = Chain::default();
+            let (opcode, answer) = self.answer(&mut state.scratch, ring, head, &mut chain);
             match answer {
                 Answer::Used(length) => {
                     if state.pending.is_empty() {
@@ -310,9 +322,10 @@ impl Queue {
                         state.pending.push_back(Pending { head, answer });
                     }
                     bytes = bytes.saturating_add(length);
-                    let now = Instant::now();
-                    self.stats.of(opcode).latency.add(now.saturating_duration_since(last));
-                    last = now;
+                    state.scratch.trail.keep(ring.descriptor(head), &chain);
+                    if let Some(since) = since {
+                        self.stats.of(opcode).latency.add(since.elapsed(), TIMED);
+                    }
                 }
                 Answer::Waits(read, _) => {
                     state.pending.push_back(Pending { head, answer });
@@ -368,14 +381,14 @@ impl Queue {
         let answer = match ring.walk(head, &mut chain) {
             Ok(()) => {
                 read.header(&mut state.scratch.reply);
-                self.read(&mut state.scratch.reply, &chain, &read, true, Instant::now())
+                self.read(&mut state.scratch.reply, &chain, &read, true)
             }
             Err(error) => self.bad_chain(&error),
         };
         if let Some(pending) = state.pending.get_mut(place) {
             pending.answer = answer;
         }
-        self.stats.of(Some(Opcode::Read)).latency.add(since.elapsed());
+        self.stats.of(Some(Opcode::Read)).latency.add(since.elapsed(), 1);
         let mut used = begin;
         while let Some(Pending { head, answer: Answer::Used(length) }) = state.pending.front() {
             ring.publish(used, *head, *length)?;
@@ -404,7 +417,7 @@ impl Queue {
     }
 
     /// Polls for the next request, if that is thought to pay. Whether there is something to do.
-    fn poll(&self, ring: &Ring<'_>, watch: &Watch) -> Result<bool, Broken> {
+    fn poll(&self, ring: &Ring<'_>, watch: &mut Watch) -> Result<bool, Broken> {
         if !watch.polls {
             return Ok(false);
         }
@@ -415,7 +428,9 @@ impl Queue {
                 }
                 spin_loop();
             }
-            if self.stopping.load(Ordering::Relaxed) || watch.since.elapsed() > WINDOW {
+            let now = Instant::now();
+            let since = *watch.since.get_or_insert(now);
+            if self.stopping.load(Ordering::Relaxed) || now.saturating_duration_since(since) > WINDOW {
                 return Ok(false);
             }
         }
@@ -430,7 +445,7 @@ impl Queue {
         }
         let now = Instant::now();
         if watch.polls {
-            state.pace.miss(now.saturating_duration_since(watch.since));
+            state.pace.miss(now.saturating_duration_since(watch.since.unwrap_or(now)));
         }
         ring.want_kick(watch.next)?;
         let more = ring.available()? != watch.next;
@@ -440,28 +455,27 @@ impl Queue {
         Ok(more)
     }
 
-    /// Answers a request, or says what it waits for. `since`: when it was taken.
-    fn answer(
+    /// Answers a request, or says what it waits for.
+    fn answer<'m>(
         &self,
         scratch: &mut Scratch,
-        ring: &Ring<'_>,
+        ring: &Ring<'m>,
         head: u16,
-        since: Instant,
+        chain: &mut Chain<'m>,
     ) -> (Option<Opcode>, Answer) {
-        let mut chain = Chain::default();
-        if let Err(error) = ring.walk(head, &mut chain) {
+        if let Err(error) = ring.walk(head, chain) {
             return (None, self.bad_chain(&error));
         }
-        let Scratch { request, reply } = scratch;
+        let Scratch { request, reply, .. } = scratch;
         let count = buffers::copy_in(&chain.readable, request);
         let bytes = request.get(..count).unwrap_or_default();
         let request = Request { bytes, total: u64::from(chain.request) };
-        let answer =
-            match self.service.server.handle(&self.session, &self.stats, request, room(&chain), reply) {
-                Outcome::Silent => Answer::Used(0),
-                Outcome::Reply => reply_with(&chain, reply),
-                Outcome::Read(read) => self.read(reply, &chain, &read, false, since),
-            };
+        let answer = match self.service.server.handle(&self.session, &self.stats, request, room(chain), reply)
+        {
+            Outcome::Silent => Answer::Used(0),
+            Outcome::Reply => reply_with(chain, reply),
+            Outcome::Read(read) => self.read(reply, chain, &read, false),
+        };
         (request.opcode(), answer)
     }
 
@@ -474,17 +488,10 @@ impl Queue {
     }
 
     /// Replies with what is in a file. `reply` begins with the header for that.
-    fn read(
-        &self,
-        reply: &mut Vec<u8>,
-        chain: &Chain<'_>,
-        read: &FileRead,
-        wait: bool,
-        since: Instant,
-    ) -> Answer {
+    fn read(&self, reply: &mut Vec<u8>, chain: &Chain<'_>, read: &FileRead, wait: bool) -> Answer {
         let Service { server, files, trouble, .. } = &*self.service;
-        match self.read_into(chain, read, reply.len(), wait, since) {
-            Ok(Read::WouldWait) => Answer::Waits(*read, since),
+        match self.read_into(chain, read, reply.len(), wait) {
+            Ok(Read::WouldWait) => Answer::Waits(*read, Instant::now()),
             Ok(Read::Done) => match reply_with(chain, reply) {
                 Answer::Used(header) => Answer::Used(header.saturating_add(read.length)),
                 answer => answer,
@@ -507,14 +514,13 @@ impl Queue {
         read: &FileRead,
         header: usize,
         wait: bool,
-        since: Instant,
     ) -> Result<Read, Errno> {
         let Service { server, files, .. } = &*self.service;
         let length = usize::try_from(read.length).map_err(|_| Errno::EINVAL)?;
         let mut pieces = buffers::Pieces::new();
         buffers::pieces(&chain.writable, header, length, &mut pieces)?;
         match files.get(&server.tree(), read.node, wait)? {
-            Some(file) => file.read(read.offset, &pieces, wait, since),
+            Some(file) => file.read(read.offset, &pieces, wait),
             None => Ok(Read::WouldWait),
         }
     }
@@ -535,6 +541,12 @@ impl State {
     fn check_size(&self, queue: &virtio_queue::Queue) -> Result<(), Broken> {
         let (from, to) = (self.size, queue.size());
         if from == to { Ok(()) } else { Err(Broken::Size { from, to }) }
+    }
+
+    /// Whether the next request is timed.
+    fn is_timed(&mut self) -> bool {
+        self.untimed = self.untimed.saturating_add(1) % TIMED;
+        self.untimed == 0
     }
 
     /// The number of the next request to take, where `used` is the next to publish.

@@ -111,6 +111,11 @@ impl<'m> Ring<'m> {
         self.available.load(at, Ordering::Relaxed).map_err(failed("available ring"))
     }
 
+    /// The descriptor `head`.
+    pub(super) fn descriptor(&self, head: u16) -> Option<VolatileSlice<'m>> {
+        self.descriptors.subslice(usize::from(head).saturating_mul(Table::ENTRY), Table::ENTRY).ok()
+    }
+
     /// Walks the chain that begins at `head`, into an empty one.
     pub(super) fn walk(&self, head: u16, chain: &mut Chain<'m>) -> Result<(), ChainError> {
         chain.walk(self.mem, Table::new(self.descriptors, self.size), head)

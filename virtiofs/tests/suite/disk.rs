@@ -170,7 +170,7 @@ fn answer(driver: &Driver, state: &State, mut device: File) {
                 let piece = VolatileSlice::from(content.as_mut_slice());
                 let done = state.read().and_then(|()| {
                     let file = driver.files.get(&driver.server.tree(), read.node, true)?.ok_or(Errno::EIO)?;
-                    file.read(read.offset, &[piece], true, std::time::Instant::now())
+                    file.read(read.offset, &[piece], true)
                 });
                 match done {
                     Ok(_) => reply.extend(content),

@@ -124,7 +124,7 @@ impl Driver {
                 let file = self.files.get(&self.server.tree(), read.node, true);
                 let mut content = vec![0; read.length as usize];
                 let piece = VolatileSlice::from(content.as_mut_slice());
-                file.unwrap().unwrap().read(read.offset, &[piece], true, std::time::Instant::now()).unwrap();
+                file.unwrap().unwrap().read(read.offset, &[piece], true).unwrap();
                 reply.extend(content);
             }
         }

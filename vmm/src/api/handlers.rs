@@ -103,7 +103,7 @@ async fn check_and_apply(
         None => fleet::check_file(&path, &host),
     });
     let invalid = |problems: fleet::Problems| ApiError::new(ErrorKind::Invalid, problems.to_string());
-    let loaded = checked.await.map_err(|error| failed(&chain(&error)))?.map_err(invalid)?;
+    let loaded = checked.await.map_err(|error| failed(chain(&error)))?.map_err(invalid)?;
     Ok(if request.dry_run { supervisor.preview(loaded, name) } else { supervisor.apply(loaded, name).await })
 }
 

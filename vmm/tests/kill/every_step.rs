@@ -97,7 +97,11 @@ impl Operation {
             }
         });
         let missed = missed.into_inner();
-        assert!(missed <= points.len() / 2, "{missed} of {} points were not reached: {points:?}", points.len());
+        assert!(
+            missed <= points.len() / 2,
+            "{missed} of {} points were not reached: {points:?}",
+            points.len()
+        );
     }
 }
 
