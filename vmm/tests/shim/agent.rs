@@ -14,7 +14,6 @@ use lair_vmm::{
     vm::trace::{self, Start},
 };
 use std::{
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -421,7 +420,7 @@ async fn vs5_a_flooded_journal_is_bounded_and_nothing_else_waits_for_it() {
     let host = Host::new();
     let mut config = host.config("hydra");
     // The host has no journal.
-    let target = JournalTarget { socket: host.path("none"), log: host.path("journal.log"), limit: 1 << 16 };
+    let target = JournalTarget { socket: host.path("none"), log: host.path("journal.log"), limit: 64 << 20 };
     config.journal = Some(target.clone());
     let (shim, mut guest) = host.start_ready(config).await;
     let before = shim.resident_kib();
@@ -435,13 +434,11 @@ async fn vs5_a_flooded_journal_is_bounded_and_nothing_else_waits_for_it() {
     assert!(shim.resident_kib() < before + 16_384, "{before} to {} KiB", shim.resident_kib());
     sleep(Duration::from_millis(1100)).await;
     guest.say(&Event::Journal { entries: vec![journal_entry("after the flood")] }).await;
-    let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
-    let text = until(async || Some(read(&target.log)).filter(|text| text.contains("after the flood"))).await;
-    assert!(text.len() <= 1 << 16);
-    // What was left out may have been told in the file before.
-    let before = read(&host.path("journal.log.1"));
-    let told = |text: &str| text.contains("entries of this guest's journal were left out");
-    assert!(told(&text) || told(&before), "{} and {} bytes", before.len(), text.len());
+    let text = || std::fs::read_to_string(&target.log).unwrap_or_default();
+    let text = until(async || Some(text()).filter(|text| text.contains("after the flood"))).await;
+    // On a busy machine the flood takes seconds; in each of them a number of entries is kept, and the rest told as one.
+    assert!(text.contains("entries of this guest's journal were left out"), "{} bytes", text.len());
+    assert!(text.lines().count() < 20_000, "{} lines", text.lines().count());
 }
 
 /// A guest that was never asked for its journal, or a VM of an earlier configuration.
