@@ -216,7 +216,7 @@ pub(super) async fn follow(shim: &Shim, path: &Path, log: &ConsoleLog) {
     let (shortest, longest) = limits::BACK_OFF;
     let mut pause = shortest;
     loop {
-        if let Ok(stream) = socket::connect(path, limits::DIAL).await {
+        if let Ok(stream) = socket::connect_to_owner(path, limits::DIAL).await {
             let since = Instant::now();
             shim.guest().mark("console");
             let stream = Arc::new(stream);

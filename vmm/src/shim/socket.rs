@@ -1,11 +1,19 @@
 //! Unix sockets by path: listening with exact rights, connecting with a deadline.
 
 use super::limits;
+use nix::{
+    fcntl::{OFlag, open},
+    sys::stat::{Mode, SFlag, fstat},
+    unistd::geteuid,
+};
 use std::{
     fs, io,
-    os::unix::{
-        ffi::OsStrExt,
-        fs::{FileTypeExt, PermissionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileTypeExt, MetadataExt, PermissionsExt},
+        },
     },
     path::{Path, PathBuf},
     time::Duration,
@@ -46,6 +54,16 @@ pub enum SocketError {
         /// Why.
         source: io::Error,
     },
+    /// Another user listens there.
+    #[error("User {uid} listens on {path}, whose directory is user {owner}'s")]
+    Stranger {
+        /// The path.
+        path: PathBuf,
+        /// Who listens.
+        uid: u32,
+        /// Who should.
+        owner: u32,
+    },
     /// Nothing answers at the path.
     #[error("Cannot connect to {path}")]
     Connect {
@@ -78,8 +96,20 @@ pub(super) fn listen(path: &Path, mode: u32) -> Result<UnixListener, SocketError
         other => other,
     };
     let listener = listener.map_err(failed)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(failed)?;
+    set_mode(path, mode).map_err(failed)?;
     Ok(listener)
+}
+
+/// Gives a socket of ours its rights, and nothing else that may lie there by now: the directory may be another user's.
+fn set_mode(path: &Path, mode: u32) -> io::Result<()> {
+    let file = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())?;
+    let found = fstat(&file)?;
+    if found.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFSOCK.bits() || found.st_uid != geteuid().as_raw() {
+        return Err(io::Error::other("another file was put in its place"));
+    }
+    // A descriptor that is only a place has no rights to change by itself.
+    let opened = format!("/proc/self/fd/{}", file.as_raw_fd());
+    fs::set_permissions(opened, fs::Permissions::from_mode(mode))
 }
 
 fn remove_stale(path: &Path) -> Result<(), SocketError> {
@@ -106,6 +136,17 @@ pub(super) async fn connect(path: &Path, limit: Duration) -> Result<UnixStream, 
         .map_err(failed)
 }
 
+/// Connects to the socket at `path`, which lies in a directory of the process that is to listen there. Whoever has taken that process over
+/// can put a link to another VM's socket in its place, but not make another process its own.
+pub(super) async fn connect_to_owner(path: &Path, limit: Duration) -> Result<UnixStream, SocketError> {
+    let stream = connect(path, limit).await?;
+    let failed = |source| SocketError::Connect { path: path.into(), source };
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    let owner = fs::symlink_metadata(directory).map_err(failed)?.uid();
+    let uid = stream.peer_cred().map_err(failed)?.uid();
+    if uid == owner { Ok(stream) } else { Err(SocketError::Stranger { path: path.into(), uid, owner }) }
+}
+
 /// The next connection. Where none can be taken, for want of descriptors most likely, it waits and tries again.
 pub(super) async fn accept(listener: &UnixListener) -> UnixStream {
     loop {
@@ -130,6 +171,31 @@ mod tests {
         let _second = listen(&path, 0o660).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o660);
         connect(&path, Duration::from_secs(5)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_link_in_the_place_of_a_socket_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (precious, link) = (dir.path().join("precious"), dir.path().join("link"));
+        fs::write(&precious, "data").unwrap();
+        fs::set_permissions(&precious, fs::Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::symlink(&precious, &link).unwrap();
+        assert!(set_mode(&link, 0o666).is_err() && set_mode(&precious, 0o666).is_err());
+        assert_eq!(fs::metadata(&precious).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[tokio::test]
+    async fn a_socket_of_another_user_than_its_directorys_is_not_spoken_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _listener = listen(&path, 0o600).unwrap();
+        connect_to_owner(&path, Duration::from_secs(5)).await.unwrap();
+        if !geteuid().is_root() {
+            return println!("SKIPPED: only root can give a directory away");
+        }
+        std::os::unix::fs::chown(dir.path(), Some(64_998), None).unwrap();
+        let outcome = connect_to_owner(&path, Duration::from_secs(5)).await;
+        assert!(matches!(outcome, Err(SocketError::Stranger { uid: 0, owner: 64_998, .. })), "{outcome:?}");
     }
 
     #[tokio::test]

@@ -58,7 +58,7 @@ impl Dialer {
         let path = self.path.clone();
         let task = tokio::spawn(async move {
             let _permit = permit;
-            let stream = socket::connect(&path, limits::DIAL).await?;
+            let stream = socket::connect_to_owner(&path, limits::DIAL).await?;
             timeout(limits::DIAL_ABANDONED, connect(stream, port))
                 .await
                 .unwrap_or(Err(DialError::TimedOut { port }))
