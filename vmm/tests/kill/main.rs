@@ -8,6 +8,7 @@ mod every_step;
 mod faults;
 mod host;
 mod lifecycle;
+mod limits;
 mod look;
 mod stand_in;
 #[path = "../common/store.rs"]

@@ -70,8 +70,16 @@ enum Guest {
 async fn hypervisor(console: &str, qmp: &str) {
     let (guest, _) = watch::channel(Guest::Paused);
     let (console, qmp) = (UnixListener::bind(console).unwrap(), UnixListener::bind(qmp).unwrap());
+    let mut eat = signal(SignalKind::user_defined2()).unwrap();
     loop {
         tokio::select! {
+            // As if a hypervisor leaked memory.
+            _ = eat.recv() => {
+                let mut eaten = Vec::new();
+                loop {
+                    eaten.push(vec![1_u8; 1 << 20]);
+                }
+            }
             Ok((stream, _)) = console.accept() => { tokio::spawn(serve_console(stream, guest.clone())); }
             Ok((stream, _)) = qmp.accept() => { tokio::spawn(serve_qmp(stream, guest.clone())); }
         }
