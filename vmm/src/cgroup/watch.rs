@@ -112,8 +112,8 @@ impl Watcher {
         }
     }
 
-    /// What has changed since the last look.
-    fn look(&mut self) -> Option<Event> {
+    /// What has changed since the last look, without waiting. What is told here is not told again.
+    pub fn look(&mut self) -> Option<Event> {
         self.look = Instant::now() + PAUSE;
         if !self.group.exists() {
             return Some(Event::Gone);

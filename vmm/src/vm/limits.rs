@@ -6,7 +6,8 @@ use crate::{
     error::chain,
     host::facts::Engine,
 };
-use tokio::sync::broadcast;
+use std::sync::Arc;
+use tokio::sync::{Notify, broadcast};
 
 /// What happened to the cgroup of which VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,8 +18,8 @@ pub struct Happened {
     pub event: Event,
 }
 
-/// Logs what happens to `cgroup` and sends it to `happened`, until the cgroup is gone.
-pub(super) async fn follow(cgroup: VmCgroup, happened: broadcast::Sender<Happened>) {
+/// Logs what happens to `cgroup` and sends it to `happened`, until the cgroup is gone or somebody wants a `last` look at it.
+pub(super) async fn follow(cgroup: VmCgroup, happened: broadcast::Sender<Happened>, last: Arc<Notify>) {
     let vm = cgroup.name().to_owned();
     let mut watcher = match Watcher::new(cgroup) {
         Ok(watcher) => watcher,
@@ -26,8 +27,19 @@ pub(super) async fn follow(cgroup: VmCgroup, happened: broadcast::Sender<Happene
             return tracing::error!(vm, error = chain(&error), "its limits are not watched");
         }
     };
-    loop {
-        let event = watcher.next().await;
+    let mut ends = false;
+    while !ends {
+        let event = tokio::select! {
+            event = watcher.next() => event,
+            () = last.notified() => {
+                ends = true;
+                match watcher.look() {
+                    Some(event @ Event::Oom { .. }) => event,
+                    // That a VM which ends has no processes is no news.
+                    _ => return,
+                }
+            }
+        };
         match event {
             Event::Oom { killed } => {
                 tracing::error!(vm, killed, "it ran out of memory, and its processes were killed")
@@ -48,9 +60,7 @@ pub(super) async fn follow(cgroup: VmCgroup, happened: broadcast::Sender<Happene
         }
         // Nobody has to listen.
         let _ = happened.send(Happened { vm: vm.clone(), event });
-        if event == Event::Gone {
-            return;
-        }
+        ends |= event == Event::Gone;
     }
 }
 
@@ -113,13 +123,26 @@ mod tests {
         group.create(&values, None).unwrap();
         fake.write("lair/vms/builder/cgroup.events", "populated 1\nfrozen 0\n");
         let (happened, mut heard) = broadcast::channel(8);
-        let task = tokio::spawn(follow(group.clone(), happened));
+        let last = Arc::<Notify>::default();
+        let task = tokio::spawn(follow(group.clone(), happened.clone(), Arc::clone(&last)));
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert!(!ran_out(&group));
         fake.write("lair/vms/builder/memory.events", "low 0\nhigh 0\nmax 1\noom 1\noom_kill 3\n");
         let first = timeout(Duration::from_secs(30), heard.recv()).await.unwrap().unwrap();
         assert_eq!(first, Happened { vm: "builder".into(), event: Event::Oom { killed: 3 } });
         assert!(ran_out(&group));
+        // What comes just before the end is told as well, and then nothing more.
+        fake.write("lair/vms/builder/memory.events", "low 0\nhigh 0\nmax 1\noom 1\noom_kill 4\n");
+        last.notify_one();
+        let second = timeout(Duration::from_secs(30), heard.recv()).await.unwrap().unwrap();
+        assert_eq!(second.event, Event::Oom { killed: 1 });
+        timeout(Duration::from_secs(30), task).await.unwrap().unwrap();
+        last.notify_one();
+        timeout(Duration::from_secs(30), follow(group.clone(), happened.clone(), last)).await.unwrap();
+        assert!(heard.is_empty());
+
+        let task = tokio::spawn(follow(group.clone(), happened, Arc::default()));
+        tokio::time::sleep(Duration::from_millis(100)).await;
         fake.write("lair/vms/builder/memory.events", "nonsense");
         std::fs::remove_dir_all(group.dir()).unwrap();
         let last = timeout(Duration::from_secs(30), heard.recv()).await.unwrap().unwrap();

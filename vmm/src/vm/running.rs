@@ -24,8 +24,8 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, broadcast, watch},
-    task::AbortHandle,
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, broadcast, watch},
+    task::JoinHandle,
     time::timeout,
 };
 
@@ -57,13 +57,24 @@ struct Inner {
     stopwatch: Stopwatch,
 }
 
-/// A task that ends with this.
+/// A task that watches a cgroup, and ends with this.
 #[derive(Debug)]
-struct Watch(AbortHandle);
+struct Watch {
+    task: JoinHandle<()>,
+    last: Arc<Notify>,
+}
+
+impl Watch {
+    /// Has it look once more, and ends it. Memory that ran out ends the VM, and its cgroup is gone before the next look.
+    async fn finish(mut self) {
+        self.last.notify_one();
+        let _ = timeout(PATIENCE, &mut self.task).await;
+    }
+}
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
@@ -182,8 +193,9 @@ impl Running {
 
     /// Watches the VM's cgroup until the clean-up: what happens to it is logged and sent to `happened`.
     pub fn watch_cgroup(&self, cgroup: VmCgroup, happened: &broadcast::Sender<Happened>) {
-        let task = tokio::spawn(limits::follow(cgroup, happened.clone()));
-        self.inner().cgroup = Some(Watch(task.abort_handle()));
+        let last = Arc::<Notify>::default();
+        let task = tokio::spawn(limits::follow(cgroup, happened.clone(), Arc::clone(&last)));
+        self.inner().cgroup = Some(Watch { task, last });
     }
 
     /// Signals one of its processes.
@@ -201,7 +213,10 @@ impl Running {
     /// Ends every process, the hypervisor first, then what has the VM's tag and is not known, and removes the runtime files. The error
     /// says what still runs.
     pub async fn clean_up(&self, dirs: &VmDirs, cgroup: Option<VmCgroup>) -> Result<(), String> {
-        self.inner().cgroup = None;
+        let watch = self.inner().cgroup.take();
+        if let Some(watch) = watch {
+            watch.finish().await;
+        }
         self.keep_unread(dirs).await;
         let tool = self.inner().tool.take();
         if let Some(tool) = tool {

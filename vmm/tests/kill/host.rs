@@ -6,7 +6,8 @@ use lair_vmm::{
         client::{Client, ClientError},
         types::{ApplyRequest, VmStatus},
     },
-    host::tools,
+    cgroup,
+    host::{facts, tools},
     state::dirs::Dirs,
     vm::orphan,
 };
@@ -16,6 +17,7 @@ use std::{
     os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering::Relaxed},
     time::{Duration, Instant},
 };
 use tempfile::TempDir;
@@ -48,13 +50,19 @@ pub(crate) struct Host {
     laird: Option<Child>,
     /// Who runs `laird`, if not who runs the test.
     pub(crate) user: Option<u32>,
+    /// Where `laird` has its cgroups, if VMs are limited.
+    delegated: Option<Delegated>,
 }
 
 impl Host {
     pub(crate) fn new() -> Self {
+        Self::within(Path::new("/tmp"))
+    }
+
+    fn within(directory: &Path) -> Self {
         // Short, for the sockets below it.
-        let directory = TempDir::with_prefix_in("lk", "/tmp").unwrap();
-        let host = Self { directory, laird: None, user: None };
+        let directory = TempDir::with_prefix_in("lk", directory).unwrap();
+        let host = Self { directory, laird: None, user: None, delegated: None };
         for name in ["kernel", "guest"] {
             fs::write(host.path(name), name).unwrap();
         }
@@ -92,14 +100,28 @@ impl Host {
         self.user = Some(user);
     }
 
+    /// One that limits its VMs and has KVM, or why there can be none.
+    pub(crate) fn limited() -> Result<Self, String> {
+        facts::kvm().map_err(|reason| reason.to_string())?;
+        let delegated = Delegated::new()?;
+        // On a disk, where there is one whose reads and writes can be limited.
+        let disk = std::env::var_os("LAIR_HOST_VM_DISK").unwrap_or("/tmp".into());
+        let mut host = Self::within(Path::new(&disk));
+        host.delegated = Some(delegated);
+        Ok(host)
+    }
+
+    /// The cgroup of a VM.
+    pub(crate) fn cgroup(&self, vm: &str) -> PathBuf {
+        self.delegated.as_ref().unwrap().0.join("lair/vms").join(vm)
+    }
+
     /// Puts a stand-in in a program's place.
     pub(crate) fn stand_in(&self, tool: tools::Tool) {
-        // Anybody may run it here, wherever it was built.
-        let test = self.path("stand-in");
-        let built = std::env::current_exe().unwrap();
-        if !test.exists() && fs::hard_link(&built, &test).is_err() {
-            fs::copy(&built, &test).unwrap();
-        }
+        // Anybody may run it here, wherever it was built; it is too large for copies.
+        let (built, here) = (std::env::current_exe().unwrap(), self.path("stand-in"));
+        let linked = here.exists() || fs::hard_link(&built, &here).is_ok();
+        let test = if linked { here } else { built };
         let script = format!(
             "IFS='\n'\n{arguments}=\"$*\" {program}={name} exec {test} --exact stand_in::stand_in --ignored --nocapture --quiet",
             arguments = stand_in::ARGUMENTS,
@@ -136,8 +158,12 @@ impl Host {
             )
         };
         let vms: String = vms.iter().map(vm).collect();
+        let host = match self.delegated {
+            None => "accel = \"tcg\", limits = \"none\"",
+            Some(_) => "accel = \"kvm\"",
+        };
         let fleet = format!(
-            "schema = 1\nhost = {{ accel = \"tcg\", limits = \"none\", users = \"shared\" }}\nstore.sources = [{{ root = \"{directory}/source\" }}]\n{vms}"
+            "schema = 1\nhost = {{ {host}, users = \"shared\" }}\nstore.sources = [{{ root = \"{directory}/source\" }}]\n{vms}"
         );
         // In one go: a laird that is just starting may read it.
         fs::write(self.path("fleet.new"), fleet).unwrap();
@@ -147,7 +173,11 @@ impl Host {
     /// Starts `laird`, to be killed at the given point.
     pub(crate) fn laird(&mut self, kill_at: Option<usize>) {
         let log = File::options().append(true).create(true).open(self.path("laird.log")).unwrap();
-        let mut command = Command::new(self.path("bin/laird"));
+        let laird = self.path("bin/laird");
+        let mut command = match &self.delegated {
+            None => Command::new(laird),
+            Some(delegated) => delegated.enter(&laird),
+        };
         for (option, name) in [("--fleet", "fleet.toml"), ("--state-dir", "state"), ("--run-dir", "run")] {
             command.arg(option).arg(self.path(name));
         }
@@ -318,6 +348,54 @@ impl Host {
         processes.sort();
         Traces { files, processes }
     }
+}
+
+/// A cgroup as systemd delegates one to `laird`. It is gone after the test.
+struct Delegated(PathBuf);
+
+impl Delegated {
+    fn new() -> Result<Self, String> {
+        let controllers = cgroup::available().map_err(|error| error.to_string())?;
+        let top = Path::new("/sys/fs/cgroup");
+        for controller in controllers {
+            let _ = fs::write(top.join("cgroup.subtree_control"), format!("+{controller}"));
+        }
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("lair-kill-{}-{}", std::process::id(), COUNT.fetch_add(1, Relaxed));
+        let delegated = Self(top.join(name));
+        fs::create_dir_all(delegated.0.join("supervisor")).map_err(|error| error.to_string())?;
+        Ok(delegated)
+    }
+
+    /// What starts `program` in it.
+    fn enter(&self, program: &Path) -> Command {
+        let mut command = Command::new("/bin/sh");
+        command
+            .args(["-c", "echo 0 >\"$0/supervisor/cgroup.procs\" && exec \"$@\""])
+            .arg(&self.0)
+            .arg(program);
+        command
+    }
+}
+
+impl Drop for Delegated {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        let began = Instant::now();
+        while self.0.exists() && began.elapsed() < LIMIT {
+            remove_cgroup(&self.0);
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+fn remove_cgroup(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroup(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(directory);
 }
 
 /// What is there of VMs.

@@ -9,6 +9,7 @@ mod exhaustion;
 mod faults;
 mod host;
 mod lifecycle;
+mod limits;
 mod look;
 mod stand_in;
 #[path = "../common/store.rs"]

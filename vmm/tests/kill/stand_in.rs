@@ -72,8 +72,16 @@ async fn hypervisor(console: &str, qmp: &str) {
     let (console, qmp) = (UnixListener::bind(console).unwrap(), UnixListener::bind(qmp).unwrap());
     let mut forget = signal(SignalKind::user_defined1()).unwrap();
     let mut control = tokio::task::JoinSet::new();
+    let mut eat = signal(SignalKind::user_defined2()).unwrap();
     loop {
         tokio::select! {
+            // As if a hypervisor leaked memory.
+            _ = eat.recv() => {
+                let mut eaten = Vec::new();
+                loop {
+                    eaten.push(vec![1_u8; 1 << 20]);
+                }
+            }
             Ok((stream, _)) = console.accept() => { tokio::spawn(serve_console(stream, guest.clone())); }
             Ok((stream, _)) = qmp.accept() => { control.spawn(serve_qmp(stream, guest.clone())); }
             // As if it had closed its control socket and ran on.
