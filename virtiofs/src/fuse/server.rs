@@ -265,18 +265,19 @@ impl Server {
         let Some((0, name)) = name.split_last() else {
             return Err(if name.len() > NAME_MAX { Errno::ENAMETOOLONG } else { Errno::EINVAL });
         };
-        if name.is_empty() || name.iter().any(|&c| c == 0 || c == b'/') {
+        if name.is_empty() {
             return Err(Errno::EINVAL);
         }
         if name.len() > NAME_MAX {
-            return Err(Errno::ENAMETOOLONG);
+            // What is no name at all is told first.
+            return check_name(name).and(Err(Errno::ENAMETOOLONG));
         }
         if name == b"." {
             // Also of files: it is how the kernel finds an inode again by its id.
             return Ok(entry_out(parent));
         }
         if !parent.is_directory() {
-            return Err(Errno::ENOTDIR);
+            return check_name(name).and(Err(Errno::ENOTDIR));
         }
         if name == b".." {
             return tree.parent(parent).map(|node| entry_out(&node)).ok_or(Errno::ESTALE);
@@ -286,7 +287,9 @@ impl Server {
             Node::Inode { entry, inode, .. } => match entry.manifest.lookup(inode, name) {
                 Ok(Some((number, inode))) => Ok(entry_out(&Node::Inode { entry, number, inode })),
                 // It is missing for good, and the guest may remember that.
-                Ok(None) => Ok(EntryOut { entry_valid: FOREVER, ..EntryOut::default() }),
+                Ok(None) => {
+                    check_name(name).map(|()| EntryOut { entry_valid: FOREVER, ..EntryOut::default() })
+                }
                 Err(_) => Err(Errno::EIO),
             },
         }
@@ -296,6 +299,7 @@ impl Server {
         if let Some(node) = tree.lookup(name) {
             return Ok(entry_out(&node));
         }
+        check_name(name)?;
         if self.denied.note(name)
             && let Some(node) = self.tree.load().lookup(name)
         {
@@ -304,6 +308,11 @@ impl Server {
         // The view may grow, so the guest must ask again.
         Err(Errno::ENOENT)
     }
+}
+
+/// Whether this can be the name of a file. What was found under it can; so this is looked at only where nothing was found.
+fn check_name(name: &[u8]) -> Result<(), Errno> {
+    if name.iter().any(|&c| c == 0 || c == b'/') { Err(Errno::EINVAL) } else { Ok(()) }
 }
 
 fn readlink(node: &Node<'_>, reply: &mut Vec<u8>) -> Result<Answer, Errno> {

@@ -55,6 +55,14 @@ pub enum QmpError {
     /// Something else than QMP came.
     #[error("QEMU sent what is not QMP")]
     Malformed,
+    /// A device is still there.
+    #[error("The guest has not let go of the device {id} within {patience:?}")]
+    Stays {
+        /// Its name.
+        id: String,
+        /// How long that was waited for.
+        patience: Duration,
+    },
     /// A command was not answered.
     #[error("QEMU did not answer {0} within {1:?}")]
     Silent(&'static str, Duration),
@@ -136,10 +144,22 @@ impl Qmp {
 
     /// Sends a command without arguments and returns its answer.
     pub async fn execute(&self, command: &'static str) -> Result<Value, QmpError> {
+        self.send(command, json!({ "execute": command })).await
+    }
+
+    /// Sends a command with arguments and returns its answer.
+    pub async fn execute_with(&self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
+        self.send(command, json!({ "execute": command, "arguments": arguments })).await
+    }
+
+    async fn send(&self, command: &'static str, mut request: Value) -> Result<Value, QmpError> {
         let id = self.next.fetch_add(1, Relaxed);
         let (sender, receiver) = oneshot::channel();
         lock(&self.waiting).insert(id, sender);
-        let mut line = json!({ "execute": command, "id": id }).to_string();
+        if let Some(request) = request.as_object_mut() {
+            request.insert("id".into(), id.into());
+        }
+        let mut line = request.to_string();
         line.push('\n');
         let answer = async {
             self.writer.lock().await.write_all(line.as_bytes()).await?;
