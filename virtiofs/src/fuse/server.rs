@@ -311,6 +311,7 @@ impl Server {
 }
 
 /// Whether this can be the name of a file. What was found under it can; so this is looked at only where nothing was found.
+#[cold]
 fn check_name(name: &[u8]) -> Result<(), Errno> {
     if name.iter().any(|&c| c == 0 || c == b'/') { Err(Errno::EINVAL) } else { Ok(()) }
 }

@@ -89,6 +89,13 @@ struct Run {
 }
 
 impl<'a> Chain<'a> {
+    /// Makes it empty.
+    pub(super) fn clear(&mut self) {
+        self.readable.clear();
+        self.writable.clear();
+        (self.indirect, self.request, self.room) = (None, 0, 0);
+    }
+
     /// Walks the chain that begins at `head` in `table`, of which this becomes the buffers. It is empty before; moving a full one
     /// would cost more than all else here.
     pub(super) fn walk(

@@ -285,6 +285,8 @@ impl Queue {
         let mut begin = vring.get_queue().next_used();
         let mut used = begin;
         let (mut count, mut bytes) = (0u32, 0u32);
+        // Of the last request.
+        let (mut chain, mut last) = (Chain::default(), None);
         let end = loop {
             if count >= BURST || bytes >= BURST_BYTES {
                 break Burst::More;
@@ -298,6 +300,10 @@ impl Queue {
                 }
                 self.published(ring, &mut vring, begin, used)?;
                 begin = used;
+                // The guest has its reply, so there is time now.
+                if let Some(head) = last.take() {
+                    state.scratch.trail.keep(ring.descriptor(head), &chain);
+                }
                 if !self.poll(ring, &mut watch)? {
                     break Burst::Empty(watch);
                 }
@@ -311,7 +317,8 @@ impl Queue {
             };
             count = count.saturating_add(1);
             let since = state.is_timed().then(Instant::now);
-            let mut chain = Chain::default();
+            chain.clear();
+            last = Some(head);
             let (opcode, answer) = self.answer(&mut state.scratch, ring, head, &mut chain);
             match answer {
                 Answer::Used(length) => {
@@ -322,7 +329,6 @@ impl Queue {
                         state.pending.push_back(Pending { head, answer });
                     }
                     bytes = bytes.saturating_add(length);
-                    state.scratch.trail.keep(ring.descriptor(head), &chain);
                     if let Some(since) = since {
                         self.stats.of(opcode).latency.add(since.elapsed(), TIMED);
                     }
