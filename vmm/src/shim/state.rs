@@ -72,6 +72,8 @@ pub(super) struct Shim {
     agent: Mutex<Option<mpsc::Sender<Asked>>>,
     /// The agent is to be told of a new configuration.
     pub(super) renewed: Notify,
+    /// The configuration that was read last.
+    config: Mutex<ShimConfig>,
     stop: watch::Sender<bool>,
     /// Counts the guest's reboots.
     reboots: watch::Sender<u64>,
@@ -110,6 +112,7 @@ impl Shim {
             recorder: config.recordings.clone().map(Recorder::new),
             agent: Mutex::default(),
             renewed: Notify::new(),
+            config: Mutex::new(config.clone()),
             stop: watch::Sender::new(false),
             reboots: watch::Sender::new(0),
             connections: Arc::new(Semaphore::new(limits::CONNECTIONS)),
@@ -131,7 +134,10 @@ impl Shim {
             return Err(ConfigError::OtherVm { mine: self.vm.clone(), other: config.vm });
         }
         self.apply(&config);
-        self.renewed.notify_one();
+        // A laird that starts has each shim read its configuration, which mostly is the same: then the guest has all that it needs.
+        if std::mem::replace(&mut *locked(&self.config), config.clone()) != config {
+            self.renewed.notify_one();
+        }
         Ok(())
     }
 

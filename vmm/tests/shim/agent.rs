@@ -265,6 +265,20 @@ async fn a_reload_replaces_the_channel_and_keeps_the_state() {
     assert_eq!(shim.status().await.agent, ready("boot-1", 1234));
 }
 
+/// As each laird does that starts.
+#[tokio::test]
+async fn a_reload_of_the_same_configuration_leaves_the_channel_alone() {
+    let host = Host::new();
+    let config = host.config("hydra");
+    let (shim, mut guest) = host.start_ready(config.clone()).await;
+    shim.reload(&host, &config).await.unwrap();
+    let dialled = tokio::time::timeout(Duration::from_millis(500), guest.agent_connection()).await;
+    assert!(dialled.is_err(), "the guest was dialled again");
+    let asked = answer_with(&mut guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 1).await;
+    assert_eq!(asked, [Ask::Statistics]);
+    assert_eq!(shim.status().await.agent, ready("boot-1", 1234));
+}
+
 /// Answers everything that is asked on the channel, with these figures; what was asked.
 async fn answer_with(guest: &mut Guest, figures: Statistics, asks: usize) -> Vec<Ask> {
     let mut asked = Vec::new();
