@@ -2,7 +2,8 @@
 
 use super::{
     audit::read::{Reader, Wanted},
-    limits::{AUDIT_ANSWER, POLL},
+    gpus::{GpuStatus, GpusQuery, GpusReply},
+    limits::{AUDIT_ANSWER, LOOK, POLL},
     log,
     metrics::{self, Own, Seen},
     openapi,
@@ -17,7 +18,10 @@ use super::{
 use crate::{
     error::chain,
     fleet,
-    host::thread,
+    host::{
+        pci::{Address, Inventory, NotAnAddress},
+        thread,
+    },
     shim::{
         client,
         protocol::{Grant, Session},
@@ -219,6 +223,38 @@ pub(super) async fn audit(call: Call) -> Done {
         }
     });
     Ok(response).into()
+}
+
+pub(super) async fn gpus(call: Call) -> Done {
+    let answer = async || {
+        let query: GpusQuery = call.query()?;
+        let inventory = inventory(&call.api).await?;
+        Ok(document(GpusReply::new(&inventory, &query)))
+    };
+    answer().await.into()
+}
+
+pub(super) async fn gpu(call: Call) -> Done {
+    let answer = async || {
+        let invalid = |error: NotAnAddress| ApiError::new(ErrorKind::Invalid, error.to_string());
+        let address: Address = call.address.parse().map_err(invalid)?;
+        let inventory = inventory(&call.api).await?;
+        // Why it could not be read says more than that it is not there.
+        let unreadable = inventory.unreadable.iter().find(|error| error.address() == address);
+        GpuStatus::of(&inventory, address).map(document).map_err(|missing| match unreadable {
+            Some(error) => failed(chain(error)),
+            None => ApiError::new(ErrorKind::NotFound, missing.to_string())
+                .hint("`vmctl gpu list --all` shows all that there are"),
+        })
+    };
+    answer().await.into()
+}
+
+/// The devices as they are now.
+async fn inventory(api: &Api) -> Result<Inventory, ApiError> {
+    let sysfs = api.supervisor.host().sysfs.clone();
+    let read = api.look.at(LOOK, move || Inventory::read(&sysfs)).await?;
+    read.map_err(|error| failed(chain(&error)))
 }
 
 pub(super) async fn metrics(call: Call) -> Done {

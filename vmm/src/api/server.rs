@@ -6,6 +6,7 @@ use super::{
     connection::Connections,
     json,
     limits::{self, Limits},
+    look::Look,
     peer::Peer,
     routes::{Method, ROUTES, Recorded, Route},
     scrape,
@@ -45,6 +46,8 @@ pub(super) struct Api {
     pub(super) unwritten: Arc<AtomicU64>,
     /// Bytes of console logs that readers were too slow for.
     pub(super) log_dropped: Arc<AtomicU64>,
+    /// Looks at the host's devices.
+    pub(super) look: Look,
     /// Attempts, allowed and refused.
     pub(super) attempts: [AtomicU64; 2],
     audit: AuditLog,
@@ -59,6 +62,8 @@ pub(super) struct Call {
     pub(super) peer: Arc<Peer>,
     /// The VM in the path, where the route has one.
     pub(super) vm: String,
+    /// The device in the path, where the route has one.
+    pub(super) address: String,
     uri: Uri,
     body: Bytes,
 }
@@ -115,6 +120,7 @@ pub async fn serve_within(
         connections,
         unwritten,
         log_dropped: Arc::default(),
+        look: Look::default(),
         attempts: Default::default(),
         audit,
         access: Arc::default(),
@@ -251,12 +257,13 @@ async fn attempt(api: Arc<Api>, route: &'static Route, request: Request) -> Resp
         Ok(role) => (role, Ok(())),
         Err(error) => (None, Err(failed(error.to_string()))),
     };
-    let vm = vm(&mut parts).await;
+    let named = named(&mut parts).await;
     let admitted = role_known.and_then(|()| admit(route, role, &peer, &parts.headers));
-    let done = match admitted.and(vm.clone()) {
-        Ok(vm) => match read(body, route.body_limit(), api.request).await {
+    let done = match admitted.and(named.clone()) {
+        Ok(Named { vm, address }) => match read(body, route.body_limit(), api.request).await {
             Ok(body) => {
-                let call = Call { api: Arc::clone(&api), peer: Arc::clone(&peer), vm, uri: parts.uri, body };
+                let (api, peer) = (Arc::clone(&api), Arc::clone(&peer));
+                let call = Call { api, peer, vm, address, uri: parts.uri, body };
                 (route.handler)(call).await
             }
             Err(error) => Err(error).into(),
@@ -269,14 +276,16 @@ async fn attempt(api: Arc<Api>, route: &'static Route, request: Request) -> Resp
         if let Some(count) = api.attempts.get(usize::from(verdict == Verdict::Refused)) {
             count.fetch_add(1, Relaxed);
         }
+        let Named { vm, address } = named.unwrap_or_default();
+        let some = |text: String| (!text.is_empty()).then_some(text);
         let attempt = Attempt {
             time: now(),
             uid: peer.uid,
             gid: peer.gid,
             role,
             verb: done.verb.unwrap_or(route.verb),
-            vm: vm.ok().filter(|vm| !vm.is_empty()),
-            detail: done.detail,
+            vm: some(vm),
+            detail: done.detail.or(some(address)),
             verdict,
             reason: done.outcome.as_ref().err().map(ToString::to_string),
             duration_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
@@ -286,11 +295,19 @@ async fn attempt(api: Arc<Api>, route: &'static Route, request: Request) -> Resp
     done.outcome.unwrap_or_else(IntoResponse::into_response)
 }
 
-/// The VM's name in the path; empty where the route has none.
-async fn vm(parts: &mut Parts) -> Result<String, ApiError> {
+/// What the path names; empty where the route has nothing of that kind.
+#[derive(Debug, Clone, Default)]
+struct Named {
+    vm: String,
+    address: String,
+}
+
+async fn named(parts: &mut Parts) -> Result<Named, ApiError> {
     let params = RawPathParams::from_request_parts(parts, &()).await;
     let invalid = |_| ApiError::new(ErrorKind::Invalid, "The path is not UTF-8");
-    Ok(params.map_err(invalid)?.iter().next().map(|(_, vm)| vm.to_owned()).unwrap_or_default())
+    let params = params.map_err(invalid)?;
+    let of = |name| params.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned());
+    Ok(Named { vm: of("vm").unwrap_or_default(), address: of("address").unwrap_or_default() })
 }
 
 /// Whether a call is answered at all.

@@ -8,6 +8,7 @@ pub mod listen;
 pub mod logging;
 pub mod memory;
 pub mod mounts;
+pub mod pci;
 pub mod process;
 pub mod thread;
 pub mod tools;
@@ -31,6 +32,8 @@ pub struct Host {
     pub cgroups: Option<Hierarchy>,
     /// Users and groups of VMs' processes; none where all share the user of `laird`, since that is not root.
     pub ids: Option<Arc<ids::Ids>>,
+    /// Where its devices are seen.
+    pub sysfs: pci::Sysfs,
     /// What happens to VMs' cgroups.
     pub happened: broadcast::Sender<Happened>,
 }

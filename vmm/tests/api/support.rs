@@ -1,6 +1,6 @@
 //! A supervisor with its API in a directory of its own.
 
-use crate::store;
+use crate::{machine::Machine, store};
 use lair_vmm::{
     api::{
         client::Client,
@@ -13,6 +13,7 @@ use lair_vmm::{
         self,
         confine::Confinement,
         facts::Engine,
+        pci::Sysfs,
         process::{Launch, Process, Sink},
         tools::{self, Tools},
     },
@@ -77,6 +78,12 @@ impl Host {
     /// Makes the source that fleets name, without which an apply is refused. No VM may start then.
     pub(crate) fn with_source(self) -> Self {
         store::make(&self.path("source"), &["0123456789abcdfghijklmnpqrsvwxyz-root"]);
+        self
+    }
+
+    /// Devices of a machine, which must outlive this.
+    pub(crate) fn with_devices(self, machine: &Machine) -> Self {
+        std::os::unix::fs::symlink(machine.root(), self.path("machine")).unwrap();
         self
     }
 
@@ -148,6 +155,7 @@ impl Host {
             boot_id: BOOT.into(),
             cgroups: None,
             ids: None,
+            sysfs: Sysfs::at(&self.path("machine")),
             happened: host::happenings(),
         };
         let supervisor = Supervisor::start(self.dirs(), host, file, load(fleet)).await;

@@ -14,7 +14,9 @@ use lair_vmm::{
     host::{
         Host, facts, happenings,
         ids::{self, Ids},
-        memory, process,
+        memory,
+        pci::Sysfs,
+        process,
         tools::Tools,
     },
     state::{
@@ -76,6 +78,7 @@ fn run(arguments: Arguments) -> Result<()> {
         boot_id,
         cgroups,
         ids,
+        sysfs: Sysfs::of_this_host(),
         happened: happenings(),
     };
     // One thread suffices: laird is in no data path, and what blocks runs on threads of its own.
