@@ -1,7 +1,7 @@
 //! The client: `vmctl`'s end of the API.
 
 use super::{
-    gpus::{GpuStatus, GpusQuery, GpusReply},
+    gpus::{GpuStatus, GpusQuery, GpusReply, ReleaseReply},
     types::{
         API_HEADER, API_VERSION, ApiError, ApplyReply, ApplyRequest, AuditQuery, AuditRecord, ErrorKind,
         Event, EventsQuery, HostStatus, Progress, SessionReply, SessionRequest, VersionReply, VmStatus,
@@ -162,6 +162,11 @@ impl Client {
     /// One device of the host.
     pub async fn gpu(&self, address: Address) -> Result<GpuStatus, ClientError> {
         self.call(Method::GET, &format!("/v1/gpus/{}", encoded(&address.to_string())), &()).await
+    }
+
+    /// Gives a device back to the host.
+    pub async fn release_gpu(&self, address: Address) -> Result<ReleaseReply, ClientError> {
+        self.call(Method::POST, &format!("/v1/gpus/{}/release", encoded(&address.to_string())), &()).await
     }
 
     /// Counters for Prometheus, as text.

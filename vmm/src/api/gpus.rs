@@ -1,9 +1,12 @@
 //! What is said of devices that VMs may be given.
 
-use crate::host::pci::{Address, Device, DeviceError, Inventory, Obstacle};
+use crate::{
+    host::pci::{Address, Device, DeviceError, Inventory, Obstacle},
+    passthrough::{machine::State, record::Holding},
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Which devices.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
@@ -11,6 +14,13 @@ use std::collections::BTreeSet;
 pub struct GpusQuery {
     /// All devices, also those that are no GPUs of NVIDIA's or AMD's.
     pub all: bool,
+}
+
+/// A device that was given back to the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ReleaseReply {
+    /// The device that was named; what goes with it was given back as well.
+    pub address: Address,
 }
 
 /// Devices of the host.
@@ -36,10 +46,33 @@ pub struct GpuStatus {
     pub together: Vec<Address>,
     /// Its outputs at which there is a screen.
     pub screens: Vec<String>,
-    /// Whether it could be given to a VM: whether there is no obstacle.
+    /// Where it is in the life that `laird` gives it: `host`, `probed`, `bound`, `leased`, `resetting`, `free`, `returning`, `quarantined`.
+    pub state: String,
+    /// More about that, where it is not the host's.
+    pub held: Option<Held>,
+    /// Whether it could be given to a VM: whether there is no obstacle, and no VM has it.
     pub available: bool,
     /// Why it cannot be given to a VM.
     pub obstacles: Vec<ObstacleStatus>,
+}
+
+/// What is known of a device that is not the host's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Held {
+    /// Since when it is in its state.
+    pub since: jiff::Timestamp,
+    /// The VM that has it, or is to have it.
+    pub vm: Option<String>,
+    /// The VM that had it last.
+    pub last_vm: Option<String>,
+    /// Why it is quarantined.
+    pub reason: Option<String>,
+    /// The driver that gets it back.
+    pub first_driver: Option<String>,
+    /// Whether it has been reset, and was fine, since a VM had it.
+    pub clean: bool,
+    /// How long its last reset took.
+    pub reset_ms: Option<u64>,
 }
 
 /// A device in a group.
@@ -68,8 +101,8 @@ pub struct ObstacleStatus {
 
 impl GpusReply {
     /// What there is.
-    pub fn new(inventory: &Inventory, query: &GpusQuery) -> Self {
-        let status = |device| GpuStatus::new(inventory, device);
+    pub fn new(inventory: &Inventory, held: &BTreeMap<Address, Holding>, query: &GpusQuery) -> Self {
+        let status = |device| GpuStatus::new(inventory, held, device);
         Self {
             devices: if query.all {
                 inventory.devices.values().map(status).collect()
@@ -83,11 +116,16 @@ impl GpusReply {
 
 impl GpuStatus {
     /// All about the device at `address`.
-    pub fn of(inventory: &Inventory, address: Address) -> Result<Self, DeviceError> {
-        inventory.device(address).map(|device| Self::new(inventory, device))
+    pub fn of(
+        inventory: &Inventory,
+        held: &BTreeMap<Address, Holding>,
+        address: Address,
+    ) -> Result<Self, DeviceError> {
+        inventory.device(address).map(|device| Self::new(inventory, held, device))
     }
 
-    fn new(inventory: &Inventory, device: &Device) -> Self {
+    fn new(inventory: &Inventory, held: &BTreeMap<Address, Holding>, device: &Device) -> Self {
+        let holding = held.values().find(|holding| holding.has(device.address));
         let obstacles: Vec<_> =
             inventory.obstacles(device, &BTreeSet::new()).iter().map(ObstacleStatus::new).collect();
         Self {
@@ -95,9 +133,31 @@ impl GpuStatus {
             group_members: members(inventory, device),
             together: inventory.together(device),
             screens: inventory.screens.get(&device.address).into_iter().flatten().cloned().collect(),
-            available: obstacles.is_empty(),
+            state: holding.map_or("host", |holding| holding.life.state.word()).into(),
+            available: obstacles.is_empty()
+                && holding.is_none_or(|holding| holding.life.obstacle().is_none()),
+            held: holding.map(|holding| Held::new(holding, device.address)),
             obstacles,
             device: device.clone(),
+        }
+    }
+}
+
+impl Held {
+    fn new(holding: &Holding, address: Address) -> Self {
+        let Holding { functions, life, since, reset_ms, .. } = holding;
+        let function = functions.iter().find(|function| function.address == address);
+        Self {
+            since: *since,
+            vm: life.state.vm().map(str::to_owned),
+            last_vm: life.last.clone(),
+            reason: match &life.state {
+                State::Quarantined { reason } => Some(reason.to_string()),
+                _ => None,
+            },
+            first_driver: function.and_then(|function| function.driver.clone()),
+            clean: life.clean,
+            reset_ms: *reset_ms,
         }
     }
 }
@@ -135,7 +195,7 @@ mod tests {
     use crate::host::pci::machine::Machine;
 
     fn list(name: &str, all: bool) -> GpusReply {
-        GpusReply::new(&Inventory::of(&Machine::recorded(name)), &GpusQuery { all })
+        GpusReply::new(&Inventory::of(&Machine::recorded(name)), &BTreeMap::new(), &GpusQuery { all })
     }
 
     #[test]
@@ -161,7 +221,7 @@ mod tests {
     #[test]
     fn vf2_each_member_of_a_group_is_told_with_its_driver() {
         let inventory = Inventory::of(&Machine::recorded("turing"));
-        let gpu = GpuStatus::of(&inventory, "0000:22:00.0".parse().unwrap()).unwrap();
+        let gpu = GpuStatus::of(&inventory, &BTreeMap::new(), "0000:22:00.0".parse().unwrap()).unwrap();
         let told = |member: &Member| {
             let driver = member.driver.as_deref().unwrap_or("-");
             format!("{} {} {}", member.name, driver, member.bound)

@@ -2,7 +2,7 @@
 
 use super::{
     audit::read::{Reader, Wanted},
-    gpus::{GpuStatus, GpusQuery, GpusReply},
+    gpus::{GpuStatus, GpusQuery, GpusReply, ReleaseReply},
     limits::{AUDIT_ANSWER, LOOK, POLL},
     log,
     metrics::{self, Own, Seen},
@@ -229,25 +229,41 @@ pub(super) async fn gpus(call: Call) -> Done {
     let answer = async || {
         let query: GpusQuery = call.query()?;
         let inventory = inventory(&call.api).await?;
-        Ok(document(GpusReply::new(&inventory, &query)))
+        let held = call.api.supervisor.host().devices.held();
+        Ok(document(GpusReply::new(&inventory, &held, &query)))
     };
     answer().await.into()
 }
 
 pub(super) async fn gpu(call: Call) -> Done {
     let answer = async || {
-        let invalid = |error: NotAnAddress| ApiError::new(ErrorKind::Invalid, error.to_string());
-        let address: Address = call.address.parse().map_err(invalid)?;
+        let address = address(&call)?;
         let inventory = inventory(&call.api).await?;
         // Why it could not be read says more than that it is not there.
         let unreadable = inventory.unreadable.iter().find(|error| error.address() == address);
-        GpuStatus::of(&inventory, address).map(document).map_err(|missing| match unreadable {
+        let held = call.api.supervisor.host().devices.held();
+        GpuStatus::of(&inventory, &held, address).map(document).map_err(|missing| match unreadable {
             Some(error) => failed(chain(error)),
             None => ApiError::new(ErrorKind::NotFound, missing.to_string())
                 .hint("`vmctl gpu list --all` shows all that there are"),
         })
     };
     answer().await.into()
+}
+
+pub(super) async fn release(call: Call) -> Done {
+    let answer = async || {
+        let address = address(&call)?;
+        let devices = &call.api.supervisor.host().devices;
+        devices.give_back(address).await.map_err(|error| failed(chain(&error)))?;
+        Ok(document(ReleaseReply { address }))
+    };
+    answer().await.into()
+}
+
+fn address(call: &Call) -> Result<Address, ApiError> {
+    let invalid = |error: NotAnAddress| ApiError::new(ErrorKind::Invalid, error.to_string());
+    call.address.parse().map_err(invalid)
 }
 
 /// The devices as they are now.

@@ -2,7 +2,7 @@
 
 use super::{
     access::Role,
-    gpus::{GpuStatus, GpusQuery, GpusReply},
+    gpus::{GpuStatus, GpusQuery, GpusReply, ReleaseReply},
     handlers,
     limits::{BODY, FLEET_BODY},
     server::{Call, Done},
@@ -208,6 +208,17 @@ pub(super) const ROUTES: &[Route] = &[
         about: "One device of the host",
         answer: Answer::Json(schema!(GpuStatus)),
         handler: handler!(handlers::gpu),
+        ..READ
+    },
+    Route {
+        method: Method::Post,
+        path: "/v1/gpus/{address}/release",
+        verb: "release",
+        about: "Gives a device that no VM has back to the host's drivers, also one that is quarantined",
+        role: Some(Role::Operate),
+        recorded: Recorded::All,
+        answer: Answer::Json(schema!(ReleaseReply)),
+        handler: handler!(handlers::release),
         ..READ
     },
     Route {

@@ -2,7 +2,7 @@
 
 use super::{
     access::{CurrentAccess, Role},
-    audit::{Attempt, AuditLog, Verdict, now},
+    audit::{Attempt, AuditLog, DeviceRecord, Verdict, now},
     connection::Connections,
     json,
     limits::{self, Limits},
@@ -13,7 +13,10 @@ use super::{
     stream::Pieces,
     types::{API_HEADER, API_VERSION, ApiError, ErrorKind},
 };
-use crate::supervisor::{Supervisor, SupervisorError};
+use crate::{
+    passthrough::Told,
+    supervisor::{Supervisor, SupervisorError},
+};
 use axum::{
     Json, Router,
     body::Body,
@@ -35,7 +38,11 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::{net::UnixListener, sync::mpsc, time::timeout};
+use tokio::{
+    net::UnixListener,
+    sync::{broadcast::error::RecvError, mpsc},
+    time::timeout,
+};
 
 /// What every handler may use.
 #[derive(Debug)]
@@ -127,9 +134,35 @@ pub async fn serve_within(
         request,
     });
     let router = router(&api);
+    let devices = record_devices(&api);
     tokio::select! {
+        () = devices => Ok(()),
         () = api.connections.serve(&listener, &router) => Ok(()),
         () = scrape::serve(&api) => Ok(()),
+    }
+}
+
+/// Records what becomes of devices. Those of the time before wait in their channel.
+async fn record_devices(api: &Api) {
+    let mut told = api.supervisor.host().devices.told_since_the_start();
+    loop {
+        match told.recv().await {
+            Ok(Told { device, vm, state, detail }) => {
+                let detail = detail.map(|detail| format!(": {detail}")).unwrap_or_default();
+                api.audit.record_device(&DeviceRecord {
+                    time: now(),
+                    kind: "device",
+                    device: device.to_string(),
+                    vm,
+                    detail: format!("{device} {state}{detail}"),
+                });
+            }
+            Err(RecvError::Lagged(count)) => {
+                tracing::error!(count, "records of devices are missing in the audit log")
+            }
+            // Not while the API is served, which holds the sender.
+            Err(RecvError::Closed) => return std::future::pending().await,
+        }
     }
 }
 

@@ -13,7 +13,7 @@ pub mod process;
 pub mod thread;
 pub mod tools;
 
-use crate::{cgroup::Hierarchy, fleet::limits::HostFacts, vm::limits::Happened};
+use crate::{cgroup::Hierarchy, fleet::limits::HostFacts, passthrough::Devices, vm::limits::Happened};
 use std::sync::Arc;
 use tokio::sync::broadcast;
 
@@ -34,6 +34,8 @@ pub struct Host {
     pub ids: Option<Arc<ids::Ids>>,
     /// Where its devices are seen.
     pub sysfs: pci::Sysfs,
+    /// Those that VMs have.
+    pub devices: Arc<Devices>,
     /// What happens to VMs' cgroups.
     pub happened: broadcast::Sender<Happened>,
 }

@@ -17,6 +17,7 @@ use lair_vmm::{
         process::{Launch, Process, Sink},
         tools::{self, Tools},
     },
+    passthrough::{Devices, write::Writer},
     state::dirs::Dirs,
     supervisor::Supervisor,
     vm::{
@@ -46,12 +47,15 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 /// A host and what runs on it.
 pub(crate) struct Host {
     directory: TempDir,
+    /// Who writes to the kernel's files.
+    pub(crate) writer: Writer,
     asleep: Vec<Process>,
 }
 
 impl Host {
     pub(crate) fn new() -> Self {
-        let host = Self { directory: TempDir::new().unwrap(), asleep: vec![] };
+        let writer = Writer { program: env!("CARGO_BIN_EXE_laird").into(), ..Writer::of_this_program() };
+        let host = Self { directory: TempDir::new().unwrap(), writer, asleep: vec![] };
         fs::write(host.path("kernel"), "no kernel").unwrap();
         fs::create_dir(host.path("modules")).unwrap();
         fs::create_dir(host.path("bin")).unwrap();
@@ -155,6 +159,7 @@ impl Host {
             boot_id: BOOT.into(),
             cgroups: None,
             ids: None,
+            devices: Devices::open(Sysfs::at(&self.path("machine")), &self.dirs(), BOOT, self.writer.clone()),
             sysfs: Sysfs::at(&self.path("machine")),
             happened: host::happenings(),
         };

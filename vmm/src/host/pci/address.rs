@@ -7,7 +7,7 @@ use std::{fmt, str::FromStr};
 /// A PCI address such as `0000:01:00.0`. There is one text for each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
-#[schemars(with = "String", extend("pattern" = "^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\\.[0-7]$"))]
+#[schemars(with = "String", extend("pattern" = "^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\\.[0-7]$", "format" = "pci-address"))]
 pub struct Address {
     domain: u32,
     bus: u8,

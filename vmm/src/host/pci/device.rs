@@ -16,7 +16,7 @@ use std::{io, str::FromStr};
 const NO_HOST_DRIVERS: [&str; 2] = ["vfio-pci", "pci-stub"];
 
 /// Where devices are.
-const DEVICES: &str = "/sys/bus/pci/devices";
+pub(super) const DEVICES: &str = "/sys/bus/pci/devices";
 
 /// One device, or one function of it. What its kernel or its hardware does not tell is `None`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

@@ -7,7 +7,7 @@ use std::fmt;
 /// A vendor's or a device's number, in hexadecimal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
-#[schemars(with = "String", extend("pattern" = "^[0-9a-f]{4}$"))]
+#[schemars(with = "String", extend("pattern" = "^[0-9a-f]{4}$", "format" = "pci-id"))]
 pub struct Id(pub u16);
 
 /// What kind of device it is: class, subclass and programming interface, in hexadecimal.

@@ -2,6 +2,7 @@
 
 mod address;
 mod bar;
+mod bridge;
 mod device;
 mod facts;
 mod gpu;
@@ -18,6 +19,7 @@ mod usage;
 
 pub use address::{Address, NotAnAddress};
 pub use bar::{Bar, Space};
+pub use bridge::Bridge;
 pub use device::{Device, DeviceError, Kind, Subsystem, VirtualFunctions};
 pub use gpu::{Architecture, Gpu};
 pub use group::Group;

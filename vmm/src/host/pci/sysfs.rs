@@ -39,7 +39,8 @@ impl Sysfs {
         Self { root: root.canonicalize().unwrap_or_else(|_| root.into()) }
     }
 
-    fn path(&self, path: &str) -> PathBuf {
+    /// Where a file of the kernel's is.
+    pub fn path(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
     }
 
@@ -47,6 +48,19 @@ impl Sysfs {
     pub(super) fn attribute(&self, path: &str) -> io::Result<String> {
         let text = read(&self.path(path), ATTRIBUTE_MAX)?;
         Ok(text.trim_end_matches(['\n', '\0']).into())
+    }
+
+    /// What a device's own configuration space begins with: its vendor and, above, its number; all ones where it does not answer. None if
+    /// there is no such file.
+    pub fn numbers(&self, device: super::Address) -> io::Result<Option<u32>> {
+        let path = self.path(&format!("/sys/bus/pci/devices/{device}/config"));
+        let mut file = match OpenOptions::new().read(true).open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        let mut bytes = [0; 4];
+        file.read_exact(&mut bytes)?;
+        Ok(Some(u32::from_le_bytes(bytes)))
     }
 
     /// A table's text. One that is longer than it may be is an error: what is missing would be taken for what is not there.

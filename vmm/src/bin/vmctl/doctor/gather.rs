@@ -28,6 +28,7 @@ use nix::{
     unistd::{Group, User, geteuid},
 };
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Read},
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
@@ -79,7 +80,7 @@ pub(super) async fn facts(places: Places, client: &Client) -> Facts {
         no_iommu_mode: vfio.no_iommu_mode,
         vfio_pci: if vfio.driver { Driver::Loaded } else { module("vfio-pci", &release) },
         gpus: Inventory::read(&sysfs)
-            .map(|inventory| GpusReply::new(&inventory, &GpusQuery::default()))
+            .map(|inventory| GpusReply::new(&inventory, &BTreeMap::new(), &GpusQuery::default()))
             .map_err(|error| lair_vmm::error::chain(&error)),
         cgroups: cgroup::available(),
         landlock: landlock(),

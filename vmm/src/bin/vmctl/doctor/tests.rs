@@ -22,6 +22,7 @@ use lair_vmm::{
         tools,
     },
 };
+use std::collections::BTreeMap;
 
 const DISK: Space = Space { free: 200 << 30, read_only: false, memory: false };
 const TMPFS: Space = Space { free: 3 << 30, read_only: false, memory: true };
@@ -37,7 +38,11 @@ fn gpus(more: &str) -> GpusReply {
         "/proc/self/mountinfo =\n[0000:01:00.0]\nvendor = 0x10de\ndevice = 0x27b0\nclass = 0x030000\n{more}\n\
          [0000:01:00.1]\nvendor = 0x10de\ndevice = 0x22bc\nclass = 0x040300\n{group}\n"
     ));
-    GpusReply::new(&Inventory::read(&Sysfs::at(machine.root())).unwrap(), &GpusQuery::default())
+    GpusReply::new(
+        &Inventory::read(&Sysfs::at(machine.root())).unwrap(),
+        &BTreeMap::new(),
+        &GpusQuery::default(),
+    )
 }
 
 fn good() -> Facts {

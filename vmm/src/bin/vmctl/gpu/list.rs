@@ -60,7 +60,7 @@ pub(super) fn shown(reply: &GpusReply, width: Option<u16>) -> Table {
     let mut rows = table_within(&headings, width);
     for status in &reply.devices {
         let device = &status.device;
-        let (word, colour) = if status.available { ("yes", "ready") } else { ("no", "failed") };
+        let (word, colour) = use_of(status);
         rows.add_row(vec![
             Cell::new(device.address),
             Cell::new(names::short(device.vendor, device.device)),
@@ -68,11 +68,22 @@ pub(super) fn shown(reply: &GpusReply, width: Option<u16>) -> Table {
             // A module may be called anything.
             Cell::new(device.driver.as_deref().map_or("-".into(), harmless)),
             Cell::new(device.group.map_or("-".into(), |group| group.to_string())),
-            state_cell(colour, word),
+            state_cell(colour, &harmless(word)),
         ]);
     }
     keep_whole(&mut rows, [0, 3, 4, 5]);
     rows
+}
+
+/// Which VM has it, or whether one could, and a state of a VM that has its colour.
+fn use_of(status: &GpuStatus) -> (&str, &'static str) {
+    let vm = status.held.as_ref().and_then(|held| held.vm.as_deref());
+    match (status.state.as_str(), vm) {
+        (_, Some(vm)) => (vm, "booting"),
+        ("host" | "free", None) if status.available => ("yes", "ready"),
+        ("host" | "free", None) => ("no", "failed"),
+        (state, None) => (state, if state == "quarantined" { "failed" } else { "booting" }),
+    }
 }
 
 fn kind(status: &GpuStatus) -> String {
@@ -85,6 +96,9 @@ fn kind(status: &GpuStatus) -> String {
 /// A paragraph for each device that no VM can have.
 pub(super) fn reasons(reply: &GpusReply) -> impl Iterator<Item = String> {
     reply.devices.iter().filter_map(|status| {
+        if let Some(reason) = status.held.as_ref().and_then(|held| held.reason.as_ref()) {
+            return Some(format!("{}: quarantined: {}", status.device.address, harmless(reason)));
+        }
         let first = status.obstacles.first()?;
         let more = match status.obstacles.len().saturating_sub(1) {
             0 => String::new(),

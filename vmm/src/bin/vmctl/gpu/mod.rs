@@ -1,6 +1,7 @@
 //! `vmctl gpu`: the host's devices, as `laird` sees them. Their names are looked up here.
 
 mod list;
+mod release;
 mod show;
 #[cfg(test)]
 mod tests;
@@ -15,17 +16,23 @@ use std::process::ExitCode;
 pub(crate) enum Verb {
     /// Show the GPUs of NVIDIA's and AMD's
     ///
-    /// VM says whether one could be given to a VM; the first reason why not is below the table, and `vmctl gpu show` tells all. GROUP is the
+    /// VM says which VM has it; otherwise whether one could have it; the first reason why not is below the table, and `vmctl gpu show` tells all. GROUP is the
     /// IOMMU group: all that is in one goes to the same VM.
     List(list::Arguments),
-    /// Show one device in full: its group, windows, link, resets, and why no VM can have it
+    /// Show one device in full: its group, windows, link, resets, who has it, and why no VM can
     Show(show::Arguments),
+    /// Give a device back to the host's drivers, also one that is quarantined
+    ///
+    /// Between two uses a device stays with VFIO, reset and free, as long as the fleet file asks for it. The VM that has it must be stopped
+    /// first. What goes with it is given back as well.
+    Release(release::Arguments),
 }
 
 pub(crate) async fn run(verb: Verb, context: &Context) -> Result<ExitCode, CommandError> {
     match verb {
         Verb::List(arguments) => list::run(&arguments, context).await?,
         Verb::Show(arguments) => show::run(&arguments, context).await?,
+        Verb::Release(arguments) => release::run(&arguments, context).await?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -76,12 +76,26 @@ pub(super) fn facts(status: &GpuStatus, width: Option<u16>) -> Table {
         let others: Vec<_> = others.iter().map(ToString::to_string).collect();
         facts.push(("goes with", others.join(", ")));
     }
+    facts.extend(held(status));
     facts.push(("for vms", if status.available { "yes".into() } else { "no".into() }));
     let mut rows = table_within(&[], width);
     for (key, value) in facts {
         rows.add_row([key.to_owned(), value]);
     }
     rows
+}
+
+/// Where it is in its life, of one that is not the host's.
+fn held(status: &GpuStatus) -> Vec<(&'static str, String)> {
+    let Some(held) = &status.held else { return vec![] };
+    let since = held.since.strftime("%F %T");
+    let mut facts = vec![("state", format!("{}, since {since}", harmless(&status.state)))];
+    facts.extend(held.vm.as_ref().map(|vm| ("vm", harmless(vm).into_owned())));
+    facts.extend(held.last_vm.as_ref().map(|vm| ("last vm", harmless(vm).into_owned())));
+    facts.extend(held.reset_ms.map(|ms| ("last reset", format!("took {ms} ms"))));
+    facts.extend(held.first_driver.as_ref().map(|driver| ("goes back to", harmless(driver).into_owned())));
+    facts.extend(held.reason.as_ref().map(|reason| ("quarantined", harmless(reason).into_owned())));
+    facts
 }
 
 fn name(device: &Device) -> String {

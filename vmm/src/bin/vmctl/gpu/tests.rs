@@ -6,6 +6,7 @@ use lair_vmm::{
     api::gpus::{GpuStatus, GpusQuery, GpusReply},
     host::pci::{Inventory, Sysfs},
 };
+use std::collections::BTreeMap;
 
 const MACHINES: [&str; 4] = ["gtx-1080", "turing", "rtx-4000-sff-ada", "h100-sxm"];
 
@@ -14,11 +15,11 @@ fn inventory(name: &str) -> Inventory {
 }
 
 fn reply(name: &str, all: bool) -> GpusReply {
-    GpusReply::new(&inventory(name), &GpusQuery { all })
+    GpusReply::new(&inventory(name), &BTreeMap::new(), &GpusQuery { all })
 }
 
 fn status(name: &str, address: &str) -> GpuStatus {
-    GpuStatus::of(&inventory(name), address.parse().unwrap()).unwrap()
+    GpuStatus::of(&inventory(name), &BTreeMap::new(), address.parse().unwrap()).unwrap()
 }
 
 /// As it is on a terminal of 80 columns.
@@ -77,7 +78,7 @@ fn cl14_names_that_a_module_gives_itself_steer_no_terminal() {
          driver_override = \x1b[2J\nreset_method = \x1b[2J\n",
     );
     let inventory = Inventory::read(&Sysfs::at(machine.root())).unwrap();
-    let status = GpuStatus::of(&inventory, "0000:01:00.0".parse().unwrap()).unwrap();
+    let status = GpuStatus::of(&inventory, &BTreeMap::new(), "0000:01:00.0".parse().unwrap()).unwrap();
     let text = shown(&status);
     assert!(!text.contains('\x1b') && text.contains("\\x1b[2J"), "{text}");
 }
@@ -92,7 +93,8 @@ fn links_and_resets_in_words() {
          [0000:01:02.0]\nvendor = 0x1002\ndevice = 0x73ae\nclass = 0x038000\nphysfn = 0000:01:00.0\nreset_method =\n",
     );
     let inventory = Inventory::read(&Sysfs::at(machine.root())).unwrap();
-    let status = |address: &str| GpuStatus::of(&inventory, address.parse().unwrap()).unwrap();
+    let status =
+        |address: &str| GpuStatus::of(&inventory, &BTreeMap::new(), address.parse().unwrap()).unwrap();
     insta::assert_snapshot!("show_amd", shown(&status("0000:01:00.0")));
     insta::assert_snapshot!("show_virtual_function", shown(&status("0000:01:02.0")));
 }
