@@ -9,6 +9,7 @@
 //! | [`fleet`] | the fleet file: schema, loading, validation |
 //! | [`host`] | the host: processes, programs, facts |
 //! | [`hypervisor`] | the machine as data, and the QEMU driver |
+//! | [`passthrough`] | devices of the host that VMs have for themselves: bound, leased, reset, given back |
 //! | [`shim`] | `lair-shim`: links, sessions, console log of one VM; and the protocol to it |
 //! | [`state`] | what is on disk |
 //! | [`supervisor`] | all VMs of one host |
@@ -21,7 +22,11 @@ pub mod error;
 pub mod fleet;
 pub mod host;
 pub mod hypervisor;
+pub mod passthrough;
 pub mod shim;
 pub mod state;
 pub mod supervisor;
 pub mod vm;
+
+#[cfg(test)]
+use host::pci::machine;

@@ -7,6 +7,7 @@ use crate::{
     },
     fleet::{
         Loaded, Place, Problem, Problems, diff,
+        gpus::Gpu,
         schema::{Fleet, Limits, Users},
     },
     host::{Host, thread},
@@ -113,6 +114,7 @@ impl Supervisor {
             observed: Observed::default(),
         });
         supervisor.observed.listen(supervisor.host.happened.subscribe());
+        supervisor.observed.listen_to_devices(supervisor.host.devices.subscribe());
         tokio::spawn(disks::follow(Arc::downgrade(&supervisor)));
         let fleet = supervisor.fleet();
         leftovers::remove(&supervisor.dirs, &fleet).await;
@@ -130,6 +132,12 @@ impl Supervisor {
                 }
             }
         }
+        // Who is down by now has devices no longer.
+        let known = supervisor.vms().clone();
+        let active = known.iter().filter(|(_, handle)| handle.snapshot().state.holds_memory());
+        let active = active.map(|(name, _)| name.clone()).collect();
+        supervisor.host.devices.resume(active);
+        supervisor.host.devices.want(wanted_devices(&fleet));
         // Only now is it known how much memory those have that run already.
         for handle in idle {
             autostart(&handle).await;
@@ -323,6 +331,7 @@ impl Supervisor {
         let fleet = Arc::new(fleet);
         let before = self.fleet.send_replace(Arc::clone(&fleet));
         *self.differs.lock().unwrap_or_else(PoisonError::into_inner) = other_file.clone();
+        self.host.devices.want(wanted_devices(&fleet));
         let known = self.vms().clone();
         let mut reply = ApplyReply {
             changes,
@@ -407,6 +416,11 @@ impl Supervisor {
             vms,
         }
     }
+}
+
+/// All devices that VMs ask for.
+fn wanted_devices(fleet: &Fleet) -> Vec<Gpu> {
+    fleet.vms.values().flat_map(|vm| vm.gpus.clone()).collect()
 }
 
 fn log(warnings: &Problems) {

@@ -1,9 +1,13 @@
 //! The client: `vmctl`'s end of the API.
 
-use super::types::{
-    API_HEADER, API_VERSION, ApiError, ApplyReply, ApplyRequest, AuditQuery, AuditRecord, ErrorKind, Event,
-    EventsQuery, HostStatus, Progress, SessionReply, SessionRequest, VersionReply, VmStatus,
+use super::{
+    gpus::{GpuStatus, GpusQuery, GpusReply, ReleaseReply},
+    types::{
+        API_HEADER, API_VERSION, ApiError, ApplyReply, ApplyRequest, AuditQuery, AuditRecord, ErrorKind,
+        Event, EventsQuery, HostStatus, Progress, SessionReply, SessionRequest, VersionReply, VmStatus,
+    },
 };
+use crate::host::pci::Address;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -148,6 +152,21 @@ impl Client {
             }
         }
         Ok(Lines::of(self.send(Method::GET, &path, &()).await?))
+    }
+
+    /// The GPUs of the host, or all its devices.
+    pub async fn gpus(&self, query: &GpusQuery) -> Result<GpusReply, ClientError> {
+        self.call(Method::GET, &format!("/v1/gpus?all={}", query.all), &()).await
+    }
+
+    /// One device of the host.
+    pub async fn gpu(&self, address: Address) -> Result<GpuStatus, ClientError> {
+        self.call(Method::GET, &format!("/v1/gpus/{}", encoded(&address.to_string())), &()).await
+    }
+
+    /// Gives a device back to the host.
+    pub async fn release_gpu(&self, address: Address) -> Result<ReleaseReply, ClientError> {
+        self.call(Method::POST, &format!("/v1/gpus/{}/release", encoded(&address.to_string())), &()).await
     }
 
     /// Counters for Prometheus, as text.

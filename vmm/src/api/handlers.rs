@@ -2,7 +2,8 @@
 
 use super::{
     audit::read::{Reader, Wanted},
-    limits::{AUDIT_ANSWER, POLL},
+    gpus::{GpuStatus, GpusQuery, GpusReply, ReleaseReply},
+    limits::{AUDIT_ANSWER, LOOK, POLL},
     log,
     metrics::{self, Own, Seen},
     openapi,
@@ -17,7 +18,10 @@ use super::{
 use crate::{
     error::chain,
     fleet,
-    host::thread,
+    host::{
+        pci::{Address, Inventory, NotAnAddress},
+        thread,
+    },
     shim::{
         client,
         protocol::{Grant, Session},
@@ -219,6 +223,54 @@ pub(super) async fn audit(call: Call) -> Done {
         }
     });
     Ok(response).into()
+}
+
+pub(super) async fn gpus(call: Call) -> Done {
+    let answer = async || {
+        let query: GpusQuery = call.query()?;
+        let inventory = inventory(&call.api).await?;
+        let held = call.api.supervisor.host().devices.held();
+        Ok(document(GpusReply::new(&inventory, &held, &query)))
+    };
+    answer().await.into()
+}
+
+pub(super) async fn gpu(call: Call) -> Done {
+    let answer = async || {
+        let address = address(&call)?;
+        let inventory = inventory(&call.api).await?;
+        // Why it could not be read says more than that it is not there.
+        let unreadable = inventory.unreadable.iter().find(|error| error.address() == address);
+        let held = call.api.supervisor.host().devices.held();
+        GpuStatus::of(&inventory, &held, address).map(document).map_err(|missing| match unreadable {
+            Some(error) => failed(chain(error)),
+            None => ApiError::new(ErrorKind::NotFound, missing.to_string())
+                .hint("`vmctl gpu list --all` shows all that there are"),
+        })
+    };
+    answer().await.into()
+}
+
+pub(super) async fn release(call: Call) -> Done {
+    let answer = async || {
+        let address = address(&call)?;
+        let devices = &call.api.supervisor.host().devices;
+        devices.give_back(address).await.map_err(|error| failed(chain(&error)))?;
+        Ok(document(ReleaseReply { address }))
+    };
+    answer().await.into()
+}
+
+fn address(call: &Call) -> Result<Address, ApiError> {
+    let invalid = |error: NotAnAddress| ApiError::new(ErrorKind::Invalid, error.to_string());
+    call.address.parse().map_err(invalid)
+}
+
+/// The devices as they are now.
+async fn inventory(api: &Api) -> Result<Inventory, ApiError> {
+    let sysfs = api.supervisor.host().sysfs.clone();
+    let read = api.look.at(LOOK, move || Inventory::read(&sysfs)).await?;
+    read.map_err(|error| failed(chain(&error)))
 }
 
 pub(super) async fn metrics(call: Call) -> Done {

@@ -32,6 +32,9 @@ impl Default for Limits {
     }
 }
 
+/// How long a look at the host's devices may take: some milliseconds, unless one of them does not answer.
+pub(super) const LOOK: Duration = Duration::from_secs(10);
+
 /// The longest body of a request, in bytes.
 pub(super) const BODY: usize = 64 << 10;
 

@@ -8,6 +8,7 @@
 //! | `routes`, `handlers`, [`openapi`] | the table of what can be asked; what answers; the document made from the table |
 //! | `connection`, `slots`, `socket`, [`peer`] | clients' connections: how many, how long, from whom |
 //! | [`access`] | roles |
+//! | [`gpus`], `look` | the host's devices; how long a look at them may take |
 //! | [`audit`], [`events`], [`observe`], `progress`, [`log`] | who asked for what; what happens; how far a change is; console logs |
 //! | `metrics`, `usage`, `scrape` | counters for Prometheus, on TCP as well |
 //! | [`limits`], `json`, `stream` | every bound in one place; strict JSON; answers that go on |
@@ -17,10 +18,12 @@ pub mod audit;
 pub mod client;
 mod connection;
 pub mod events;
+pub mod gpus;
 mod handlers;
 mod json;
 pub mod limits;
 pub mod log;
+mod look;
 mod metrics;
 pub mod observe;
 pub mod openapi;

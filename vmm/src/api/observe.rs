@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     cgroup::Event,
+    passthrough::Told,
     vm::{handle::Snapshot, limits::Happened, machine::State},
 };
 use std::{sync::Arc, time::Instant};
@@ -62,6 +63,22 @@ impl Observed {
             loop {
                 match happened.recv().await {
                     Ok(happened) => events.publish(told(happened)),
+                    Err(RecvError::Lagged(count)) => events.publish(EventKind::Dropped { count }),
+                    Err(RecvError::Closed) => return,
+                }
+            }
+        });
+    }
+
+    /// Tells what happens to devices.
+    pub fn listen_to_devices(&self, mut told: broadcast::Receiver<Told>) {
+        let events = Arc::clone(&self.events);
+        tokio::spawn(async move {
+            loop {
+                match told.recv().await {
+                    Ok(Told { device, vm, state, detail }) => {
+                        events.publish(EventKind::Device { device, vm, state: state.into(), detail });
+                    }
                     Err(RecvError::Lagged(count)) => events.publish(EventKind::Dropped { count }),
                     Err(RecvError::Closed) => return,
                 }

@@ -45,10 +45,11 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
         Recorded::Refusals => "refusals",
     };
     let mut parameters = Vec::new();
-    if route.path.contains("{vm}") {
+    let names = route.path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'));
+    parameters.extend(names.map(|name| {
         let schema = json!({ "type": "string" });
-        parameters.push(json!({ "name": "vm", "in": "path", "required": true, "schema": schema }));
-    }
+        json!({ "name": name, "in": "path", "required": true, "schema": schema })
+    }));
     parameters.extend(route.query.into_iter().flat_map(|query| query_parameters(query, generator)));
     let (media_type, schema) = match route.answer {
         Answer::Json(schema) => ("application/json", schema(generator).to_value()),

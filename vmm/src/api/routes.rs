@@ -2,6 +2,7 @@
 
 use super::{
     access::Role,
+    gpus::{GpuStatus, GpusQuery, GpusReply, ReleaseReply},
     handlers,
     limits::{BODY, FLEET_BODY},
     server::{Call, Done},
@@ -50,7 +51,7 @@ pub(super) enum Recorded {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Route {
     pub(super) method: Method,
-    /// The path; `{vm}` stands for a VM's name.
+    /// The path; `{vm}` stands for a VM's name, `{address}` for where a device is.
     pub(super) path: &'static str,
     /// Its name in the audit log and in the document.
     pub(super) verb: &'static str,
@@ -190,6 +191,34 @@ pub(super) const ROUTES: &[Route] = &[
         body: Some((schema!(SessionRequest), BODY)),
         answer: Answer::Json(schema!(SessionReply)),
         handler: handler!(handlers::session),
+        ..READ
+    },
+    Route {
+        path: "/v1/gpus",
+        verb: "gpu",
+        about: "The GPUs of the host, or all its devices, and whether they could be given to VMs",
+        query: Some(schema!(GpusQuery)),
+        answer: Answer::Json(schema!(GpusReply)),
+        handler: handler!(handlers::gpus),
+        ..READ
+    },
+    Route {
+        path: "/v1/gpus/{address}",
+        verb: "gpu",
+        about: "One device of the host",
+        answer: Answer::Json(schema!(GpuStatus)),
+        handler: handler!(handlers::gpu),
+        ..READ
+    },
+    Route {
+        method: Method::Post,
+        path: "/v1/gpus/{address}/release",
+        verb: "release",
+        about: "Gives a device that no VM has back to the host's drivers, also one that is quarantined",
+        role: Some(Role::Operate),
+        recorded: Recorded::All,
+        answer: Answer::Json(schema!(ReleaseReply)),
+        handler: handler!(handlers::release),
         ..READ
     },
     Route {

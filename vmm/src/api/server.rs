@@ -2,17 +2,21 @@
 
 use super::{
     access::{CurrentAccess, Role},
-    audit::{Attempt, AuditLog, Verdict, now},
+    audit::{Attempt, AuditLog, DeviceRecord, Verdict, now},
     connection::Connections,
     json,
     limits::{self, Limits},
+    look::Look,
     peer::Peer,
     routes::{Method, ROUTES, Recorded, Route},
     scrape,
     stream::Pieces,
     types::{API_HEADER, API_VERSION, ApiError, ErrorKind},
 };
-use crate::supervisor::{Supervisor, SupervisorError};
+use crate::{
+    passthrough::Told,
+    supervisor::{Supervisor, SupervisorError},
+};
 use axum::{
     Json, Router,
     body::Body,
@@ -34,7 +38,11 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use tokio::{net::UnixListener, sync::mpsc, time::timeout};
+use tokio::{
+    net::UnixListener,
+    sync::{broadcast::error::RecvError, mpsc},
+    time::timeout,
+};
 
 /// What every handler may use.
 #[derive(Debug)]
@@ -45,6 +53,8 @@ pub(super) struct Api {
     pub(super) unwritten: Arc<AtomicU64>,
     /// Bytes of console logs that readers were too slow for.
     pub(super) log_dropped: Arc<AtomicU64>,
+    /// Looks at the host's devices.
+    pub(super) look: Look,
     /// Attempts, allowed and refused.
     pub(super) attempts: [AtomicU64; 2],
     audit: AuditLog,
@@ -59,6 +69,8 @@ pub(super) struct Call {
     pub(super) peer: Arc<Peer>,
     /// The VM in the path, where the route has one.
     pub(super) vm: String,
+    /// The device in the path, where the route has one.
+    pub(super) address: String,
     uri: Uri,
     body: Bytes,
 }
@@ -115,15 +127,42 @@ pub async fn serve_within(
         connections,
         unwritten,
         log_dropped: Arc::default(),
+        look: Look::default(),
         attempts: Default::default(),
         audit,
         access: Arc::default(),
         request,
     });
     let router = router(&api);
+    let devices = record_devices(&api);
     tokio::select! {
+        () = devices => Ok(()),
         () = api.connections.serve(&listener, &router) => Ok(()),
         () = scrape::serve(&api) => Ok(()),
+    }
+}
+
+/// Records what becomes of devices. Those of the time before wait in their channel.
+async fn record_devices(api: &Api) {
+    let mut told = api.supervisor.host().devices.told_since_the_start();
+    loop {
+        match told.recv().await {
+            Ok(Told { device, vm, state, detail }) => {
+                let detail = detail.map(|detail| format!(": {detail}")).unwrap_or_default();
+                api.audit.record_device(&DeviceRecord {
+                    time: now(),
+                    kind: "device",
+                    device: device.to_string(),
+                    vm,
+                    detail: format!("{device} {state}{detail}"),
+                });
+            }
+            Err(RecvError::Lagged(count)) => {
+                tracing::error!(count, "records of devices are missing in the audit log")
+            }
+            // Not while the API is served, which holds the sender.
+            Err(RecvError::Closed) => return std::future::pending().await,
+        }
     }
 }
 
@@ -251,12 +290,13 @@ async fn attempt(api: Arc<Api>, route: &'static Route, request: Request) -> Resp
         Ok(role) => (role, Ok(())),
         Err(error) => (None, Err(failed(error.to_string()))),
     };
-    let vm = vm(&mut parts).await;
+    let named = named(&mut parts).await;
     let admitted = role_known.and_then(|()| admit(route, role, &peer, &parts.headers));
-    let done = match admitted.and(vm.clone()) {
-        Ok(vm) => match read(body, route.body_limit(), api.request).await {
+    let done = match admitted.and(named.clone()) {
+        Ok(Named { vm, address }) => match read(body, route.body_limit(), api.request).await {
             Ok(body) => {
-                let call = Call { api: Arc::clone(&api), peer: Arc::clone(&peer), vm, uri: parts.uri, body };
+                let (api, peer) = (Arc::clone(&api), Arc::clone(&peer));
+                let call = Call { api, peer, vm, address, uri: parts.uri, body };
                 (route.handler)(call).await
             }
             Err(error) => Err(error).into(),
@@ -269,14 +309,16 @@ async fn attempt(api: Arc<Api>, route: &'static Route, request: Request) -> Resp
         if let Some(count) = api.attempts.get(usize::from(verdict == Verdict::Refused)) {
             count.fetch_add(1, Relaxed);
         }
+        let Named { vm, address } = named.unwrap_or_default();
+        let some = |text: String| (!text.is_empty()).then_some(text);
         let attempt = Attempt {
             time: now(),
             uid: peer.uid,
             gid: peer.gid,
             role,
             verb: done.verb.unwrap_or(route.verb),
-            vm: vm.ok().filter(|vm| !vm.is_empty()),
-            detail: done.detail,
+            vm: some(vm),
+            detail: done.detail.or(some(address)),
             verdict,
             reason: done.outcome.as_ref().err().map(ToString::to_string),
             duration_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
@@ -286,11 +328,19 @@ async fn attempt(api: Arc<Api>, route: &'static Route, request: Request) -> Resp
     done.outcome.unwrap_or_else(IntoResponse::into_response)
 }
 
-/// The VM's name in the path; empty where the route has none.
-async fn vm(parts: &mut Parts) -> Result<String, ApiError> {
+/// What the path names; empty where the route has nothing of that kind.
+#[derive(Debug, Clone, Default)]
+struct Named {
+    vm: String,
+    address: String,
+}
+
+async fn named(parts: &mut Parts) -> Result<Named, ApiError> {
     let params = RawPathParams::from_request_parts(parts, &()).await;
     let invalid = |_| ApiError::new(ErrorKind::Invalid, "The path is not UTF-8");
-    Ok(params.map_err(invalid)?.iter().next().map(|(_, vm)| vm.to_owned()).unwrap_or_default())
+    let params = params.map_err(invalid)?;
+    let of = |name| params.iter().find(|(key, _)| *key == name).map(|(_, value)| value.to_owned());
+    Ok(Named { vm: of("vm").unwrap_or_default(), address: of("address").unwrap_or_default() })
 }
 
 /// Whether a call is answered at all.

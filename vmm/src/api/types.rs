@@ -7,7 +7,7 @@ use crate::{
         schema::{Fleet, Limits, Role, Users},
         units::Size,
     },
-    host::facts::Engine,
+    host::{facts::Engine, pci::Address},
     shim::protocol::{AgentState, Figures, LinkCounters, Session},
     vm::{
         adopt::Verdict,
@@ -446,6 +446,17 @@ pub enum EventKind {
         vm: String,
         /// Why.
         reason: String,
+    },
+    /// The state of a device that VMs are given has changed.
+    Device {
+        /// The lowest address of the devices that go together.
+        device: Address,
+        /// The VM that has it, or is to have it.
+        vm: Option<String>,
+        /// Its state.
+        state: String,
+        /// More about the state: who had it before, how long its reset took, why it is quarantined, its driver.
+        detail: Option<String>,
     },
     /// Events are missing here, because this reader was too slow or came too late.
     Dropped {

@@ -41,7 +41,9 @@ const PAGE_TABLES: u64 = 4 * 8;
 pub fn overhead(vm: &Vm) -> Size {
     let tables = (vm.memory.0 / 4096).saturating_mul(PAGE_TABLES);
     let vcpus = PER_VCPU.0.saturating_mul(u64::from(vm.vcpus));
-    let sum = [vcpus, tables].into_iter().fold(PROCESSES.0, u64::saturating_add);
+    // The IOMMU maps all of a guest's memory for its devices, in entries of 8 bytes as well.
+    let pinned = if vm.gpus.is_empty() { 0 } else { (vm.memory.0 / 4096).saturating_mul(8) };
+    let sum = [vcpus, tables, pinned].into_iter().fold(PROCESSES.0, u64::saturating_add);
     Size(sum.checked_next_multiple_of(MIB).unwrap_or(sum))
 }
 
@@ -153,6 +155,17 @@ mod tests {
         assert_eq!(overhead(&vm(1, "512MiB")), Size((64 + 1 + 4) * MIB));
         assert_eq!(overhead(&vm(16, "48GiB")), Size((64 + 16 + 384) * MIB));
         assert_eq!(Need::of(&vm(1, "512MiB")).sum(), Size(581 * MIB));
+    }
+
+    /// All of a guest's memory counts for every VM, so pinned memory does as well.
+    #[test]
+    fn vf12_a_vm_with_devices_counts_with_what_the_iommu_needs_besides() {
+        let vm: Vm = serde_json::from_value(serde_json::json!({
+            "vcpus": 16, "memory": "48GiB", "kernel": "/k", "modules": "/m", "roots": [],
+            "gpus": [{ "address": "0000:01:00.0" }],
+        }))
+        .unwrap();
+        assert_eq!(Need::of(&vm), Need { guest: Size(48 * GIB), overhead: Size((64 + 16 + 384 + 96) * MIB) });
     }
 
     #[test]

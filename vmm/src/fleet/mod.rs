@@ -10,6 +10,7 @@
 pub mod diff;
 mod document;
 mod file;
+pub mod gpus;
 pub mod limits;
 mod names;
 mod present;

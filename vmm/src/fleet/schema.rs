@@ -1,6 +1,7 @@
 //! The types of the fleet file, schema 1. Unknown keys are refused everywhere.
 
 use super::{
+    gpus::Gpu,
     limits::{CPU_PERCENT_MAX, CPU_WEIGHT_MAX, PIDS_MAX, PIDS_MIN, VCPUS_MAX},
     units::Size,
 };
@@ -248,6 +249,9 @@ pub struct Vm {
     /// Disks, made and formatted on first use.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<Volume>,
+    /// Devices of the host that only this VM has while it runs: GPUs, or others. Its memory is pinned then.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<Gpu>,
     /// The network card.
     #[serde(default)]
     pub network: Network,

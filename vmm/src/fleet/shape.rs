@@ -6,9 +6,11 @@
 
 use super::{
     document::{Entry, Format, Node, Value},
+    gpus::Vendor,
     problem::{Finding, Findings, Path, listed, nearest, quoted},
     units::Size,
 };
+use crate::host::pci::{Address, Id};
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
 
@@ -49,6 +51,12 @@ impl<'a> Walk<'a> {
                 }
             }
             ("integer", Value::Integer(number)) => self.integer(*number, shape, path),
+            ("string", Value::Text(text)) if shape.get("format").is_some() => {
+                let format = shape.get("format").and_then(Json::as_str).unwrap_or_default();
+                if let Err(message) = formatted(format, text) {
+                    self.findings.push(Finding::at(path, message));
+                }
+            }
             ("string", Value::Text(_)) | ("boolean", Value::Boolean(_)) | ("", _) => {}
             (kind, value) => {
                 let wanted = match kind {
@@ -222,6 +230,17 @@ impl<'a> Walk<'a> {
     fn definition(&self, shape: &'a Json) -> &'a Json {
         let name = shape.get("$ref").and_then(Json::as_str).map(|name| name.trim_start_matches("#/$defs/"));
         name.and_then(|name| self.schema.get("$defs")?.get(name)).unwrap_or(shape)
+    }
+}
+
+/// Whether a text is what it stands for.
+fn formatted(format: &str, text: &str) -> Result<(), String> {
+    let text = text.to_owned();
+    match format {
+        "pci-address" => Address::try_from(text).map(drop).map_err(|error| error.to_string()),
+        "pci-id" => Id::try_from(text).map(drop).map_err(|error| error.to_string()),
+        "pci-vendor" => Vendor::try_from(text).map(drop).map_err(|error| error.to_string()),
+        _ => Ok(()),
     }
 }
 

@@ -8,11 +8,12 @@ pub mod listen;
 pub mod logging;
 pub mod memory;
 pub mod mounts;
+pub mod pci;
 pub mod process;
 pub mod thread;
 pub mod tools;
 
-use crate::{cgroup::Hierarchy, fleet::limits::HostFacts, vm::limits::Happened};
+use crate::{cgroup::Hierarchy, fleet::limits::HostFacts, passthrough::Devices, vm::limits::Happened};
 use std::sync::Arc;
 use tokio::sync::broadcast;
 
@@ -31,6 +32,10 @@ pub struct Host {
     pub cgroups: Option<Hierarchy>,
     /// Users and groups of VMs' processes; none where all share the user of `laird`, since that is not root.
     pub ids: Option<Arc<ids::Ids>>,
+    /// Where its devices are seen.
+    pub sysfs: pci::Sysfs,
+    /// Those that VMs have.
+    pub devices: Arc<Devices>,
     /// What happens to VMs' cgroups.
     pub happened: broadcast::Sender<Happened>,
 }

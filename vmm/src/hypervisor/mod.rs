@@ -5,7 +5,10 @@
 
 pub mod qemu;
 
-use crate::{fleet::units::Size, host::facts::Engine};
+use crate::{
+    fleet::units::Size,
+    host::{facts::Engine, pci::Address},
+};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -35,6 +38,9 @@ pub struct Machine {
     pub vsock_socket: PathBuf,
     /// Disks, in order.
     pub disks: Vec<Disk>,
+    /// Cards of the host that are passed through.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cards: Vec<Card>,
     /// Where the console appears.
     pub console_socket: PathBuf,
     /// Where the hypervisor listens for its control protocol.
@@ -49,6 +55,14 @@ pub struct Disk {
     pub serial: String,
     /// The image.
     pub image: PathBuf,
+}
+
+/// A card of the host: in the guest as well its functions are one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Card {
+    /// Its functions, in order.
+    pub functions: Vec<Address>,
 }
 
 /// What the hypervisor has reported by itself since the control connection was made. It grows neither with time nor with a guest that

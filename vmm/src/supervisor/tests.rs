@@ -18,6 +18,13 @@ async fn supervisor(directory: &Path, vms: usize) -> Arc<Supervisor> {
         boot_id: "boot".into(),
         cgroups: None,
         ids: None,
+        sysfs: crate::host::pci::Sysfs::of_this_host(),
+        devices: crate::passthrough::Devices::open(
+            crate::host::pci::Sysfs::of_this_host(),
+            &dirs,
+            "boot",
+            crate::passthrough::write::Writer::of_this_program(),
+        ),
         happened: crate::host::happenings(),
     };
     Supervisor::start(dirs, host, "fleet.toml".into(), fleet_of(vms)).await

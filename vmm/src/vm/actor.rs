@@ -352,6 +352,11 @@ impl Actor {
         let (life, actions) = self.life.request(request, moment())?;
         if life.state.is_active() && !self.life.state.is_active() && starts {
             self.admit()?;
+            let gpus = self.fleet.borrow().vms.get(&self.context.name).map(|vm| vm.gpus.clone());
+            if let Err(error) = self.context.host.devices.check(&gpus.unwrap_or_default()).await {
+                self.context.budget.release(&self.context.name);
+                return Err(Refusal::Devices(chain(&error)));
+            }
         }
         match self.keep(&life).await {
             Err(error) if starts => {

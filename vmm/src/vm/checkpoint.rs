@@ -2,12 +2,12 @@
 
 /// A point has been reached.
 #[cfg(not(debug_assertions))]
-pub(super) fn reach(_name: &str) {}
+pub(crate) fn reach(_name: &str) {}
 
 /// A point has been reached. With `LAIR_CHECKPOINTS=FILE` its name is appended to that file; with `LAIR_KILL_AT=N` the process kills
 /// itself at the Nth point, as hard as anybody could.
 #[cfg(debug_assertions)]
-pub(super) fn reach(name: &str) {
+pub(crate) fn reach(name: &str) {
     use std::{
         io::Write,
         sync::atomic::{AtomicU64, Ordering::Relaxed},

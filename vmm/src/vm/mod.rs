@@ -3,7 +3,7 @@
 pub mod actor;
 pub mod adopt;
 pub mod budget;
-mod checkpoint;
+pub(crate) mod checkpoint;
 pub mod failure;
 pub mod generation;
 pub mod handle;

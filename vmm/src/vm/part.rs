@@ -16,6 +16,8 @@ pub enum Step {
     Volumes,
     /// Writes the initramfs.
     Initramfs,
+    /// Takes the devices that it asks for: bound, reset, verified.
+    Devices,
     /// Starts `lair-virtiofs`.
     StoreBackend,
     /// Starts `vhost-device-vsock`.
@@ -39,7 +41,8 @@ impl Step {
             Self::Directories => Some(Self::Index),
             Self::Index => Some(Self::Volumes),
             Self::Volumes => Some(Self::Initramfs),
-            Self::Initramfs => Some(Self::StoreBackend),
+            Self::Initramfs => Some(Self::Devices),
+            Self::Devices => Some(Self::StoreBackend),
             Self::StoreBackend => Some(Self::VsockDevice),
             Self::VsockDevice => Some(Self::Hypervisor),
             Self::Hypervisor => Some(Self::Shim),
@@ -56,6 +59,7 @@ impl Step {
             Self::Index => "index",
             Self::Volumes => "volumes",
             Self::Initramfs => "initramfs",
+            Self::Devices => "devices",
             Self::StoreBackend => "store_backend",
             Self::VsockDevice => "vsock_device",
             Self::Hypervisor => "hypervisor",
@@ -77,9 +81,13 @@ impl Step {
             Self::VsockDevice => Some(Part::VsockDevice),
             Self::Hypervisor => Some(Part::Hypervisor),
             Self::Shim => Some(Part::Shim),
-            Self::View | Self::Directories | Self::Index | Self::Volumes | Self::Initramfs | Self::Resume => {
-                None
-            }
+            Self::View
+            | Self::Directories
+            | Self::Index
+            | Self::Volumes
+            | Self::Initramfs
+            | Self::Devices
+            | Self::Resume => None,
         }
     }
 }

@@ -6,7 +6,8 @@ use crate::{
         schema::{Fleet, Overlay, Role, Target, Vm},
     },
     host::facts::Engine,
-    hypervisor::{Disk, Machine, qemu::command::CMDLINE},
+    hypervisor::{Card, Disk, Machine, qemu::command::CMDLINE},
+    passthrough::Given,
     shim::config::{Incoming, JournalTarget, Outgoing, OutgoingTarget, ShimConfig, ShimSockets},
     state::dirs::{Dirs, DirsError, VmDirs},
 };
@@ -63,6 +64,20 @@ pub struct Plan {
     pub boot: boot::BootConfig,
     /// The shim's part.
     pub shim: ShimConfig,
+}
+
+impl Plan {
+    /// The same with the devices that it was given.
+    pub fn with_devices(&self, given: &[Given]) -> Self {
+        let mut cards: Vec<Card> = Vec::new();
+        for address in given.iter().flat_map(|given| &given.functions) {
+            match cards.iter_mut().find(|card| card.functions.iter().any(|other| other.same_card(*address))) {
+                Some(card) => card.functions.push(*address),
+                None => cards.push(Card { functions: vec![*address] }),
+            }
+        }
+        Self { machine: Machine { cards, ..self.machine.clone() }, ..self.clone() }
+    }
 }
 
 /// Why a plan cannot be made.
@@ -135,6 +150,7 @@ fn machine(name: &str, vm: &Vm, dirs: &VmDirs, engine: Engine, kernel: PathBuf) 
             .iter()
             .map(|volume| Disk { serial: volume.name.clone(), image: dirs.volume(&volume.name) })
             .collect(),
+        cards: vec![],
         console_socket: dirs.hypervisor().join("console.sock"),
         control_socket: dirs.hypervisor().join("qmp.sock"),
     }
@@ -241,7 +257,7 @@ pub fn sockets(dirs: &VmDirs) -> ShimSockets {
 
 /// A plan for tests, of a VM with nothing special.
 #[cfg(test)]
-pub(super) fn example(name: &str) -> Plan {
+pub(crate) fn example(name: &str) -> Plan {
     let vm: Vm = serde_json::from_value(serde_json::json!({
         "vcpus": 1, "memory": "512MiB", "kernel": "/k", "modules": "/m", "roots": [],
     }))

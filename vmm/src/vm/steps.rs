@@ -111,7 +111,8 @@ impl Job {
     /// Performs a step, within its deadline and unless it is cancelled.
     pub async fn perform(self, step: Step) -> Result<(), StepError> {
         let deadline = match step {
-            Step::View | Step::Index | Step::Volumes | Step::Initramfs => WORK,
+            Step::View | Step::Index | Step::Volumes | Step::Initramfs | Step::Devices => WORK,
+            Step::Hypervisor => STEP + self.running.plan().map_or(Duration::ZERO, |plan| pinning(&plan)),
             _ => STEP,
         };
         let mut cancel = self.cancel.clone();
@@ -161,6 +162,14 @@ impl Job {
                     Ok(users.own_initramfs(&plan)?)
                 })
                 .await
+            }
+            Step::Devices if plan.vm.gpus.is_empty() => Ok(()),
+            Step::Devices => {
+                let given = self.context.host.devices.acquire(&plan.name, &plan.vm.gpus).await?;
+                let nodes: Vec<_> = given.iter().flat_map(|given| given.nodes.clone()).collect();
+                self.blocking(move || Ok(users.own_nodes(&nodes)?)).await?;
+                self.running.set_plan(Arc::new(plan.with_devices(&given)));
+                Ok(())
             }
             Step::StoreBackend => {
                 let listener = listen(&plan.machine.store_socket, 0o660, users.shared())?;
@@ -364,8 +373,9 @@ impl Job {
         let plan = self.running.plan().ok_or(StepError::Lost)?;
         let (sender, heard) = watch::channel(Heard::default());
         let qemu = self.running.process(Part::Hypervisor).ok_or(StepError::Lost)?.id().pid;
-        let connect = Qmp::connect(&plan.machine.control_socket, qemu, PROMPT, sender);
-        let reason = match self.unless_it_ends(Part::Hypervisor, &plan, PROMPT * 2, connect).await? {
+        let patience = PROMPT + pinning(&plan);
+        let connect = Qmp::connect(&plan.machine.control_socket, qemu, patience, sender);
+        let reason = match self.unless_it_ends(Part::Hypervisor, &plan, patience * 2, connect).await? {
             Some(Ok(qmp)) => {
                 self.running.set_qmp(qmp, heard);
                 return Ok(());
@@ -457,6 +467,13 @@ impl Job {
         });
         task.await?
     }
+}
+
+/// How long a hypervisor may take longer to start: with devices it first pins all of its guest's memory, at some GiB a second.
+fn pinning(plan: &Plan) -> Duration {
+    let gib =
+        if plan.machine.cards.is_empty() { 0 } else { (plan.machine.memory.0 >> 30).saturating_add(10) };
+    Duration::from_secs(gib)
 }
 
 /// Waits before another look at a condition that has been waited for since `began`.

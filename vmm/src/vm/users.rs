@@ -25,8 +25,11 @@ use crate::{
 use std::{
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
+
+/// Memory that is pinned besides the guest's: firmware and ROMs of devices, a few MiB each.
+const PINNED: u64 = 256 << 20;
 
 /// Open descriptors of a process other than `lair-virtiofs`, which sets its own limit. The shim has two for each of its 1024 links, the
 /// vsock device one.
@@ -75,6 +78,21 @@ impl Users {
         disks.try_for_each(|disk| dirs::give(&disk.image, ids.uid(Part::Hypervisor), ids.gid(), 0o600))
     }
 
+    /// Gives the nodes of IOMMU groups to its hypervisor.
+    pub fn own_nodes(self, nodes: &[PathBuf]) -> Result<(), DirsError> {
+        let Some(ids) = self.ids else { return Ok(()) };
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |error| DirsError::Io(path, error)
+        };
+        // Not opened for that: a group can be opened once only. Nobody but root makes names there.
+        nodes.iter().try_for_each(|node| {
+            std::os::unix::fs::chown(node, Some(ids.uid(Part::Hypervisor)), Some(ids.gid()))
+                .map_err(failed(node))?;
+            fs::set_permissions(node, fs::Permissions::from_mode(0o600)).map_err(failed(node))
+        })
+    }
+
     /// Lets the hypervisor read the initramfs.
     pub fn own_initramfs(self, plan: &Plan) -> Result<(), DirsError> {
         let Some(ids) = self.ids else { return Ok(()) };
@@ -114,13 +132,32 @@ fn device_group(path: &Path) -> Option<u32> {
 fn limits(part: Part, plan: &Plan) -> Rlimits {
     let limits = Rlimits::default();
     match part {
-        // Guest memory is a file to the kernel, so it may be as large; locking memory is for devices that are passed through.
+        // Guest memory is a file to the kernel, so it may be as large.
         Part::Hypervisor => {
             let volumes = plan.vm.volumes.iter().map(|volume| volume.size.0);
             let largest = volumes.fold(plan.vm.memory.0, u64::max);
-            Rlimits { file_size: Some(largest), ..limits.with_files(FILES) }
+            // VFIO pins all of a guest's memory, and what firmware and ROMs have besides.
+            let pinned = (!plan.machine.cards.is_empty()).then(|| plan.vm.memory.0.saturating_add(PINNED));
+            Rlimits { file_size: Some(largest), locked: pinned, ..limits.with_files(FILES) }
         }
         Part::VsockDevice | Part::Shim => Rlimits { locked: Some(0), ..limits.with_files(FILES) },
         Part::StoreBackend => limits,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{passthrough::Given, vm::plan};
+
+    #[test]
+    fn vf12_a_hypervisor_with_devices_may_lock_its_guests_memory_and_no_other_process_may() {
+        let plan = plan::example("a");
+        assert_eq!(limits(Part::Hypervisor, &plan).locked, None);
+        let functions = vec!["0000:01:00.0".parse().unwrap(), "0000:01:00.1".parse().unwrap()];
+        let with = plan.with_devices(&[Given { functions, nodes: vec![] }]);
+        assert_eq!(with.machine.cards.len(), 1);
+        assert_eq!(limits(Part::Hypervisor, &with).locked, Some((512 + 256) << 20));
+        assert_eq!(limits(Part::VsockDevice, &with).locked, Some(0));
     }
 }

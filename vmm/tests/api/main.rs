@@ -7,6 +7,9 @@
 mod admission;
 mod apply;
 mod connections;
+mod gpus;
+#[path = "../common/machine.rs"]
+mod machine;
 #[path = "../common/operator.rs"]
 mod operator;
 mod roles;

@@ -38,12 +38,14 @@ async fn cl3_each_verb_needs_its_role_and_every_refusal_is_recorded() {
     let status = client.status().await.unwrap();
     // The exit status of each verb for nobody, view, operate, administer: 3 is not permitted. A start is permitted, and refused for want
     // of QEMU.
-    let verbs: [(&[&str], [i32; 4]); 12] = [
+    let verbs: [(&[&str], [i32; 4]); 14] = [
         (&["status"], [3, 0, 0, 0]),
         (&["status", "a"], [3, 0, 0, 0]),
         (&["logs", "a"], [3, 0, 0, 0]),
         (&["events"], [3, 0, 0, 0]),
         (&["metrics"], [3, 0, 0, 0]),
+        (&["gpu", "list"], [3, 0, 0, 0]),
+        (&["gpu", "show", "0000:01:00.0"], [3, 4, 4, 4]),
         (&["start", "a"], [3, 3, 1, 1]),
         (&["stop", "a"], [3, 3, 1, 1]),
         (&["restart", "a"], [3, 3, 1, 1]),

@@ -1,6 +1,6 @@
 //! A supervisor with its API in a directory of its own.
 
-use crate::store;
+use crate::{machine::Machine, store};
 use lair_vmm::{
     api::{
         client::Client,
@@ -13,9 +13,11 @@ use lair_vmm::{
         self,
         confine::Confinement,
         facts::Engine,
+        pci::Sysfs,
         process::{Launch, Process, Sink},
         tools::{self, Tools},
     },
+    passthrough::{Devices, write::Writer},
     state::dirs::Dirs,
     supervisor::Supervisor,
     vm::{
@@ -45,12 +47,15 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 /// A host and what runs on it.
 pub(crate) struct Host {
     directory: TempDir,
+    /// Who writes to the kernel's files.
+    pub(crate) writer: Writer,
     asleep: Vec<Process>,
 }
 
 impl Host {
     pub(crate) fn new() -> Self {
-        let host = Self { directory: TempDir::new().unwrap(), asleep: vec![] };
+        let writer = Writer { program: env!("CARGO_BIN_EXE_laird").into(), ..Writer::of_this_program() };
+        let host = Self { directory: TempDir::new().unwrap(), writer, asleep: vec![] };
         fs::write(host.path("kernel"), "no kernel").unwrap();
         fs::create_dir(host.path("modules")).unwrap();
         fs::create_dir(host.path("bin")).unwrap();
@@ -77,6 +82,12 @@ impl Host {
     /// Makes the source that fleets name, without which an apply is refused. No VM may start then.
     pub(crate) fn with_source(self) -> Self {
         store::make(&self.path("source"), &["0123456789abcdfghijklmnpqrsvwxyz-root"]);
+        self
+    }
+
+    /// Devices of a machine, which must outlive this.
+    pub(crate) fn with_devices(self, machine: &Machine) -> Self {
+        std::os::unix::fs::symlink(machine.root(), self.path("machine")).unwrap();
         self
     }
 
@@ -148,6 +159,8 @@ impl Host {
             boot_id: BOOT.into(),
             cgroups: None,
             ids: None,
+            devices: Devices::open(Sysfs::at(&self.path("machine")), &self.dirs(), BOOT, self.writer.clone()),
+            sysfs: Sysfs::at(&self.path("machine")),
             happened: host::happenings(),
         };
         let supervisor = Supervisor::start(self.dirs(), host, file, load(fleet)).await;

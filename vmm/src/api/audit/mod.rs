@@ -64,6 +64,22 @@ pub struct Attempt {
     pub duration_ms: u64,
 }
 
+/// What `laird` did with a device, by itself or for a VM.
+#[derive(Debug, Clone, Serialize, JsonSchema)]
+pub struct DeviceRecord {
+    /// When.
+    pub time: jiff::Timestamp,
+    /// `device`.
+    pub kind: &'static str,
+    /// The lowest address of the devices that go together.
+    pub device: String,
+    /// The VM that has it, or is to have it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vm: Option<String>,
+    /// Its state, and more about it.
+    pub detail: String,
+}
+
 /// Attempts that share a record.
 #[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct Counted {
@@ -132,6 +148,14 @@ impl AuditLog {
             self.lost.fetch_add(1, Relaxed);
         }
         true
+    }
+
+    /// Records what became of a device.
+    pub fn record_device(&self, record: &DeviceRecord) {
+        let (written, _) = oneshot::channel();
+        if !self.writer.send(Line { bytes: line(record), written }) {
+            self.lost.fetch_add(1, Relaxed);
+        }
     }
 
     /// Writes what is left, `limit` long at most.

@@ -14,8 +14,14 @@ use lair_vmm::{
     host::{
         Host, facts, happenings,
         ids::{self, Ids},
-        memory, process,
+        memory,
+        pci::Sysfs,
+        process,
         tools::Tools,
+    },
+    passthrough::{
+        Devices,
+        write::{self, Writer},
     },
     state::{
         dirs::{self, Dirs},
@@ -36,6 +42,9 @@ use tokio::{
 };
 
 fn main() -> ExitCode {
+    if let Some(done) = write::run(std::env::args_os()) {
+        return done;
+    }
     memory::set_up();
     lair_vmm::host::logging::start();
     match run(Arguments::parse()) {
@@ -69,13 +78,16 @@ fn run(arguments: Arguments) -> Result<()> {
     dirs.create()?;
     let _lock = lock::lock(&dirs.run)?;
     let (cgroups, ids) = (cgroups(&loaded.fleet)?, ids(&loaded.fleet, &dirs)?);
+    let (sysfs, writer) = kernel();
     let host = Host {
         facts,
         engine,
         tools: Tools::of_this_process(),
-        boot_id,
         cgroups,
         ids,
+        devices: Devices::open(sysfs.clone(), &dirs, &boot_id, writer),
+        sysfs,
+        boot_id,
         happened: happenings(),
     };
     // One thread suffices: laird is in no data path, and what blocks runs on threads of its own.
@@ -83,6 +95,20 @@ fn run(arguments: Arguments) -> Result<()> {
         .enable_all()
         .build()?
         .block_on(serve(dirs, host, fleet_file, loaded))
+}
+
+/// The kernel's files, and who writes to them. Tests put others in their place; a release build has no such seam.
+fn kernel() -> (Sysfs, Writer) {
+    let (mut sysfs, mut writer) = (Sysfs::of_this_host(), Writer::of_this_program());
+    if cfg!(debug_assertions) {
+        if let Some(root) = std::env::var_os("LAIR_SYSFS") {
+            sysfs = Sysfs::at(Path::new(&root));
+        }
+        if let Some(program) = std::env::var_os("LAIR_SYSFS_WRITER") {
+            writer.program = program.into();
+        }
+    }
+    (sysfs, writer)
 }
 
 /// More connections than a service has descriptors by default (1024) must not keep VMs from being started.

@@ -63,6 +63,9 @@ fn line(event: &Event) -> String {
             (vm.as_str(), format!("waits for memory: {percent} % of the last 10 s"))
         }
         EventKind::Unlimited { vm, reason } => (vm.as_str(), format!("not limited: {reason}")),
+        EventKind::Device { device, vm, state, detail } => {
+            (vm.as_deref().unwrap_or("-"), format!("device {device}: {state}{}", with(detail)))
+        }
         EventKind::Dropped { count } => ("-", format!("{count} events are missing here")),
     };
     format!("{}  {vm:12}  {what}", event.time.strftime("%F %T"))
@@ -102,6 +105,12 @@ mod tests {
             EventKind::Unlimited {
                 vm: "builder".into(),
                 reason: "its cgroup was removed by somebody else".into(),
+            },
+            EventKind::Device {
+                device: "0000:01:00.0".parse().unwrap(),
+                vm: Some("builder".into()),
+                state: "leased".into(),
+                detail: text("reset in 120 ms, after VM old had it"),
             },
             EventKind::Dropped { count: 7 },
         ];

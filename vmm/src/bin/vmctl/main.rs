@@ -12,9 +12,13 @@ mod error;
 mod escape;
 mod events;
 mod exec;
+mod gpu;
 mod guest;
 mod interactive;
 mod logs;
+#[cfg(test)]
+#[path = "../../../tests/common/machine.rs"]
+mod machine;
 mod man;
 mod metrics;
 mod output;
@@ -155,6 +159,9 @@ enum Verb {
     /// Keys: q ends, s sorts by the next column, the arrows select a VM, about which the line at the bottom says more. With --json it prints a
     /// line each second and needs no terminal.
     Top(top::Arguments),
+    /// Show the host's GPUs, and whether VMs can have them
+    #[command(subcommand)]
+    Gpu(gpu::Verb),
     /// Check this host point by point, and say how to mend each; needs no running laird
     ///
     /// `warning`: Lair works, with less or with a risk. `bad`: VMs do not start as the host is set up, and the exit status is 1. What the fleet
@@ -218,6 +225,7 @@ async fn run(verb: Verb, context: &Context) -> Result<ExitCode, CommandError> {
         Verb::Check(arguments) => check::run(&arguments, context),
         Verb::Schema(arguments) => schema::run(&arguments),
         Verb::Top(arguments) => top::run(arguments, context).await,
+        Verb::Gpu(verb) => gpu::run(verb, context).await,
         Verb::Doctor(arguments) => doctor::run(arguments, context).await,
         Verb::Man(arguments) => man::run(&arguments),
         Verb::Completions(arguments) => completions::run(&arguments),
@@ -251,11 +259,18 @@ mod tests {
         let mut command = command();
         // Hands the options of every verb to them.
         command.build();
-        let helps = command.get_subcommands_mut().filter(|verb| verb.get_name() != "help").map(|verb| {
-            let name = verb.get_name().to_owned();
-            format!("=== {name}\n{}", verb.render_long_help())
-        });
-        insta::assert_snapshot!(helps.collect::<Vec<_>>().join("\n"));
+        insta::assert_snapshot!(helps("", &mut command).join("\n"));
+    }
+
+    /// Of its verbs and of theirs.
+    fn helps(above: &str, command: &mut clap::Command) -> Vec<String> {
+        let mut found = Vec::new();
+        for verb in command.get_subcommands_mut().filter(|verb| verb.get_name() != "help") {
+            let name = format!("{above}{}", verb.get_name());
+            found.push(format!("=== {name}\n{}", verb.render_long_help()));
+            found.extend(helps(&format!("{name} "), verb));
+        }
+        found
     }
 
     #[test]

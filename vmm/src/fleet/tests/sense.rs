@@ -33,6 +33,40 @@ fn cf2_things_that_must_differ() {
 }
 
 #[test]
+fn vf1_devices_that_make_no_sense() {
+    let at = |text: &str| ("{ address = \"0000:01:00.0\" }".to_owned(), text.to_owned());
+    let changes = [
+        at("{ address = \"01:00.0\" }"),
+        at("{ address = \"0000:01:00.0\" }, { address = \"0000:01:00.0\" }"),
+        at("{ adress = \"0000:01:00.0\" }"),
+        at("{ address = \"0000:01:00.0\", vendor = \"nvidia\" }"),
+        at("{ address = \"0000:01:00.0\", vfio = true }"),
+        at("{ arch = \"ada\" }"),
+        at("{ vendor = \"nvida\" }"),
+        at("{ vendor = \"amd\", arch = \"ada\" }"),
+        at("{ vendor = \"nvidia\", arch = \"adda\" }"),
+        at("{ vendor = \"nvidia\", count = 0 }"),
+        at("{ vendor = \"nvidia\", class = \"0x0302\" }"),
+        at("\"0000:01:00.0\""),
+    ];
+    let changes: Vec<_> = changes.iter().map(|(from, to)| (from.as_str(), to.as_str())).collect();
+    insta::assert_snapshot!(said_of_changes(&changes));
+}
+
+#[test]
+fn vf10_a_device_that_two_vms_ask_for_is_warned_of() {
+    let text = EXAMPLE.replacen(
+        "autostart = false",
+        "autostart = false\ngpus = [{ address = \"0000:01:00.0\" }]",
+        1,
+    );
+    let loaded = load("fleet.toml", text.as_bytes(), &HOST).unwrap();
+    let warned = loaded.warnings.to_string();
+    assert!(warned.contains("another VM asks for this device as well"), "{warned}");
+    assert!(!load("fleet.toml", EXAMPLE.as_bytes(), &HOST).unwrap().warnings.to_string().contains("device"));
+}
+
+#[test]
 fn cf3_names_of_vms() {
     let long = format!("[vms.{}]", "a".repeat(65));
     let names = [
@@ -131,7 +165,7 @@ fn cf5_more_memory_than_the_host_has_is_a_warning_before_the_start() {
     let warned = said("fleet.toml", changed("memory = \"16GiB\"", "memory = \"51GiB\"").as_bytes());
     insta::assert_snapshot!(warned, @r"
     fine, but
-    fleet.toml:15:2: vms: all VMs together need 63158MiB with their processes, more than the 60GiB for VMs (the host has 64GiB and keeps 4GiB); not all can run at once
+    fleet.toml:15:2: vms: all VMs together need 63260MiB with their processes, more than the 60GiB for VMs (the host has 64GiB and keeps 4GiB); not all can run at once
     ");
 }
 

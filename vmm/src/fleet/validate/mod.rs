@@ -7,6 +7,7 @@ mod link;
 mod vm;
 
 use super::{
+    gpus::Gpu,
     limits::{HostFacts, Need},
     problem::{Finding, Findings, Path},
     schema::{Fleet, IdRange, Source, Store},
@@ -79,6 +80,7 @@ pub(super) fn fleet(fleet: &Fleet, host: &HostFacts) -> Verdict {
     for (name, vm) in &fleet.vms {
         vm::check(name, vm, &root.key("vms").key(name), host, &mut verdict);
     }
+    devices(fleet, &root.key("vms"), &mut verdict);
     link::check_all(fleet, &root.key("links"), &mut verdict);
     access::check(&fleet.access, &root.key("access"), &mut verdict);
     if let Some(listen) = &fleet.metrics.listen {
@@ -136,6 +138,25 @@ fn store(store: &Store, path: &Path, verdict: &mut Verdict) {
 /// [`super::names::path`] for a path.
 fn file(path: &std::path::Path) -> Result<(), String> {
     super::names::path(&path.to_string_lossy())
+}
+
+/// Not an error: not all VMs need to run at once. Starting the second one is.
+fn devices(fleet: &Fleet, path: &Path, verdict: &mut Verdict) {
+    let mut seen = Unique::new();
+    for (name, vm) in &fleet.vms {
+        let mut own = std::collections::BTreeSet::new();
+        for (index, gpu) in vm.gpus.iter().enumerate() {
+            let Gpu::At(at) = gpu else { continue };
+            let path = path.key(name).key("gpus").index(index).key("address");
+            // The same one twice in a VM is told elsewhere.
+            if own.insert(at.address)
+                && let Some(first) = seen.insert(at.address, &path)
+            {
+                let message = "another VM asks for this device as well; only one of them can run at a time";
+                verdict.warnings.push(Finding::at(&path, message).other(super::problem::Spot::Value(first)));
+            }
+        }
+    }
 }
 
 /// Not an error: not all VMs need to run at once. Starting one too many is.

@@ -2,12 +2,15 @@
 
 use super::{HOST, Unique, Verdict, file};
 use crate::fleet::{
+    gpus::{COUNT_MAX, Gpu},
     limits::{HostFacts, MEMORY_MIN, MEMORY_STEP},
     names,
     problem::{Finding, Path, Spot, listed, nearest, quoted},
     schema::{Credential, Overlay, Service, Vm, Volume},
     units::Size,
 };
+
+use crate::host::pci::NVIDIA;
 
 /// The most volumes: each takes a slot of the PCI bus.
 const VOLUMES_MAX: usize = 16;
@@ -47,6 +50,7 @@ pub(super) fn check(name: &str, vm: &Vm, path: &Path, host: &HostFacts, verdict:
     view(vm, path, verdict);
     volumes(&vm.volumes, &path.key("volumes"), verdict);
     overlay(vm, &path.key("overlay"), verdict);
+    gpus(&vm.gpus, &path.key("gpus"), verdict);
     credentials(vm, &path.key("credentials"), verdict);
     services(&vm.services, &path.key("services"), verdict);
     limits(vm, &path.key("limits"), verdict);
@@ -204,6 +208,39 @@ fn mount(path: &std::path::Path) -> Result<(), String> {
             quoted(&path.to_string_lossy())
         )),
         None => Ok(()),
+    }
+}
+
+/// The most entries: each is a device or more.
+const GPUS_MAX: usize = 16;
+
+fn gpus(gpus: &[Gpu], path: &Path, verdict: &mut Verdict) {
+    if gpus.len() > GPUS_MAX {
+        let message = format!("has {} entries; at most {GPUS_MAX} are allowed", gpus.len());
+        verdict.error(Finding::at(path, message));
+    }
+    let mut addresses = Unique::new();
+    for (index, gpu) in gpus.iter().enumerate().take(GPUS_MAX) {
+        let path = path.index(index);
+        match gpu {
+            Gpu::At(at) => {
+                let path = path.key("address");
+                if let Some(first) = addresses.insert(at.address, &path) {
+                    let message = "this VM asks for the same device twice";
+                    verdict.error(Finding::at(&path, message).other(Spot::Value(first)));
+                }
+            }
+            Gpu::Any(any) => {
+                if !(1..=COUNT_MAX).contains(&any.count) {
+                    let message = format!("must be 1 to {COUNT_MAX}, not {}", any.count);
+                    verdict.error(Finding::at(&path.key("count"), message));
+                }
+                if any.arch.is_some() && any.vendor.0 != NVIDIA {
+                    let message = "only generations of NVIDIA's are known; leave it out for other vendors";
+                    verdict.error(Finding::at(&path.key("arch"), message));
+                }
+            }
+        }
     }
 }
 

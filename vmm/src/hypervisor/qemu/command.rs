@@ -2,7 +2,7 @@
 
 use crate::{
     host::facts::Engine,
-    hypervisor::{Disk, Machine},
+    hypervisor::{Card, Disk, Machine},
 };
 use serde_json::{Value, json};
 use std::path::Path;
@@ -54,6 +54,9 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
     for (index, disk) in machine.disks.iter().enumerate() {
         arguments.disk(index, disk);
     }
+    for (index, card) in machine.cards.iter().enumerate() {
+        arguments.card(index, card);
+    }
     arguments.listen("qmp", &machine.control_socket);
     arguments.pair("-mon", "chardev=qmp,mode=control");
     arguments.flag("-S");
@@ -87,6 +90,20 @@ impl Arguments {
 
     fn listen(&mut self, id: &str, socket: &Path) {
         self.pair("-chardev", format!("socket,id={id},server=on,wait=off,path={}", escape(&text(socket))));
+    }
+
+    /// A port of its own, as on a mainboard: drivers look for a link.
+    fn card(&mut self, index: usize, card: &Card) {
+        let port = format!("card{index}");
+        // Numbers of places; zero is no place.
+        let place = index.saturating_add(1);
+        self.device(json!({ "driver": "pcie-root-port", "id": port, "chassis": place, "slot": place }));
+        for (function, address) in card.functions.iter().enumerate() {
+            self.device(json!({
+                "driver": "vfio-pci", "host": address.to_string(), "bus": port, "addr": format!("0.{function}"),
+                "multifunction": card.functions.len() > 1,
+            }));
+        }
     }
 
     fn disk(&mut self, index: usize, disk: &Disk) {
@@ -130,9 +147,22 @@ mod tests {
             store_queues: 2,
             vsock_socket: "/run/lair/vms/builder/vsock.sock".into(),
             disks: vec![Disk { serial: "state".into(), image: "/var/lib/lair/vms/builder/state.img".into() }],
+            cards: vec![],
             console_socket: "/run/lair/vms/builder/console.sock".into(),
             control_socket: "/run/lair/vms/builder/qmp.sock".into(),
         }
+    }
+
+    #[test]
+    fn vf4_a_card_has_a_port_of_its_own_and_its_functions_are_one_there() {
+        let card = |addresses: &[&str]| Card {
+            functions: addresses.iter().map(|address| address.parse().unwrap()).collect(),
+        };
+        let cards = vec![card(&["0000:01:00.0", "0000:01:00.1"]), card(&["0000:02:00.0"])];
+        let arguments = arguments(&Machine { cards, ..machine() });
+        let devices: Vec<_> =
+            arguments.iter().filter(|a| a.contains("vfio-pci") || a.contains("pcie-root-port")).collect();
+        insta::assert_debug_snapshot!(devices);
     }
 
     #[test]

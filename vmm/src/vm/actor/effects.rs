@@ -91,6 +91,7 @@ impl Actor {
         self.shim_status = None;
         let before = self.work.take();
         let (running, dirs, cgroup) = (self.running.clone(), self.dirs(), self.context.cgroup());
+        let (devices, name) = (Arc::clone(&self.context.host.devices), self.context.name.clone());
         self.work(Some(Input::NotCleaned(LOST.into())), |_| async move {
             if let Some(Work { cancel, task, .. }) = before {
                 cancel.send_replace(true);
@@ -98,7 +99,11 @@ impl Actor {
             }
             let Ok(dirs) = dirs else { return Some(Input::Cleaned) };
             match running.clean_up(&dirs, cgroup).await {
-                Ok(()) => Some(Input::Cleaned),
+                Ok(()) => {
+                    // Nothing of it runs: its devices can be reset. One that cannot keeps no VM from ending.
+                    devices.release(&name).await;
+                    Some(Input::Cleaned)
+                }
                 Err(reason) => Some(Input::NotCleaned(reason)),
             }
         });

@@ -26,7 +26,7 @@ fn booting() -> Life {
         steps += 1;
     }
     assert_eq!((&life.state, actions), (&State::Booting, vec![Action::Expect(Patience::Boot)]));
-    assert_eq!((steps, life.wanted), (10, Wanted::Running));
+    assert_eq!((steps, life.wanted), (11, Wanted::Running));
     life
 }
 

@@ -205,6 +205,9 @@ pub enum Refusal {
     /// The host has not all programs.
     #[error(transparent)]
     Missing(#[from] Missing),
+    /// The host has not the devices that it asks for.
+    #[error("{0}")]
+    Devices(String),
     /// What is wanted of it cannot be written down, so a later `laird` would not know.
     #[error("{0}")]
     Storage(String),

@@ -4,6 +4,7 @@ use crate::{
     cgroup::CgroupError,
     host::{ids::IdsError, listen::ListenError, process::ProcessError, thread::ThreadError, tools::Missing},
     hypervisor::qemu::qmp::QmpError,
+    passthrough::DevicesError,
     shim::client::ClientError,
     state::{dirs::DirsError, file::WriteError},
     vm::{generation::GenerationError, part::Part, plan::PlanError},
@@ -35,6 +36,9 @@ pub enum StepError {
     /// It cannot be limited.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// It does not get its devices.
+    #[error(transparent)]
+    Devices(#[from] DevicesError),
     /// A socket for it cannot be made.
     #[error(transparent)]
     Listen(#[from] ListenError),

@@ -1,6 +1,7 @@
 //! What is known of a host before it is judged.
 
 use lair_vmm::{
+    api::gpus::GpusReply,
     cgroup::NoCgroups,
     fleet::{limits::HostFacts, schema},
     host::{facts::NoKvm, tools::Tool},
@@ -26,6 +27,10 @@ pub(super) struct Facts {
     pub(super) iommu_groups: usize,
     /// Whether `/dev/vfio/vfio` is there.
     pub(super) vfio: bool,
+    /// Whether VFIO takes devices that no IOMMU holds back.
+    pub(super) no_iommu_mode: bool,
+    pub(super) vfio_pci: Driver,
+    pub(super) gpus: Result<GpusReply, String>,
     /// The controllers of the topmost cgroup.
     pub(super) cgroups: Result<Vec<String>, NoCgroups>,
     pub(super) landlock: bool,
@@ -47,6 +52,15 @@ pub(super) struct Facts {
     pub(super) systemd: bool,
     pub(super) unit: Option<Unit>,
     pub(super) laird: Laird,
+}
+
+/// A driver of the kernel's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Driver {
+    Loaded,
+    /// Its module is there.
+    Loadable,
+    Missing,
 }
 
 /// The fleet file.

@@ -1,16 +1,20 @@
 //! Looks at the host. Changes nothing, and waits for nothing without a limit.
 
 use super::{
-    facts::{Directory, Facts, FleetContent, FleetFile, Found, Laird, Program, Seen, Space, Unit},
+    facts::{Directory, Driver, Facts, FleetContent, FleetFile, Found, Laird, Program, Seen, Space, Unit},
     parse,
 };
 use crate::output::harmless;
 use lair_vmm::{
-    api::client::{Client, ClientError},
+    api::{
+        client::{Client, ClientError},
+        gpus::{GpusQuery, GpusReply},
+    },
     cgroup,
     fleet::{self, Loaded, limits::HostFacts, schema},
     host::{
         facts, ids,
+        pci::{Inventory, Sysfs, Vfio},
         tools::{self, Tool, Tools},
     },
     state::dirs::{self, Dirs},
@@ -24,6 +28,7 @@ use nix::{
     unistd::{Group, User, geteuid},
 };
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Read},
     os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt},
@@ -56,7 +61,10 @@ pub(super) async fn facts(places: Places, client: &Client) -> Facts {
     let systemd = Path::new("/run/systemd/system").is_dir();
     let unit = if systemd { unit().await } else { None };
     let own = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, hard)| hard);
-    let kernel = nix::sys::utsname::uname();
+    let release = nix::sys::utsname::uname()
+        .map_or_else(|_| "?".into(), |kernel| kernel.release().to_string_lossy().into_owned());
+    let sysfs = Sysfs::of_this_host();
+    let vfio = Vfio::read(&sysfs);
     Facts {
         root,
         user: user(),
@@ -64,12 +72,16 @@ pub(super) async fn facts(places: Places, client: &Client) -> Facts {
         host: host.map_err(|error| error.to_string()),
         swaps: parse::swaps(&text("/proc/swaps")),
         ksm: text("/sys/kernel/mm/ksm/run").trim() == "1",
-        kernel: kernel.map_or_else(|_| "?".into(), |kernel| kernel.release().to_string_lossy().into_owned()),
+        kernel: release.clone(),
         command_line: text("/proc/cmdline"),
-        unsafe_interrupts: text("/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts").trim()
-            == "Y",
+        unsafe_interrupts: vfio.unsafe_interrupts,
         iommu_groups: fs::read_dir("/sys/kernel/iommu_groups").map_or(0, Iterator::count),
         vfio: Path::new("/dev/vfio/vfio").exists(),
+        no_iommu_mode: vfio.no_iommu_mode,
+        vfio_pci: if vfio.driver { Driver::Loaded } else { module("vfio-pci", &release) },
+        gpus: Inventory::read(&sysfs)
+            .map(|inventory| GpusReply::new(&inventory, &BTreeMap::new(), &GpusQuery::default()))
+            .map_err(|error| lair_vmm::error::chain(&error)),
         cgroups: cgroup::available(),
         landlock: landlock(),
         seccomp: text("/proc/sys/kernel/seccomp/actions_avail")
@@ -96,6 +108,15 @@ fn text(path: &str) -> String {
     // What was read before an error counts.
     let _ = File::open(path).and_then(|file| file.take(FILE_MAX).read_to_end(&mut bytes));
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Whether the modules of the kernel that runs have one. NixOS has them elsewhere.
+fn module(name: &str, release: &str) -> Driver {
+    let found = ["/lib/modules", "/run/booted-system/kernel-modules/lib/modules"].iter().any(|directory| {
+        let lists = |list: &str| parse::lists_module(&text(&format!("{directory}/{release}/{list}")), name);
+        lists("modules.dep") || lists("modules.builtin")
+    });
+    if found { Driver::Loadable } else { Driver::Missing }
 }
 
 fn user() -> String {

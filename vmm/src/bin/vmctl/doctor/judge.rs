@@ -56,10 +56,10 @@ pub(super) fn points(facts: &Facts) -> Vec<Point> {
         command_line(facts),
         iommu(facts),
         vfio(facts),
-        cgroups(facts),
-        landlock(facts),
-        seccomp(facts),
+        super::judge_gpus::vfio_pci(facts),
     ];
+    points.extend(super::judge_gpus::gpus(facts));
+    points.extend([cgroups(facts), landlock(facts), seccomp(facts)]);
     points.extend(super::judge_setup::points(facts));
     points.push(fleet(facts));
     points.push(laird(facts));
@@ -204,17 +204,24 @@ fn iommu(facts: &Facts) -> Point {
 }
 
 fn vfio(facts: &Facts) -> Point {
-    match (facts.vfio, facts.unsafe_interrupts) {
-        (true, true) => warning(
-            "vfio",
+    let (mut dangers, mut mends) = (Vec::new(), Vec::new());
+    if facts.no_iommu_mode {
+        dangers.push("it takes devices without an IOMMU: one in a VM can write to all of the host's memory");
+        mends.push("remove enable_unsafe_noiommu_mode from /etc/modprobe.d and the kernel's parameters");
+    }
+    if facts.unsafe_interrupts {
+        dangers.push(
             "it allows unsafe interrupts: a device in a VM can send interrupts to the host as it likes",
-            "remove allow_unsafe_interrupts from /etc/modprobe.d, and reload vfio_iommu_type1",
-        ),
-        (true, false) => ok("vfio", "/dev/vfio/vfio is there"),
-        (false, _) if facts.iommu_groups == 0 => {
+        );
+        mends.push("remove allow_unsafe_interrupts from /etc/modprobe.d, and reload vfio_iommu_type1");
+    }
+    match facts.vfio {
+        _ if !dangers.is_empty() => warning("vfio", dangers.join("; "), mends.join("; ")),
+        true => ok("vfio", "/dev/vfio/vfio is there"),
+        false if facts.iommu_groups == 0 => {
             ok("vfio", "/dev/vfio/vfio is missing; without an IOMMU it is of no use")
         }
-        (false, _) => warning(
+        false => warning(
             "vfio",
             "/dev/vfio/vfio is missing: VMs cannot have devices",
             "if VMs are to have devices: modprobe vfio-pci",

@@ -3,6 +3,7 @@
 mod facts;
 mod gather;
 mod judge;
+mod judge_gpus;
 mod judge_setup;
 mod parse;
 #[cfg(test)]

@@ -20,6 +20,15 @@ pub(super) fn release(text: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
+/// Whether a list of modules has one (modules.dep, modules.builtin: a path at the beginning of each line; the file may be compressed).
+pub(super) fn lists_module(list: &str, name: &str) -> bool {
+    let is = |line: &str| {
+        let file = line.split(':').next().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+        file.trim().split_once(".ko").is_some_and(|(module, _)| module == name)
+    };
+    list.lines().any(is)
+}
+
 /// Those who have numbers of `range`: users and groups (passwd(5), group(5): the third field is a number) and the ranges of users'
 /// containers (subuid(5): the second field is the first number, the third how many there are).
 pub(super) fn clashes(range: IdRange, files: &[(&str, &str)]) -> Vec<String> {
@@ -99,6 +108,19 @@ mod tests {
             "Filename\t\t\tType\t\tSize\t\tUsed\t\tPriority\n/dev/dm-1 partition\t2097148\t0\t-2\nnonsense\n";
         assert_eq!(swaps(text), [Swap { path: "/dev/dm-1".into(), size: 2_097_148 << 10 }]);
         assert_eq!(swaps(""), []);
+    }
+
+    #[test]
+    fn a_module_is_found_in_a_list_by_its_whole_name() {
+        let list = "kernel/drivers/vfio/pci/vfio-pci-core.ko.xz:\n\
+                    kernel/drivers/vfio/pci/vfio-pci.ko.xz: kernel/drivers/vfio/vfio.ko.xz\n";
+        assert!(lists_module(list, "vfio-pci"));
+        assert!(lists_module("kernel/drivers/vfio/pci/vfio-pci.ko\n", "vfio-pci"));
+        assert!(!lists_module(
+            "kernel/x/a.ko: kernel/x/vfio-pci.ko\nkernel/x/vfio-pci-core.ko\n",
+            "vfio-pci"
+        ));
+        assert!(!lists_module("", "vfio-pci"));
     }
 
     #[test]

@@ -1,25 +1,48 @@
 //! What is said of a host with nothing, a good one and a laptop.
 
 use super::{
-    facts::{Directory, Facts, FleetContent, FleetFile, Found, Laird, Program, Seen, Space, Swap, Unit},
+    facts::{
+        Directory, Driver, Facts, FleetContent, FleetFile, Found, Laird, Program, Seen, Space, Swap, Unit,
+    },
     judge::{Verdict, points},
     report, shown, summary,
 };
+use crate::machine::Machine;
 use lair_vmm::{
+    api::gpus::{GpusQuery, GpusReply},
     cgroup::NoCgroups,
     fleet::{
         limits::HostFacts,
         schema::{self, Accel, Limits, Users},
         units::Size,
     },
-    host::{facts::NoKvm, tools},
+    host::{
+        facts::NoKvm,
+        pci::{Inventory, Sysfs},
+        tools,
+    },
 };
+use std::collections::BTreeMap;
 
 const DISK: Space = Space { free: 200 << 30, read_only: false, memory: false };
 const TMPFS: Space = Space { free: 3 << 30, read_only: false, memory: true };
 
 fn there(path: &str, space: Space) -> Directory {
     Directory { path: path.into(), seen: Seen::There { uid: 0, mode: 0o750, ours: true, space } }
+}
+
+/// A GPU with its audio function, and what else its directory says.
+fn gpus(more: &str) -> GpusReply {
+    let group = more.lines().find(|line| line.starts_with("iommu_group")).unwrap_or_default();
+    let machine = Machine::of(&format!(
+        "/proc/self/mountinfo =\n[0000:01:00.0]\nvendor = 0x10de\ndevice = 0x27b0\nclass = 0x030000\n{more}\n\
+         [0000:01:00.1]\nvendor = 0x10de\ndevice = 0x22bc\nclass = 0x040300\n{group}\n"
+    ));
+    GpusReply::new(
+        &Inventory::read(&Sysfs::at(machine.root())).unwrap(),
+        &BTreeMap::new(),
+        &GpusQuery::default(),
+    )
 }
 
 fn good() -> Facts {
@@ -46,6 +69,9 @@ fn good() -> Facts {
         unsafe_interrupts: false,
         iommu_groups: 14,
         vfio: true,
+        no_iommu_mode: false,
+        vfio_pci: Driver::Loaded,
+        gpus: Ok(gpus("driver = vfio-pci\niommu_group = 14")),
         cgroups: Ok(["cpuset", "cpu", "io", "memory", "pids"].map(Into::into).into()),
         landlock: true,
         seccomp: true,
@@ -78,6 +104,8 @@ fn bare() -> Facts {
         command_line: "cgroup_disable=memory nokaslr".into(),
         iommu_groups: 0,
         vfio: false,
+        vfio_pci: Driver::Missing,
+        gpus: Ok(gpus("")),
         cgroups: Err(NoCgroups::Controllers {
             dir: "/sys/fs/cgroup/unified".into(),
             missing: "cpu, memory, pids".into(),
@@ -118,6 +146,8 @@ fn laptop() -> Facts {
         ksm: true,
         cgroups: Err(NoCgroups::NoV2),
         vfio: false,
+        vfio_pci: Driver::Loadable,
+        gpus: Ok(gpus("driver = nouveau\niommu_group = 1\nboot_vga = 1")),
         group: None,
         run: Directory { path: "/run/user/1000/lair".into(), seen: Seen::Missing(TMPFS) },
         state: Directory {
@@ -245,6 +275,12 @@ fn odd_hosts() {
     say("laird", Facts { laird: Laird::Answers("0.0.1".into()), ..good() });
     say("laird", Facts { laird: Laird::Odd("does not answer in 5 s".into()), ..good() });
     say("vfio", Facts { unsafe_interrupts: true, ..good() });
+    say("vfio", Facts { unsafe_interrupts: true, no_iommu_mode: true, vfio: false, ..good() });
+    say("vfio-pci", Facts { vfio_pci: Driver::Missing, ..good() });
+    say("gpu", Facts { gpus: Ok(gpus("driver = nvidia\niommu_group = 14")), ..good() });
+    say("gpu", Facts { gpus: Ok(gpus("driver = nouveau\niommu_group = 14\nboot_vga = 0")), ..good() });
+    say("gpu", Facts { gpus: Ok(GpusReply { devices: vec![], unreadable: vec![] }), ..good() });
+    say("gpu", Facts { gpus: Err("The PCI devices cannot be listed".into()), ..good() });
     say("kernel", Facts { kernel: "5.10.0".into(), ..good() });
     say("swap", Facts { swaps: vec![Swap { path: "/dev/zram0".into(), size: 1 << 30 }], ..good() });
     say("kvm", Facts { kvm: Err(NoKvm::Processor), ..good() });

@@ -1,0 +1,334 @@
+//! Devices of a kernel that is a tree of files and a program. That `laird` may be killed anywhere is tested in `tests/kill`.
+
+use super::*;
+use crate::passthrough::kernel::Kernel;
+
+const BOOT: &str = "boot";
+
+struct Host {
+    kernel: Kernel,
+    directory: tempfile::TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        Self { kernel: Kernel::new(), directory: tempfile::tempdir().unwrap() }
+    }
+
+    /// What a new `laird` knows.
+    fn devices(&self) -> Arc<Devices> {
+        self.hasty(Duration::from_secs(30))
+    }
+
+    fn hasty(&self, patience: Duration) -> Arc<Devices> {
+        let dirs =
+            Dirs { state: self.directory.path().join("state"), run: self.directory.path().join("run") };
+        dirs.create().unwrap();
+        let writer = Writer { program: self.kernel.program(), patience };
+        let devices = Devices::open(Sysfs::at(self.kernel.root()), &dirs, BOOT, writer);
+        *lock(&devices.wanted) = vec![at(DISK), at(CARD), at(ONCE)];
+        devices
+    }
+
+    fn records(&self) -> usize {
+        std::fs::read_dir(self.directory.path().join("state/devices")).map_or(0, Iterator::count)
+    }
+}
+
+const DISK: &str = "0000:01:00.0";
+const CARD: &str = "0000:02:00.0";
+const SOUND: &str = "0000:02:00.1";
+const ONCE: &str = "0000:00:07.0";
+
+fn address(text: &str) -> Address {
+    text.parse().unwrap()
+}
+
+fn at(text: &str) -> Gpu {
+    serde_json::from_value(serde_json::json!({ "address": text })).unwrap()
+}
+
+fn state(devices: &Devices, text: &str) -> State {
+    let held = devices.held();
+    held.get(&address(text)).map_or(State::Host, |holding| holding.life.state.clone())
+}
+
+fn leased(vm: &str) -> State {
+    State::Leased { vm: vm.into() }
+}
+
+#[tokio::test]
+async fn a_device_is_bound_reset_leased_reset_free_and_given_back() {
+    let host = Host::new();
+    let devices = host.devices();
+    let before = host.kernel.device(DISK);
+    assert_eq!(before, "nvme (null) 1");
+    devices.check(&[at(DISK)]).await.unwrap();
+    assert_eq!(host.kernel.writes(), Vec::<String>::new());
+
+    let given = devices.acquire("a", &[at(DISK)]).await.unwrap();
+    let node = host.kernel.root().canonicalize().unwrap().join("dev/vfio/1");
+    assert_eq!(given, [Given { functions: vec![address(DISK)], nodes: vec![node] }]);
+    assert_eq!(state(&devices, DISK), leased("a"));
+    insta::assert_snapshot!(host.kernel.writes().join("\n"), @r"
+    vfio-pci > devices/0000:01:00.0/driver_override
+    0 > devices/0000:01:00.0/d3cold_allowed
+    0000:01:00.0 > drivers/nvme/unbind
+    0000:01:00.0 > drivers_probe
+    1 > devices/0000:01:00.0/reset
+    ");
+    assert_eq!(host.kernel.device(DISK), "vfio-pci vfio-pci 0");
+
+    devices.release("a").await;
+    assert_eq!(state(&devices, DISK), State::Free);
+    assert_eq!(host.kernel.writes(), ["1 > devices/0000:01:00.0/reset"]);
+    // It stays with VFIO, and is clean: nothing has to be done for the next one.
+    devices.acquire("b", &[at(DISK)]).await.unwrap();
+    assert_eq!(host.kernel.writes(), Vec::<String>::new());
+    devices.release("b").await;
+    host.kernel.writes();
+
+    devices.give_back(address(DISK)).await.unwrap();
+    assert_eq!((state(&devices, DISK), host.kernel.device(DISK)), (State::Host, before));
+    assert_eq!(host.records(), 0);
+    insta::assert_snapshot!(host.kernel.writes().join("\n"), @r"
+     > devices/0000:01:00.0/driver_override
+    0000:01:00.0 > drivers/vfio-pci/unbind
+    0000:01:00.0 > drivers/nvme/bind
+    1 > devices/0000:01:00.0/d3cold_allowed
+    ");
+    let error = devices.give_back(address(DISK)).await.unwrap_err();
+    assert!(matches!(error, DevicesError::Refused { refusal: Refusal::NotTaken, .. }), "{error}");
+}
+
+#[tokio::test]
+async fn vf4_all_functions_of_a_card_go_together_and_are_reset_by_their_bridge() {
+    let host = Host::new();
+    let devices = host.devices();
+    let given = devices.acquire("a", &[at(SOUND)]).await.unwrap();
+    assert_eq!(given[0].functions, [address(CARD), address(SOUND)]);
+    for function in [CARD, SOUND] {
+        assert_eq!(host.kernel.device(function), "vfio-pci vfio-pci 0");
+    }
+    assert_eq!(host.kernel.writes().last().unwrap(), "1 > devices/0000:00:02.0/reset_subordinate");
+    devices.release("a").await;
+    // Whichever is named.
+    devices.give_back(address(SOUND)).await.unwrap();
+    assert_eq!(host.kernel.device(CARD), "- (null) 0");
+    assert_eq!(host.kernel.device(SOUND), "snd_hda_intel (null) 1");
+}
+
+#[tokio::test]
+async fn vf10_of_two_vms_that_ask_at_once_one_gets_it() {
+    let host = Host::new();
+    let devices = host.devices();
+    let (disk, card) = ([at(DISK)], [at(CARD), at(DISK)]);
+    let (a, b) = tokio::join!(devices.acquire("a", &disk), devices.acquire("b", &card));
+    let (winner, error) = match (a, b) {
+        (Ok(_), Err(error)) => ("a", error),
+        (Err(error), Ok(_)) => ("b", error),
+        other => panic!("{other:?}"),
+    };
+    assert!(error.to_string().contains(DISK), "{error}");
+    assert_eq!(state(&devices, DISK), leased(winner));
+    // The end of one who has nothing is nothing.
+    devices.release("c").await;
+    assert_eq!(state(&devices, DISK), leased(winner));
+    let error = devices.give_back(address(DISK)).await.unwrap_err().to_string();
+    assert_eq!(error, format!("Device {DISK}: VM {winner} has it; stop the VM first"));
+    // Who has nothing has nothing that is half taken either.
+    if winner == "a" {
+        assert_eq!(state(&devices, CARD), State::Host);
+    }
+}
+
+#[tokio::test]
+async fn vf5_a_driver_that_does_not_let_go_leaves_the_device_in_quarantine_and_holds_up_nobody() {
+    let host = Host::new();
+    let devices = host.hasty(Duration::from_millis(700));
+    host.kernel.order("hang-unbind", Some(""));
+    let (disk, card) = ([at(DISK)], [at(ONCE)]);
+    let (a, other) = tokio::join!(devices.acquire("a", &disk), devices.check(&card));
+    let error = a.unwrap_err().to_string();
+    assert!(
+        error.starts_with("Device 0000:01:00.0: writing \"0000:01:00.0\" to ") && error.contains("unbind"),
+        "{error}"
+    );
+    other.unwrap();
+    let State::Quarantined { reason: Reason::Stuck { .. } } = state(&devices, DISK) else {
+        panic!("{:?}", state(&devices, DISK))
+    };
+    // Nothing is tried again, not by its VM's end, not by the next start, not by the next laird.
+    host.kernel.writes();
+    devices.release("a").await;
+    assert!(devices.acquire("a", &[at(DISK)]).await.unwrap_err().to_string().contains("it is quarantined"));
+    let next = host.hasty(Duration::from_millis(700));
+    next.resume(BTreeSet::new());
+    assert!(matches!(state(&next, DISK), State::Quarantined { .. }));
+    // An operator who asks is told that it hangs still: the write has not returned, so no other is begun.
+    assert!(next.give_back(address(DISK)).await.is_err());
+    assert_eq!(host.kernel.writes(), Vec::<String>::new());
+    host.kernel.order("hang-unbind", None);
+    let patient = host.devices();
+    patient.give_back(address(DISK)).await.unwrap();
+    assert_eq!((state(&patient, DISK), host.kernel.device(DISK)), (State::Host, "nvme (null) 1".into()));
+}
+
+#[tokio::test]
+async fn vf8_a_device_that_cannot_be_reset_or_does_not_answer_is_given_to_nobody_until_it_is_released() {
+    let host = Host::new();
+    let devices = host.devices();
+    // No way to reset it.
+    let error = devices.acquire("a", &[at(ONCE)]).await.unwrap_err().to_string();
+    assert_eq!(error, "Device 0000:00:07.0: 0000:00:07.0 cannot be reset: the kernel offers no way");
+    // A reset that fails.
+    host.kernel.order("refuse-reset_subordinate", Some("Inappropriate ioctl for device (os error 25)"));
+    let error = devices.acquire("a", &[at(CARD)]).await.unwrap_err().to_string();
+    assert!(error.contains("cannot be reset") && error.contains("os error 25"), "{error}");
+    // One that its VM has broken.
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+    host.kernel.order("dies-0000:01:00.0", Some(""));
+    devices.release("a").await;
+    let dead = State::Quarantined { reason: Reason::Dead { address: DISK.into() } };
+    assert_eq!(state(&devices, DISK), dead);
+    // A quarantine survives, and the device is on VFIO still: its driver does not get what hangs.
+    let next = host.devices();
+    for device in [ONCE, CARD, DISK] {
+        assert!(matches!(state(&next, device), State::Quarantined { .. }), "{device}");
+        assert!(next.check(&[at(device)]).await.is_err() && next.acquire("b", &[at(device)]).await.is_err());
+    }
+    assert_eq!(host.kernel.device(DISK), "vfio-pci vfio-pci 0");
+    host.kernel.order("dies-0000:01:00.0", None);
+    host.kernel.answers(DISK);
+    for device in [ONCE, CARD, DISK] {
+        next.give_back(address(device)).await.unwrap();
+        assert_eq!(state(&next, device), State::Host);
+    }
+    assert_eq!(host.kernel.device(DISK), "nvme (null) 1");
+    next.acquire("b", &[at(DISK)]).await.unwrap();
+}
+
+#[tokio::test]
+async fn vf8_a_link_that_lost_lanes_is_a_quarantine() {
+    let host = Host::new();
+    let devices = host.devices();
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+    std::fs::write(host.kernel.file(DISK, "current_link_width"), "1\n").unwrap();
+    devices.release("a").await;
+    let lost = Reason::Width { address: DISK.into(), found: 1, wanted: 4 };
+    assert_eq!(state(&devices, DISK), State::Quarantined { reason: lost });
+}
+
+#[tokio::test]
+async fn vf6_a_device_that_vfio_refuses_goes_back_to_its_driver_with_the_reason() {
+    let host = Host::new();
+    let devices = host.devices();
+    host.kernel.order("refuse-drivers_probe", Some("Invalid argument (os error 22)"));
+    let error = devices.acquire("a", &[at(DISK)]).await.unwrap_err().to_string();
+    assert!(error.contains("drivers_probe: Invalid argument (os error 22)"), "{error}");
+    assert_eq!((state(&devices, DISK), host.kernel.device(DISK)), (State::Host, "nvme (null) 1".into()));
+    assert_eq!(host.records(), 0);
+}
+
+#[tokio::test]
+async fn vf11_a_device_that_vanishes_is_a_quarantine_and_can_be_forgotten() {
+    let host = Host::new();
+    let devices = host.devices();
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+    std::fs::remove_file(host.kernel.root().join("sys/bus/pci/devices").join(DISK)).unwrap();
+    devices.release("a").await;
+    let gone = Reason::Gone { address: DISK.into() };
+    assert_eq!(state(&devices, DISK), State::Quarantined { reason: gone });
+    devices.give_back(address(DISK)).await.unwrap();
+    assert_eq!(host.records(), 0);
+}
+
+#[tokio::test]
+async fn what_no_vm_asks_for_any_more_goes_back_to_the_host_and_no_sooner() {
+    let host = Host::new();
+    let devices = host.devices();
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+    devices.want(vec![at(CARD)]);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(state(&devices, DISK), leased("a"));
+    devices.release("a").await;
+    assert_eq!((state(&devices, DISK), host.kernel.device(DISK)), (State::Host, "nvme (null) 1".into()));
+    // One that is free already.
+    devices.acquire("a", &[at(CARD)]).await.unwrap();
+    devices.release("a").await;
+    assert_eq!(state(&devices, CARD), State::Free);
+    *lock(&devices.wanted) = vec![];
+    devices.settle().await;
+    assert_eq!(state(&devices, CARD), State::Host);
+    // By need as well as by address.
+    let disks: Gpu =
+        serde_json::from_value(serde_json::json!({ "vendor": "1b36", "class": "0108" })).unwrap();
+    *lock(&devices.wanted) = vec![disks.clone()];
+    devices.acquire("a", &[disks]).await.unwrap();
+    devices.release("a").await;
+    assert_eq!(state(&devices, DISK), State::Free);
+}
+
+#[tokio::test]
+async fn vf9_vf14_the_next_tenant_is_told_with_the_last_one_and_the_reset_between() {
+    let host = Host::new();
+    let devices = host.devices();
+    let mut told = devices.told_since_the_start();
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+    devices.release("a").await;
+    devices.acquire("b", &[at(DISK)]).await.unwrap();
+    let mut states = Vec::new();
+    while let Ok(Told { vm, state, detail, .. }) = told.try_recv() {
+        let detail =
+            detail.map(|detail| detail.replace(|c: char| c.is_ascii_digit(), "")).unwrap_or_default();
+        states.push(format!("{} {state} {detail}", vm.unwrap_or_default()));
+    }
+    assert_eq!(
+        states,
+        [
+            "a bound ",
+            "a leased reset in  ms",
+            " resetting ",
+            " free reset in  ms",
+            "b bound ",
+            "b leased reset in  ms, after VM a had it",
+        ]
+    );
+}
+
+#[tokio::test]
+async fn vf7_what_an_earlier_laird_had_under_way_is_done_and_what_a_vm_has_stays_its() {
+    let host = Host::new();
+    let first = host.devices();
+    first.acquire("a", &[at(DISK)]).await.unwrap();
+    first.acquire("b", &[at(CARD)]).await.unwrap();
+    // As if it had been killed: b is gone meanwhile, a runs on.
+    let next = host.devices();
+    assert_eq!((state(&next, DISK), state(&next, CARD)), (leased("a"), leased("b")));
+    next.resume(BTreeSet::from(["a".to_owned()]));
+    let began = Instant::now();
+    while state(&next, CARD) != State::Free {
+        assert!(began.elapsed() < Duration::from_secs(30));
+        sleep(POLL).await;
+    }
+    assert_eq!(state(&next, DISK), leased("a"));
+    // After another boot all is the host's, whatever was recorded.
+    let dirs = Dirs { state: host.directory.path().join("state"), run: host.directory.path().join("run") };
+    let writer = Writer { program: host.kernel.program(), patience: Duration::from_secs(30) };
+    let later = Devices::open(Sysfs::at(host.kernel.root()), &dirs, "another boot", writer);
+    assert!(later.held().is_empty());
+    assert_eq!(host.records(), 0);
+}
+
+#[tokio::test]
+async fn sv5_a_device_is_not_touched_where_that_cannot_be_written_down() {
+    let host = Host::new();
+    let devices = host.devices();
+    let directory = host.directory.path().join("state/devices");
+    std::fs::create_dir_all(directory.parent().unwrap()).unwrap();
+    std::fs::write(&directory, "no directory").unwrap();
+    assert!(matches!(devices.acquire("a", &[at(DISK)]).await, Err(DevicesError::Write(_))));
+    assert_eq!((state(&devices, DISK), host.kernel.writes()), (State::Host, vec![]));
+    std::fs::remove_file(&directory).unwrap();
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+}
