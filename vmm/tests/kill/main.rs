@@ -16,6 +16,7 @@ mod look;
 #[path = "../common/machine.rs"]
 mod machine;
 mod passthrough;
+mod real_devices;
 mod stand_in;
 #[path = "../common/store.rs"]
 mod store;

@@ -43,7 +43,7 @@ impl Host {
         self.kernel.as_ref().unwrap().device(address)
     }
 
-    fn release_gpu(&mut self, address: &str) -> Result<(), lair_vmm::api::client::ClientError> {
+    pub(crate) fn release_gpu(&mut self, address: &str) -> Result<(), lair_vmm::api::client::ClientError> {
         let address = address.parse().unwrap();
         self.ask(async |client| client.release_gpu(address).await.map(drop))
     }
