@@ -47,6 +47,7 @@ pub fn vm(testbed: &Testbed, roots: &[&str]) -> Result<Vm> {
         roots: paths,
         overlay: None,
         volumes: vec![],
+        gpus: vec![],
         network: Default::default(),
         credentials: BTreeMap::new(),
         services: vec![],
