@@ -45,4 +45,27 @@ impl Rlimits {
         let most = if nix::unistd::geteuid().is_root() { files } else { files.min(hard) };
         Self { files: Some(most), ..self }
     }
+
+    /// `bytes` of locked memory, or as many as this process may allow.
+    pub fn with_locked(self, bytes: u64) -> Self {
+        let hard = getrlimit(Resource::RLIMIT_MEMLOCK).map_or(bytes, |(_, hard)| hard);
+        let most = if bytes <= hard || may_raise_limits() { bytes } else { hard };
+        if most < bytes {
+            tracing::warn!(
+                bytes,
+                most,
+                "a process may lock less memory than it needs: LimitMEMLOCK= of laird's unit, or CAP_SYS_RESOURCE"
+            );
+        }
+        Self { locked: Some(most), ..self }
+    }
+}
+
+/// Whether this process has CAP_SYS_RESOURCE, bit 24 of its effective capabilities.
+fn may_raise_limits() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective
+        .and_then(|text| u64::from_str_radix(text.trim(), 16).ok())
+        .is_some_and(|bits| bits >> 24 & 1 == 1)
 }

@@ -137,8 +137,11 @@ fn limits(part: Part, plan: &Plan) -> Rlimits {
             let volumes = plan.vm.volumes.iter().map(|volume| volume.size.0);
             let largest = volumes.fold(plan.vm.memory.0, u64::max);
             // VFIO pins all of a guest's memory, and what firmware and ROMs have besides.
-            let pinned = (!plan.machine.cards.is_empty()).then(|| plan.vm.memory.0.saturating_add(PINNED));
-            Rlimits { file_size: Some(largest), locked: pinned, ..limits.with_files(FILES) }
+            let limits = Rlimits { file_size: Some(largest), ..limits.with_files(FILES) };
+            if plan.machine.cards.is_empty() {
+                return limits;
+            }
+            limits.with_locked(plan.vm.memory.0.saturating_add(PINNED))
         }
         Part::VsockDevice | Part::Shim => Rlimits { locked: Some(0), ..limits.with_files(FILES) },
         Part::StoreBackend => limits,
@@ -157,7 +160,9 @@ mod tests {
         let functions = vec!["0000:01:00.0".parse().unwrap(), "0000:01:00.1".parse().unwrap()];
         let with = plan.with_devices(&[Given { functions, nodes: vec![] }]);
         assert_eq!(with.machine.cards.len(), 1);
-        assert_eq!(limits(Part::Hypervisor, &with).locked, Some((512 + 256) << 20));
+        // Where that may be allowed.
+        let wanted = Rlimits::default().with_locked((512 + 256) << 20).locked;
+        assert_eq!(limits(Part::Hypervisor, &with).locked, wanted);
         assert_eq!(limits(Part::VsockDevice, &with).locked, Some(0));
     }
 }

@@ -10,13 +10,13 @@ const ASKED_FOR: &str = "autostart = false\nvolumes = [{ name = \"v\", size = \"
 const BY_ITSELF: &str = "volumes = [{ name = \"v\", size = \"16MiB\", mount = \"/v\" }]";
 
 /// One operation.
-struct Operation {
+pub(crate) struct Operation {
     /// Brings the host where the operation begins; `laird` runs then.
-    before: fn(&mut Host),
+    pub(crate) before: fn(&mut Host),
     /// The operation, as an operator asks for it.
-    ask: fn(&mut Host) -> Result<(), ClientError>,
+    pub(crate) ask: fn(&mut Host) -> Result<(), ClientError>,
     /// The states in the end.
-    after: &'static [(&'static str, &'static str)],
+    pub(crate) after: &'static [(&'static str, &'static str)],
 }
 
 impl Operation {
@@ -62,15 +62,16 @@ impl Operation {
             let links = vm.counters.into_iter().map(|counters| counters.link).collect();
             (vm.name, vm.state, vm.wanted, links)
         });
-        Run { end: End { traces, vms: vms.collect() }, points, killed }
+        let devices = host.devices();
+        Run { end: End { traces, vms: vms.collect(), devices }, points, killed }
     }
 
-    fn killed_at_every_step(&self) {
+    pub(crate) fn killed_at_every_step(&self) {
         self.killed_at_every_step_and(|_| {});
     }
 
     /// As well, what is asserted in the end of each run.
-    fn killed_at_every_step_and(&self, and: fn(&mut Host)) {
+    pub(crate) fn killed_at_every_step_and(&self, and: fn(&mut Host)) {
         let Run { end: undisturbed, points, killed } = self.run(None, and);
         assert!(points.len() > 3 && !killed, "{points:?}");
         // Half of each run is waiting.
@@ -120,6 +121,8 @@ struct End {
     traces: Traces,
     /// Each VM: its state, what is wanted of it, and the links that its shim has.
     vms: Vec<(String, String, Wanted, Vec<String>)>,
+    /// Each device of the kernel, and what `laird` has recorded of it.
+    devices: Vec<String>,
 }
 
 fn ready(host: &mut Host) {

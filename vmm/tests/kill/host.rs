@@ -1,6 +1,6 @@
 //! A host in a directory of its own: its programs, its fleet file, and the `laird` of the moment.
 
-use crate::{stand_in, store};
+use crate::{kernel::Kernel, stand_in, store};
 use lair_vmm::{
     api::{
         client::{Client, ClientError},
@@ -50,6 +50,8 @@ pub(crate) struct Host {
     laird: Option<Child>,
     /// Who runs `laird`, if not who runs the test.
     pub(crate) user: Option<u32>,
+    /// The devices of the host, where it has some that a test may have.
+    pub(crate) kernel: Option<Kernel>,
     /// Where `laird` has its cgroups, if VMs are limited.
     delegated: Option<Delegated>,
 }
@@ -62,7 +64,7 @@ impl Host {
     fn within(directory: &Path) -> Self {
         // Short, for the sockets below it.
         let directory = TempDir::with_prefix_in("lk", directory).unwrap();
-        let host = Self { directory, laird: None, user: None, delegated: None };
+        let host = Self { directory, laird: None, user: None, kernel: None, delegated: None };
         for name in ["kernel", "guest"] {
             fs::write(host.path(name), name).unwrap();
         }
@@ -190,6 +192,9 @@ impl Host {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
+        if let Some(kernel) = &self.kernel {
+            command.env("LAIR_SYSFS", kernel.root()).env("LAIR_SYSFS_WRITER", kernel.program());
+        }
         if let Some(user) = self.user {
             command.uid(user).gid(user);
         }
@@ -219,12 +224,20 @@ impl Host {
         let (mut seen, mut since) = (0, Instant::now());
         while since.elapsed() < QUIET {
             let now = fs::metadata(self.path("checkpoints")).map_or(0, |file| file.len());
-            if now != seen {
+            if now != seen || self.is_writing() {
                 (seen, since) = (now, Instant::now());
             }
             std::thread::sleep(POLL);
         }
         !self.is_dead()
+    }
+
+    /// Whether something is being written about devices, by this `laird` or for an earlier one.
+    fn is_writing(&self) -> bool {
+        fs::read_dir(self.dirs().run.join("devices")).into_iter().flatten().flatten().any(|lock| {
+            let lock = File::options().write(true).open(lock.path());
+            lock.is_ok_and(|lock| matches!(lock.try_lock(), Err(fs::TryLockError::WouldBlock)))
+        })
     }
 
     /// Waits until `laird`, which is being killed, has ended.
@@ -335,7 +348,7 @@ impl Host {
     /// What is there of VMs: files by name, and processes by what they are for.
     pub(crate) fn traces(&self) -> Traces {
         let mut files = Vec::new();
-        for directory in [self.dirs().run, self.dirs().state.join("vms")] {
+        for directory in [self.dirs().run, self.dirs().state.join("vms"), self.dirs().state.join("devices")] {
             list(&directory, &mut files);
         }
         files.sort();

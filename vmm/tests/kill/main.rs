@@ -8,9 +8,15 @@ mod every_step;
 mod exhaustion;
 mod faults;
 mod host;
+#[path = "../common/kernel.rs"]
+mod kernel;
 mod lifecycle;
 mod limits;
 mod look;
+#[path = "../common/machine.rs"]
+mod machine;
+mod passthrough;
+mod real_devices;
 mod stand_in;
 #[path = "../common/store.rs"]
 mod store;
