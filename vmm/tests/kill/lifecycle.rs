@@ -41,8 +41,7 @@ fn sv10_sv12_sigterm_leaves_vms_running_and_the_next_laird_has_them_again() {
     };
     let own = of_laird(&before["a"]);
     let steps: Vec<_> = own.iter().filter(|point| point.span.is_some()).map(|point| &*point.name).collect();
-    let expected =
-        "view directories index volumes initramfs store_backend vsock_device hypervisor shim resume ready";
+    let expected = "view directories index volumes initramfs devices store_backend vsock_device hypervisor shim resume ready";
     assert_eq!(steps.join(" "), expected);
     let others: Vec<_> = own.iter().filter(|point| point.span.is_none()).map(|point| &*point.name).collect();
     assert_eq!(others, ["start", "started-store", "started-vsock", "started-hypervisor", "started-shim"]);
