@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 #[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct GpusQuery {
-    /// All devices, also those that are no GPUs of NVIDIA's or AMD's.
+    /// All devices, also those that are no GPUs of NVIDIA's or AMD's and are the host's.
     pub all: bool,
 }
 
@@ -103,12 +103,16 @@ impl GpusReply {
     /// What there is.
     pub fn new(inventory: &Inventory, held: &BTreeMap<Address, Holding>, query: &GpusQuery) -> Self {
         let status = |device| GpuStatus::new(inventory, held, device);
+        let gpus: BTreeSet<_> = inventory.gpus().map(|device| device.address).collect();
+        // What a VM has, or has broken, is of interest whatever it is.
+        let is_held = |device: &Device| held.values().any(|holding| holding.has(device.address));
         Self {
-            devices: if query.all {
-                inventory.devices.values().map(status).collect()
-            } else {
-                inventory.gpus().map(status).collect()
-            },
+            devices: inventory
+                .devices
+                .values()
+                .filter(|device| query.all || gpus.contains(&device.address) || is_held(device))
+                .map(status)
+                .collect(),
             unreadable: inventory.unreadable.iter().map(|error| crate::error::chain(error)).collect(),
         }
     }

@@ -202,14 +202,14 @@ impl Devices {
     }
 
     /// Why `vm` would not get what it asks for, if it would not. Nothing is changed.
-    pub async fn check(&self, wants: &[Gpu]) -> Result<(), DevicesError> {
+    pub async fn check(&self, vm: &str, wants: &[Gpu]) -> Result<(), DevicesError> {
         if wants.is_empty() {
             return Ok(());
         }
         let inventory = self.inventory().await?;
-        // What is being reset or given back is waited for, when it comes to that.
+        // What is being reset or given back is waited for, when it comes to that; what it has itself, it gives back first.
         let mut held = self.held();
-        held.retain(|_, holding| !is_transient(holding));
+        held.retain(|_, holding| !is_transient(holding) && holding.life.state.vm() != Some(vm));
         select::choose(wants, &inventory, &held)?;
         Ok(())
     }

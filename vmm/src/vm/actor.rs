@@ -353,7 +353,9 @@ impl Actor {
         if life.state.is_active() && !self.life.state.is_active() && starts {
             self.admit()?;
             let gpus = self.fleet.borrow().vms.get(&self.context.name).map(|vm| vm.gpus.clone());
-            if let Err(error) = self.context.host.devices.check(&gpus.unwrap_or_default()).await {
+            if let Err(error) =
+                self.context.host.devices.check(&self.context.name, &gpus.unwrap_or_default()).await
+            {
                 self.context.budget.release(&self.context.name);
                 return Err(Refusal::Devices(chain(&error)));
             }

@@ -1,5 +1,7 @@
 //! What the host in a VM has. SKIPPED elsewhere.
 
+mod guest;
+
 use anyhow::{Context, Result, ensure};
 use std::{
     collections::BTreeSet,

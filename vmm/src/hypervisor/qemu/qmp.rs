@@ -106,7 +106,7 @@ impl Qmp {
         deadline: Duration,
         heard: watch::Sender<Heard>,
     ) -> Result<Self, QmpError> {
-        timeout(deadline, Self::connect_patiently(socket, qemu, heard))
+        timeout(deadline, Self::connect_patiently(socket, qemu, deadline, heard))
             .await
             .unwrap_or_else(|_| Err(QmpError::NoGreeting(socket.to_owned(), deadline)))
     }
@@ -114,6 +114,7 @@ impl Qmp {
     async fn connect_patiently(
         socket: &Path,
         qemu: i32,
+        deadline: Duration,
         heard: watch::Sender<Heard>,
     ) -> Result<Self, QmpError> {
         let stream = loop {
@@ -138,21 +139,28 @@ impl Qmp {
         let reader = tokio::spawn(read_lines(lines, Arc::clone(&waiting), heard));
         let writer = tokio::sync::Mutex::new(writer);
         let qmp = Self { writer, waiting, next: AtomicU64::new(0), reader };
-        qmp.execute("qmp_capabilities").await?;
+        // It greets before it has made its devices, and pins its guest's memory before it answers.
+        let command = "qmp_capabilities";
+        qmp.send(command, json!({ "execute": command }), deadline.max(ANSWER)).await?;
         Ok(qmp)
     }
 
     /// Sends a command without arguments and returns its answer.
     pub async fn execute(&self, command: &'static str) -> Result<Value, QmpError> {
-        self.send(command, json!({ "execute": command })).await
+        self.send(command, json!({ "execute": command }), ANSWER).await
     }
 
     /// Sends a command with arguments and returns its answer.
     pub async fn execute_with(&self, command: &'static str, arguments: Value) -> Result<Value, QmpError> {
-        self.send(command, json!({ "execute": command, "arguments": arguments })).await
+        self.send(command, json!({ "execute": command, "arguments": arguments }), ANSWER).await
     }
 
-    async fn send(&self, command: &'static str, mut request: Value) -> Result<Value, QmpError> {
+    async fn send(
+        &self,
+        command: &'static str,
+        mut request: Value,
+        patience: Duration,
+    ) -> Result<Value, QmpError> {
         let id = self.next.fetch_add(1, Relaxed);
         let (sender, receiver) = oneshot::channel();
         lock(&self.waiting).insert(id, sender);
@@ -165,9 +173,9 @@ impl Qmp {
             self.writer.lock().await.write_all(line.as_bytes()).await?;
             receiver.await.map_err(|_| QmpError::Io(io::ErrorKind::ConnectionReset.into()))
         };
-        let answer = timeout(ANSWER, answer).await;
+        let answer = timeout(patience, answer).await;
         lock(&self.waiting).remove(&id);
-        answer.map_err(|_| QmpError::Silent(command, ANSWER))??.map_err(|e| QmpError::Refused(command, e))
+        answer.map_err(|_| QmpError::Silent(command, patience))??.map_err(|e| QmpError::Refused(command, e))
     }
 }
 

@@ -63,7 +63,7 @@ async fn a_device_is_bound_reset_leased_reset_free_and_given_back() {
     let devices = host.devices();
     let before = host.kernel.device(DISK);
     assert_eq!(before, "nvme (null) 1");
-    devices.check(&[at(DISK)]).await.unwrap();
+    devices.check("a", &[at(DISK)]).await.unwrap();
     assert_eq!(host.kernel.writes(), Vec::<String>::new());
 
     let given = devices.acquire("a", &[at(DISK)]).await.unwrap();
@@ -148,7 +148,7 @@ async fn vf5_a_driver_that_does_not_let_go_leaves_the_device_in_quarantine_and_h
     let devices = host.hasty(Duration::from_millis(700));
     host.kernel.order("hang-unbind", Some(""));
     let (disk, card) = ([at(DISK)], [at(ONCE)]);
-    let (a, other) = tokio::join!(devices.acquire("a", &disk), devices.check(&card));
+    let (a, other) = tokio::join!(devices.acquire("a", &disk), devices.check("b", &card));
     let error = a.unwrap_err().to_string();
     assert!(
         error.starts_with("Device 0000:01:00.0: writing \"0000:01:00.0\" to ") && error.contains("unbind"),
@@ -195,7 +195,9 @@ async fn vf8_a_device_that_cannot_be_reset_or_does_not_answer_is_given_to_nobody
     let next = host.devices();
     for device in [ONCE, CARD, DISK] {
         assert!(matches!(state(&next, device), State::Quarantined { .. }), "{device}");
-        assert!(next.check(&[at(device)]).await.is_err() && next.acquire("b", &[at(device)]).await.is_err());
+        assert!(
+            next.check("b", &[at(device)]).await.is_err() && next.acquire("b", &[at(device)]).await.is_err()
+        );
     }
     assert_eq!(host.kernel.device(DISK), "vfio-pci vfio-pci 0");
     host.kernel.order("dies-0000:01:00.0", None);
@@ -305,6 +307,9 @@ async fn vf7_what_an_earlier_laird_had_under_way_is_done_and_what_a_vm_has_stays
     // As if it had been killed: b is gone meanwhile, a runs on.
     let next = host.devices();
     assert_eq!((state(&next, DISK), state(&next, CARD)), (leased("a"), leased("b")));
+    // One that has it is not in its own way.
+    next.check("b", &[at(CARD)]).await.unwrap();
+    assert!(next.check("c", &[at(CARD)]).await.is_err());
     next.resume(BTreeSet::from(["a".to_owned()]));
     let began = Instant::now();
     while state(&next, CARD) != State::Free {
