@@ -6,6 +6,7 @@ use crate::{
     vm::limits,
 };
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -20,25 +21,33 @@ pub(super) async fn follow(supervisor: Weak<Supervisor>) {
         Ok(mounts) => mounts,
         Err(error) => return tracing::error!(%error, "limits of reads and writes do not follow mounts"),
     };
+    // A busy host mounts all day: what is wrong is told once.
+    let mut told = BTreeMap::new();
     while mounts.changed().await.is_ok() {
         sleep(PAUSE).await;
         let Some(supervisor) = supervisor.upgrade() else { return };
-        look(&supervisor).await;
+        let wrong = look(&supervisor).await;
+        for (vm, reason) in wrong.iter().filter(|(vm, reason)| told.get(*vm) != Some(*reason)) {
+            tracing::error!(vm, "degraded: {reason}");
+        }
+        told = wrong;
     }
 }
 
-async fn look(supervisor: &Arc<Supervisor>) {
-    let Some(cgroups) = supervisor.host.cgroups.clone() else { return };
+/// Has the limits of all VMs follow their disks. What is wrong with them, by VM.
+async fn look(supervisor: &Arc<Supervisor>) -> BTreeMap<String, String> {
+    let Some(cgroups) = supervisor.host.cgroups.clone() else { return BTreeMap::new() };
     let plans: Vec<_> = supervisor.vms().values().filter_map(|handle| handle.snapshot().plan).collect();
     let followed = thread::run(move || {
-        for plan in plans {
+        let wrong = plans.into_iter().filter_map(|plan| {
             let cgroup = cgroups.vm(&plan.name);
-            if let Some(Err(reason)) = limits::follow_io(&cgroup, &plan).filter(|_| cgroup.exists()) {
-                tracing::error!(vm = plan.name, "degraded: {reason}");
-            }
-        }
+            let reason = limits::follow_io(&cgroup, &plan).filter(|_| cgroup.exists())?.err()?;
+            Some((plan.name.clone(), reason))
+        });
+        wrong.collect()
     });
-    if let Err(error) = followed.await {
+    followed.await.unwrap_or_else(|error| {
         tracing::error!(%error, "limits of reads and writes do not follow mounts");
-    }
+        BTreeMap::new()
+    })
 }

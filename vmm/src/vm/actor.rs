@@ -330,7 +330,7 @@ impl Actor {
                 self.shim_status = Some(*status);
                 self.publish();
             }
-            Mail::Reloaded(plan, outcome) => self.reloaded(plan, outcome).await,
+            Mail::Reloaded(plans, outcome) => self.reloaded(plans, outcome).await,
             Mail::Input(input) => self.inputs.push_back(input),
             Mail::Connected => self.attend(),
             #[cfg(test)]

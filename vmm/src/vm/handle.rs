@@ -100,8 +100,8 @@ pub(super) enum Mail {
     Close(Stage),
     Ended(Part, ProcessId, String),
     Shim(ProcessId, Box<ShimStatus>),
-    /// The shim was told the links of this plan.
-    Reloaded(Arc<Plan>, Result<(), String>),
+    /// The shim was told the links of the second plan, in place of those of the first.
+    Reloaded([Arc<Plan>; 2], Result<(), String>),
     Input(Input),
     /// The hypervisor is connected again.
     Connected,

@@ -1,6 +1,6 @@
 //! A host that limits its VMs. SKIPPED without KVM and controllers; `tests/run` has it run in `tests/host-vm`.
 
-use crate::host::{Host, LIMIT};
+use crate::host::{Host, LIMIT, until};
 use lair_vmm::{
     api::types::{EventKind, EventsQuery},
     cgroup,
@@ -8,6 +8,7 @@ use lair_vmm::{
     vm::{adopt::Verdict, failure::Failure, machine::Part},
 };
 use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -96,6 +97,26 @@ fn cg1_with_controllers_laird_limits_each_vm_as_the_fleet_file_says_and_leaves_n
     }
     host.settled(&[("a", "stopped"), ("b", "stopped")]).unwrap();
     assert!(!host.cgroup("a").exists() && !host.cgroup("b").exists());
+}
+
+#[test]
+fn cg5_limits_go_and_come_with_the_disk_that_is_mounted_under_a_vm() {
+    let Some(mut host) = limited() else { return };
+    host.fleet(&[("b", MORE)]);
+    host.laird(None);
+    host.settled(&[("b", "ready")]).unwrap();
+    let before = value(&host, "b", "io.max");
+    assert!(before.contains("wbps=8388608"), "{before:?}");
+    assert_eq!(host.status().unwrap()["b"].degraded, Vec::<String>::new());
+    // One without a disk of its own, as ZFS and btrfs have none.
+    let place = host.dirs().vm("b").unwrap().state;
+    mount(Some("none"), &place, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+    until(|| value(&host, "b", "io.max").is_empty().then_some(()));
+    let degraded = host.status().unwrap()["b"].degraded.clone();
+    assert!(degraded.iter().any(|fault| fault.contains("has no disk of its own")), "{degraded:?}");
+    umount2(&place, MntFlags::MNT_DETACH).unwrap();
+    until(|| (value(&host, "b", "io.max") == before).then_some(()));
+    assert_eq!(host.status().unwrap()["b"].degraded, Vec::<String>::new());
 }
 
 #[test]

@@ -145,10 +145,10 @@ impl Actor {
         }
         let after = Arc::new(Plan { shim, ..(*before).clone() });
         if self.running.process(Part::Shim).is_some() {
-            let queue = self.queue.clone();
+            let (queue, plans) = (self.queue.clone(), [Arc::clone(&before), Arc::clone(&after)]);
             let task = tokio::spawn(async move {
                 let outcome = reload_links(&after).await.map_err(|error| chain(&error));
-                let _ = queue.send(Mail::Reloaded(after, outcome)).await;
+                let _ = queue.send(Mail::Reloaded(plans, outcome)).await;
             });
             self.reloading = Some((before, task));
         } else if self.life.state != State::Starting(Step::Shim) {
@@ -159,14 +159,14 @@ impl Actor {
     }
 
     /// The shim has taken its links, or has not.
-    pub(super) async fn reloaded(&mut self, plan: Arc<Plan>, outcome: Result<(), String>) {
-        // It may have been cleaned up meanwhile.
-        let Some((before, _)) = self
-            .reloading
-            .take_if(|(before, _)| self.running.plan().is_some_and(|now| Arc::ptr_eq(before, &now)))
-        else {
+    pub(super) async fn reloaded(&mut self, [before, plan]: [Arc<Plan>; 2], outcome: Result<(), String>) {
+        let is_it = |of: &Arc<Plan>| Arc::ptr_eq(of, &before);
+        // The VM may have been cleaned up meanwhile, and even started anew.
+        if self.reloading.take_if(|(under_way, _)| is_it(under_way)).is_none()
+            || !self.running.plan().as_ref().is_some_and(is_it)
+        {
             return;
-        };
+        }
         match outcome {
             Ok(()) => {
                 self.running.set_plan(plan);
