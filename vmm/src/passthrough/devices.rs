@@ -5,7 +5,7 @@
 
 use super::{
     binding::{self, Function, Goal, Seen},
-    machine::{Action, Input, Reason, Refusal, State},
+    machine::{Action, Input, Life, Reason, Refusal, State},
     record::{self, Holding},
     reset,
     select::{self, Unmet},
@@ -308,6 +308,35 @@ impl Devices {
         self.settle().await;
     }
 
+    /// Notes what was seen or reported of a device while `vm` has it. The VM goes on with it; when it has ended, the device is quarantined.
+    /// The first word counts, all others are nothing. `false` where `vm` does not have the device, or somebody said so before.
+    pub async fn blame(
+        self: &Arc<Self>,
+        vm: &str,
+        address: Address,
+        what: String,
+    ) -> Result<bool, DevicesError> {
+        let is_its =
+            |holding: &Holding| holding.has(address) && holding.life.state == State::Leased { vm: vm.into() };
+        let news = |holding: &Holding| is_its(holding) && holding.life.blame.is_none();
+        let Some((key, _)) = self.held().into_iter().find(|(_, holding)| news(holding)) else {
+            return Ok(false);
+        };
+        let reason = Reason::Faulty { address: address.to_string(), what };
+        let (devices, vm) = (Arc::clone(self), vm.to_owned());
+        // In a task of its own: it is written down whoever waits for it.
+        tokio::spawn(async move {
+            let turn = Arc::clone(lock(&devices.turns).entry(key).or_default());
+            let _turn = turn.lock().await;
+            if lock(&devices.held).get(&key).is_none_or(|holding| holding.life.state.vm() != Some(&vm)) {
+                return Ok(false);
+            }
+            devices.advance(key, Input::Blame(reason)).await.map(|_| true)
+        })
+        .await
+        .unwrap_or(Err(DevicesError::Lost))
+    }
+
     /// Gives devices back to the host at an operator's word, also those that are quarantined.
     pub async fn give_back(self: &Arc<Self>, address: Address) -> Result<(), DevicesError> {
         let key = self.held().into_iter().find(|(_, holding)| holding.has(address)).map(|(key, _)| key);
@@ -391,7 +420,10 @@ impl Devices {
             if life == before {
                 return Ok(None);
             }
-            (holding.life, holding.since) = (life, jiff::Timestamp::now());
+            if life.state != before.state {
+                holding.since = jiff::Timestamp::now();
+            }
+            holding.life = life;
             (before, holding.clone(), action)
         };
         if let Err(error) = self.keep(key).await {
@@ -409,15 +441,20 @@ impl Devices {
                 }
             }
         }
-        self.tell(key, &before.last, &after);
+        self.tell(key, &before, &after);
         Ok(action)
     }
 
-    fn tell(&self, key: Address, last: &Option<String>, holding: &Holding) {
+    fn tell(&self, key: Address, before: &Life, holding: &Holding) {
         let state = &holding.life.state;
         let reset = holding.reset_ms.map(|ms| format!("reset in {ms} ms")).unwrap_or_default();
         let detail = match state {
-            State::Leased { .. } => Some(match last {
+            State::Leased { .. } if before.state == *state => holding
+                .life
+                .blame
+                .as_ref()
+                .map(|reason| format!("{reason}; quarantined once the VM has ended")),
+            State::Leased { .. } => Some(match &before.last {
                 Some(last) => format!("{reset}, after VM {last} had it"),
                 None => reset,
             }),
@@ -431,6 +468,9 @@ impl Devices {
         };
         let (vm, word) = (state.vm().map(str::to_owned), state.word());
         match state {
+            State::Leased { .. } if holding.life.blame.is_some() => {
+                tracing::error!(device = %key, state = word, vm, detail, "device")
+            }
             State::Quarantined { .. } => tracing::error!(device = %key, state = word, detail, "device"),
             _ => tracing::info!(device = %key, state = word, vm, detail, "device"),
         }

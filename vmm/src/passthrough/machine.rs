@@ -136,6 +136,14 @@ pub enum Reason {
         /// How.
         error: String,
     },
+    /// It failed while a VM had it.
+    #[error("{address} failed while a VM had it: {what}")]
+    Faulty {
+        /// The device.
+        address: String,
+        /// What was seen or reported of it.
+        what: String,
+    },
     /// Something of the host failed.
     #[error("{error}")]
     Host {
@@ -158,6 +166,7 @@ impl Reason {
             | Self::Dead { .. }
             | Self::Width { .. }
             | Self::NoReset { .. }
+            | Self::Faulty { .. }
             | Self::Damaged { .. } => false,
         }
     }
@@ -173,6 +182,9 @@ pub struct Life {
     pub clean: bool,
     /// The VM that had it last.
     pub last: Option<String>,
+    /// Why it is quarantined once its VM has ended: what was seen or reported first while the VM has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blame: Option<Reason>,
 }
 
 /// What happens to a device.
@@ -184,6 +196,8 @@ pub enum Input {
     Done,
     /// The action could not be done.
     Failed(Reason),
+    /// It fails while a VM has it. The VM keeps it; no other gets it.
+    Blame(Reason),
     /// The VM, of which nothing runs any more, is to have it no longer.
     Ended(String),
     /// The fleet file no longer names it.
@@ -225,7 +239,7 @@ pub enum Refusal {
 impl Life {
     /// The life of a device that is the host's.
     pub fn of_the_host() -> Self {
-        Self { state: State::Host, clean: false, last: None }
+        Self { state: State::Host, clean: false, last: None, blame: None }
     }
 
     /// Takes what happens, or says why not. What does not fit and is nobody's request was overtaken, and changes nothing.
@@ -243,15 +257,24 @@ impl Life {
             (Bound { vm }, Input::Done) => {
                 // From now on it has been used.
                 let state = Leased { vm: vm.clone() };
-                (Self { state, clean: false, last: Some(vm.clone()) }, None)
+                (Self { state, clean: false, last: Some(vm.clone()), blame: None }, None)
             }
-            (Resetting, Input::Done) => (Self { state: Free, clean: true, ..self.clone() }, None),
+            (Leased { .. }, Input::Blame(reason)) if self.blame.is_none() => {
+                (Self { blame: Some(reason), ..self.clone() }, None)
+            }
+            (Resetting, Input::Done) => match &self.blame {
+                Some(reason) => (
+                    Self { state: Quarantined { reason: reason.clone() }, blame: None, ..self.clone() },
+                    None,
+                ),
+                None => (Self { state: Free, clean: true, ..self.clone() }, None),
+            },
             (Returning, Input::Done) => (Self::of_the_host(), None),
             (Probed { .. }, Input::Failed(reason)) if reason.may_be_undone() => {
                 (to(Returning), Some(Action::Return))
             }
             (Probed { .. } | Bound { .. } | Resetting | Returning, Input::Failed(reason)) => {
-                (Self { state: Quarantined { reason }, clean: false, ..self.clone() }, None)
+                (Self { state: Quarantined { reason }, clean: false, blame: None, ..self.clone() }, None)
             }
             // Nobody has used it. What is clean stays where it is.
             (Bound { vm }, Input::Ended(ended)) if *vm == ended && self.clean => (to(Free), None),
@@ -264,7 +287,9 @@ impl Life {
             }
             (_, Input::Release) => return Err(self.busy()),
             // In no state something is done that is not told of here.
-            (_, Input::Done | Input::Failed(_) | Input::Ended(_) | Input::GiveBack) => (self.clone(), None),
+            (_, Input::Done | Input::Failed(_) | Input::Blame(_) | Input::Ended(_) | Input::GiveBack) => {
+                (self.clone(), None)
+            }
         })
     }
 
@@ -357,6 +382,7 @@ mod tests {
             8 => Just(Input::Done),
             2 => reason().prop_map(Input::Failed),
             4 => vm().prop_map(Input::Ended),
+            1 => reason().prop_map(Input::Blame),
             1 => Just(Input::GiveBack),
             1 => Just(Input::Release),
         ]
@@ -421,6 +447,7 @@ mod tests {
                 }
                 if after.state == State::Free {
                     prop_assert!(after.clean && world.used_by.is_none());
+                    prop_assert_eq!(&before.blame, &None);
                 }
                 // The host may have used it, which forgets the rest.
                 if after.state == State::Host {
@@ -455,7 +482,12 @@ mod tests {
 
     #[test]
     fn vf10_a_second_vm_is_told_who_has_it() {
-        let leased = Life { state: State::Leased { vm: "a".into() }, clean: false, last: Some("a".into()) };
+        let leased = Life {
+            state: State::Leased { vm: "a".into() },
+            clean: false,
+            last: Some("a".into()),
+            blame: None,
+        };
         let refusal = leased.step(Input::Take("b".into())).unwrap_err();
         assert_eq!(refusal.to_string(), "VM a has it; stop the VM first");
         assert_eq!(leased.step(Input::Release).unwrap_err(), refusal);
@@ -465,7 +497,7 @@ mod tests {
 
     #[test]
     fn vf5_what_hangs_is_not_tried_again_and_what_was_refused_is_undone() {
-        let probed = Life { state: State::Probed { vm: "a".into() }, clean: false, last: None };
+        let probed = Life { state: State::Probed { vm: "a".into() }, clean: false, last: None, blame: None };
         let stuck = Reason::Stuck { path: "/p".into(), text: "x".into(), seconds: 30 };
         let (life, action) = probed.step(Input::Failed(stuck.clone())).unwrap();
         assert_eq!((life.state, action), (State::Quarantined { reason: stuck }, None));
@@ -475,8 +507,33 @@ mod tests {
     }
 
     #[test]
+    fn vf11_what_failed_in_a_vm_is_reset_when_that_has_ended_and_then_nobodys() {
+        let leased = Life {
+            state: State::Leased { vm: "a".into() },
+            clean: false,
+            last: Some("a".into()),
+            blame: None,
+        };
+        let faulty = |what: &str| Reason::Faulty { address: "d".into(), what: what.into() };
+        let (blamed, action) = leased.step(Input::Blame(faulty("first"))).unwrap();
+        assert_eq!((&blamed.state, action), (&leased.state, None));
+        // The first is the cause.
+        assert_eq!(blamed.step(Input::Blame(faulty("second"))).unwrap(), (blamed.clone(), None));
+        let text = serde_json::to_string(&blamed).unwrap();
+        assert_eq!(serde_json::from_str::<Life>(&text).unwrap(), blamed);
+        let (resetting, action) = blamed.step(Input::Ended("a".into())).unwrap();
+        assert_eq!((&resetting.state, action), (&State::Resetting, Some(Action::Reset)));
+        let (life, action) = resetting.step(Input::Done).unwrap();
+        assert_eq!((life.state, action), (State::Quarantined { reason: faulty("first") }, None));
+        assert_eq!(life.blame, None);
+        // Nobody is blamed for what no VM has.
+        let free = Life { state: State::Free, clean: true, last: None, blame: None };
+        assert_eq!(free.step(Input::Blame(faulty("late"))).unwrap(), (free, None));
+    }
+
+    #[test]
     fn what_is_clean_is_not_reset_again_for_the_next_vm() {
-        let free = Life { state: State::Free, clean: true, last: Some("a".into()) };
+        let free = Life { state: State::Free, clean: true, last: Some("a".into()), blame: None };
         let (probed, action) = free.step(Input::Take("b".into())).unwrap();
         assert_eq!(action, Some(Action::Bind));
         let (bound, action) = probed.step(Input::Done).unwrap();

@@ -96,10 +96,16 @@ pub fn read(directory: &Path, boot_id: &str) -> BTreeMap<Address, Holding> {
         else {
             continue;
         };
-        let holding = parse(&entry.path()).unwrap_or_else(|error| {
+        let mut holding = parse(&entry.path()).unwrap_or_else(|error| {
             tracing::error!(device = %key, error, "quarantined: what is recorded of it is damaged");
             damaged(key, boot_id, error)
         });
+        // The host went down under a VM in which it had failed.
+        if holding.boot_id != boot_id
+            && let Some(reason) = holding.life.blame.take()
+        {
+            holding.life.state = State::Quarantined { reason };
+        }
         let holds = holding.boot_id == boot_id || matches!(holding.life.state, State::Quarantined { .. });
         if holds {
             held.insert(key, holding);
@@ -122,7 +128,10 @@ fn damaged(key: Address, boot_id: &str, error: String) -> Holding {
         group: None,
     };
     let state = State::Quarantined { reason: Reason::Damaged { error } };
-    Holding { life: Life { state, clean: false, last: None }, ..Holding::of(vec![function], boot_id) }
+    Holding {
+        life: Life { state, clean: false, last: None, blame: None },
+        ..Holding::of(vec![function], boot_id)
+    }
 }
 
 fn parse(path: &Path) -> Result<Holding, String> {
@@ -149,7 +158,10 @@ mod tests {
 
     fn holding(state: State) -> Holding {
         let function = damaged(address(), "boot", String::new()).functions;
-        Holding { life: Life { state, clean: false, last: None }, ..Holding::of(function, "boot") }
+        Holding {
+            life: Life { state, clean: false, last: None, blame: None },
+            ..Holding::of(function, "boot")
+        }
     }
 
     #[test]

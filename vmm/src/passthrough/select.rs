@@ -196,7 +196,7 @@ mod tests {
             .iter()
             .map(|a| Function::of(&inventory.devices[a]))
             .collect();
-        let life = Life { clean: state == State::Free, state, last: Some("a".into()) };
+        let life = Life { clean: state == State::Free, state, last: Some("a".into()), blame: None };
         BTreeMap::from([(address, Holding { life, ..Holding::of(functions, "boot") })])
     }
 

@@ -246,6 +246,37 @@ async fn vf11_a_device_that_vanishes_is_a_quarantine_and_can_be_forgotten() {
 }
 
 #[tokio::test]
+async fn vf11_a_device_that_failed_in_a_vm_is_nobodys_afterwards_also_in_a_later_boot() {
+    let host = Host::new();
+    let devices = host.devices();
+    let mut told = devices.subscribe();
+    devices.acquire("a", &[at(CARD)]).await.unwrap();
+    // The word of a VM about a device that it does not have is nothing.
+    assert!(!devices.blame("b", address(CARD), "it is on fire".into()).await.unwrap());
+    assert!(!devices.blame("a", address(DISK), "it is on fire".into()).await.unwrap());
+    assert!(devices.blame("a", address(SOUND), "it is silent".into()).await.unwrap());
+    assert!(!devices.blame("a", address(CARD), "it is on fire".into()).await.unwrap());
+    assert_eq!(state(&devices, CARD), leased("a"));
+    let last = std::iter::from_fn(|| told.try_recv().ok()).last().unwrap();
+    let reason = format!("{SOUND} failed while a VM had it: it is silent");
+    assert_eq!((last.vm.as_deref(), last.state), (Some("a"), "leased"));
+    assert_eq!(last.detail.unwrap(), format!("{reason}; quarantined once the VM has ended"));
+
+    // A later laird knows; after the end of the host under it as well.
+    let later = record::read(&host.directory.path().join("state/devices"), "another boot");
+    let quarantined =
+        |state: &State| matches!(state, State::Quarantined { reason: r } if r.to_string() == reason);
+    assert!(quarantined(&later[&address(CARD)].life.state));
+    let devices = host.devices();
+    host.kernel.writes();
+    devices.release("a").await;
+    assert!(quarantined(&state(&devices, CARD)));
+    assert_ne!(host.kernel.writes(), Vec::<String>::new(), "it was not reset");
+    let error = devices.acquire("b", &[at(CARD)]).await.unwrap_err();
+    assert!(error.to_string().contains("it is silent"), "{error}");
+}
+
+#[tokio::test]
 async fn what_no_vm_asks_for_any_more_goes_back_to_the_host_and_no_sooner() {
     let host = Host::new();
     let devices = host.devices();
