@@ -59,6 +59,17 @@ fn has_virtualization(cpuinfo: &str) -> bool {
         .any(|line| line.split_ascii_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
 }
 
+/// How many bits an address of this host's memory has, if its processor tells.
+pub fn address_bits() -> Option<u32> {
+    bits_told(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default())
+}
+
+/// From a line such as `address sizes : 46 bits physical, 48 bits virtual`.
+fn bits_told(cpuinfo: &str) -> Option<u32> {
+    let line = cpuinfo.lines().find_map(|line| line.strip_prefix("address sizes"))?;
+    line.trim_start_matches([' ', '\t', ':']).split_once(" bits physical")?.0.parse().ok()
+}
+
 /// Chooses the engine that the fleet file asks for.
 pub fn engine(wanted: Accel) -> Result<Engine, NoKvm> {
     match wanted {
@@ -87,5 +98,16 @@ mod tests {
         assert!(has_virtualization("flags\t\t: fpu vmx\n"));
         assert!(!has_virtualization("flags\t\t: fpu svm_lock vmxon\nvmx flags : x\n"));
         assert!(!has_virtualization(""));
+    }
+
+    #[test]
+    fn vf13_the_processor_tells_how_long_its_addresses_are() {
+        let told = "processor\t: 0\naddress sizes\t: 46 bits physical, 57 bits virtual\npower management:\n";
+        assert_eq!(bits_told(told), Some(46));
+        for odd in
+            ["", "address sizes", "address sizes\t: many bits physical", "address sizes : -1 bits physical"]
+        {
+            assert_eq!(bits_told(odd), None, "{odd:?}");
+        }
     }
 }

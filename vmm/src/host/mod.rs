@@ -32,6 +32,8 @@ pub struct Host {
     pub cgroups: Option<Hierarchy>,
     /// Users and groups of VMs' processes; none where all share the user of `laird`, since that is not root.
     pub ids: Option<Arc<ids::Ids>>,
+    /// How many bits an address of its memory has, if that is known.
+    pub address_bits: Option<u32>,
     /// Where its devices are seen.
     pub sysfs: pci::Sysfs,
     /// Those that VMs have.

@@ -41,6 +41,9 @@ pub struct Machine {
     /// Cards of the host that are passed through.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cards: Vec<Card>,
+    /// Room above the guest's memory for windows of cards, if they need more than the hypervisor has by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hole: Option<Size>,
     /// Where the console appears.
     pub console_socket: PathBuf,
     /// Where the hypervisor listens for its control protocol.

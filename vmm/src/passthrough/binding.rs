@@ -4,7 +4,7 @@
 //! `driver_override` is what keeps other drivers away, so it stands, as it was read back, before the device is taken from its driver. New
 //! ids are never given to `vfio-pci`: it would take devices that nobody meant.
 
-use crate::host::pci::{Address, Device, Id};
+use crate::host::pci::{Address, Bar, Device, Id};
 use serde::{Deserialize, Serialize};
 
 /// VFIO's driver.
@@ -29,6 +29,9 @@ pub struct Function {
     pub width: Option<u8>,
     /// Its IOMMU group.
     pub group: Option<u32>,
+    /// Its windows.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bars: Vec<Bar>,
 }
 
 impl Function {
@@ -43,6 +46,7 @@ impl Function {
             d3cold: device.d3cold_allowed,
             width: device.link.width,
             group: device.group,
+            bars: device.bars.clone(),
         }
     }
 }
@@ -235,6 +239,7 @@ mod tests {
             d3cold: seen.d3cold,
             width: None,
             group: Some(1),
+            bars: vec![],
         }
     }
 

@@ -9,6 +9,7 @@ use super::{
     record::{self, Holding},
     reset,
     select::{self, Unmet},
+    window::Window,
     write::Writer,
 };
 use crate::{
@@ -74,6 +75,8 @@ pub struct Given {
     pub functions: Vec<Address>,
     /// The nodes of their IOMMU groups, which its hypervisor opens.
     pub nodes: Vec<PathBuf>,
+    /// The windows of what it sees.
+    pub windows: Vec<Window>,
 }
 
 /// Why a VM does not get its devices.
@@ -201,17 +204,17 @@ impl Devices {
         tokio::spawn(async move { devices.settle().await });
     }
 
-    /// Why `vm` would not get what it asks for, if it would not. Nothing is changed.
-    pub async fn check(&self, vm: &str, wants: &[Gpu]) -> Result<(), DevicesError> {
+    /// The windows of what `vm` would get, or why it would not get what it asks for. Nothing is changed.
+    pub async fn check(&self, vm: &str, wants: &[Gpu]) -> Result<Vec<Window>, DevicesError> {
         if wants.is_empty() {
-            return Ok(());
+            return Ok(vec![]);
         }
         let inventory = self.inventory().await?;
         // What is being reset or given back is waited for, when it comes to that; what it has itself, it gives back first.
         let mut held = self.held();
         held.retain(|_, holding| !is_transient(holding) && holding.life.state.vm() != Some(vm));
-        select::choose(wants, &inventory, &held)?;
-        Ok(())
+        let chosen = select::choose(wants, &inventory, &held)?;
+        Ok(chosen.iter().flat_map(select::Chosen::windows).collect())
     }
 
     /// Gives a VM of which nothing runs the devices that it asks for: bound to VFIO, reset, verified. Whatever becomes of it,
@@ -248,7 +251,8 @@ impl Devices {
                 return Err(DevicesError::Lost);
             }
             let nodes = holding.groups().into_iter().map(|group| self.node(group)).collect();
-            given.push(Given { functions: chosen.given.iter().copied().collect(), nodes });
+            let functions = chosen.given.iter().copied().collect();
+            given.push(Given { functions, nodes, windows: chosen.windows() });
         }
         Ok(given)
     }

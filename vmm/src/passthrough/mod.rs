@@ -9,6 +9,7 @@ pub mod machine;
 pub mod record;
 pub mod reset;
 pub mod select;
+pub mod window;
 pub mod write;
 
 pub use devices::{Devices, DevicesError, Given, Told};

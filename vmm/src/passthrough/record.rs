@@ -126,6 +126,7 @@ fn damaged(key: Address, boot_id: &str, error: String) -> Holding {
         d3cold: None,
         width: None,
         group: None,
+        bars: vec![],
     };
     let state = State::Quarantined { reason: Reason::Damaged { error } };
     Holding {

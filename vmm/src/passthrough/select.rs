@@ -1,6 +1,6 @@
 //! Which devices a VM gets, of those that it asks for. Pure.
 
-use super::{binding::Function, record::Holding};
+use super::{binding::Function, record::Holding, window::Window};
 use crate::{
     fleet::gpus::Gpu,
     host::pci::{Address, Device, Inventory},
@@ -19,6 +19,16 @@ pub struct Chosen {
     pub functions: Vec<Function>,
     /// Those that the VM sees: what it asked for, with all functions of the card.
     pub given: BTreeSet<Address>,
+}
+
+impl Chosen {
+    /// The windows of what the VM sees.
+    pub fn windows(&self) -> Vec<Window> {
+        let seen = self.functions.iter().filter(|function| self.given.contains(&function.address));
+        let windows =
+            seen.flat_map(|f| f.bars.iter().map(|bar| Window { function: f.address, bar: bar.clone() }));
+        windows.collect()
+    }
 }
 
 /// Why a VM cannot have what it asks for.

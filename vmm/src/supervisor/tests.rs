@@ -18,6 +18,7 @@ async fn supervisor(directory: &Path, vms: usize) -> Arc<Supervisor> {
         boot_id: "boot".into(),
         cgroups: None,
         ids: None,
+        address_bits: None,
         sysfs: crate::host::pci::Sysfs::of_this_host(),
         devices: crate::passthrough::Devices::open(
             crate::host::pci::Sysfs::of_this_host(),

@@ -17,7 +17,7 @@ use super::{
     plan::Plan,
     restart::Moment,
     running::Running,
-    steps::Context,
+    steps::{Context, guest},
     trace::Stopwatch,
     watch as watching,
 };
@@ -29,6 +29,7 @@ use crate::{
     },
     host::memory,
     hypervisor::Heard,
+    passthrough::window,
     shim::protocol::{AgentState, ShimStatus},
 };
 use std::{collections::VecDeque, sync::Arc, time::Duration};
@@ -352,12 +353,9 @@ impl Actor {
         let (life, actions) = self.life.request(request, moment())?;
         if life.state.is_active() && !self.life.state.is_active() && starts {
             self.admit()?;
-            let gpus = self.fleet.borrow().vms.get(&self.context.name).map(|vm| vm.gpus.clone());
-            if let Err(error) =
-                self.context.host.devices.check(&self.context.name, &gpus.unwrap_or_default()).await
-            {
+            if let Err(reason) = self.check_devices().await {
                 self.context.budget.release(&self.context.name);
-                return Err(Refusal::Devices(chain(&error)));
+                return Err(Refusal::Devices(reason));
             }
         }
         match self.keep(&life).await {
@@ -394,6 +392,15 @@ impl Actor {
         self.context.host.tools.suffice_for(vm)?;
         self.context.budget.admit(&self.context.name, Need::of(vm))?;
         Ok(())
+    }
+
+    /// Whether there are the devices that the VM asks for, and room for them in its guest.
+    async fn check_devices(&self) -> Result<(), String> {
+        let Some(vm) = self.fleet.borrow().vms.get(&self.context.name).cloned() else { return Ok(()) };
+        let host = &self.context.host;
+        let windows =
+            host.devices.check(&self.context.name, &vm.gpus).await.map_err(|error| chain(&error))?;
+        window::hole(&windows, &guest(host, &vm)).map(drop).map_err(|error| chain(&error))
     }
 
     async fn step(&mut self, input: Input) {

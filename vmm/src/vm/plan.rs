@@ -4,6 +4,7 @@ use crate::{
     fleet::{
         resolve,
         schema::{Fleet, Overlay, Role, Target, Vm},
+        units::Size,
     },
     host::facts::Engine,
     hypervisor::{Card, Disk, Machine, qemu::command::CMDLINE},
@@ -67,8 +68,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The same with the devices that it was given.
-    pub fn with_devices(&self, given: &[Given]) -> Self {
+    /// The same with the devices that it was given, and as much room for them above its memory as the guest must be told of.
+    pub fn with_devices(&self, given: &[Given], hole: Option<Size>) -> Self {
         let mut cards: Vec<Card> = Vec::new();
         for address in given.iter().flat_map(|given| &given.functions) {
             match cards.iter_mut().find(|card| card.functions.iter().any(|other| other.same_card(*address))) {
@@ -76,7 +77,7 @@ impl Plan {
                 None => cards.push(Card { functions: vec![*address] }),
             }
         }
-        Self { machine: Machine { cards, ..self.machine.clone() }, ..self.clone() }
+        Self { machine: Machine { cards, hole, ..self.machine.clone() }, ..self.clone() }
     }
 }
 
@@ -151,6 +152,7 @@ fn machine(name: &str, vm: &Vm, dirs: &VmDirs, engine: Engine, kernel: PathBuf) 
             .map(|volume| Disk { serial: volume.name.clone(), image: dirs.volume(&volume.name) })
             .collect(),
         cards: vec![],
+        hole: None,
         console_socket: dirs.hypervisor().join("console.sock"),
         control_socket: dirs.hypervisor().join("qmp.sock"),
     }

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     cgroup::{self, VmCgroup},
     error::chain,
-    fleet::schema::Fleet,
+    fleet::schema::{Fleet, Vm},
     host::{
         Host,
         confine::Confinement,
@@ -34,6 +34,7 @@ use crate::{
         Heard,
         qemu::{command, qmp::Qmp},
     },
+    passthrough::window::{self, Guest},
     shim::client,
     state::{dirs::Dirs, file},
 };
@@ -168,7 +169,9 @@ impl Job {
                 let given = self.context.host.devices.acquire(&plan.name, &plan.vm.gpus).await?;
                 let nodes: Vec<_> = given.iter().flat_map(|given| given.nodes.clone()).collect();
                 self.blocking(move || Ok(users.own_nodes(&nodes)?)).await?;
-                self.running.set_plan(Arc::new(plan.with_devices(&given)));
+                let windows: Vec<_> = given.iter().flat_map(|given| given.windows.clone()).collect();
+                let hole = window::hole(&windows, &guest(&self.context.host, &plan.vm))?;
+                self.running.set_plan(Arc::new(plan.with_devices(&given, hole)));
                 Ok(())
             }
             Step::StoreBackend => {
@@ -467,6 +470,11 @@ impl Job {
         });
         task.await?
     }
+}
+
+/// What decides how much room a VM has for devices.
+pub(super) fn guest(host: &Host, vm: &Vm) -> Guest {
+    Guest { memory: vm.memory, engine: host.engine, host_bits: host.address_bits }
 }
 
 /// How long a hypervisor may take longer to start: with devices it first pins all of its guest's memory, at some GiB a second.

@@ -158,7 +158,7 @@ mod tests {
         let plan = plan::example("a");
         assert_eq!(limits(Part::Hypervisor, &plan).locked, None);
         let functions = vec!["0000:01:00.0".parse().unwrap(), "0000:01:00.1".parse().unwrap()];
-        let with = plan.with_devices(&[Given { functions, nodes: vec![] }]);
+        let with = plan.with_devices(&[Given { functions, nodes: vec![], windows: vec![] }], None);
         assert_eq!(with.machine.cards.len(), 1);
         // Where that may be allowed.
         let wanted = Rlimits::default().with_locked((512 + 256) << 20).locked;

@@ -159,6 +159,7 @@ impl Host {
             boot_id: BOOT.into(),
             cgroups: None,
             ids: None,
+            address_bits: None,
             devices: Devices::open(Sysfs::at(&self.path("machine")), &self.dirs(), BOOT, self.writer.clone()),
             sysfs: Sysfs::at(&self.path("machine")),
             happened: host::happenings(),

@@ -199,6 +199,28 @@ fn vf8_a_vm_does_not_start_with_a_device_that_is_quarantined_until_that_is_relea
 }
 
 #[test]
+fn vf13_a_device_whose_window_has_no_room_is_refused_before_anything_is_done_and_a_large_one_is_made_room_for()
+ {
+    let mut host = Host::new();
+    host.with_devices(WITH_DISK);
+    let window = |host: &Host, gib: u64| {
+        let file = host.kernel.as_ref().unwrap().file(DISK, "resource");
+        fs::write(file, format!("0x0 {:#x} 0x14220c\n", (gib << 30) - 1)).unwrap();
+    };
+    window(&host, 1024);
+    let refusal = host.start("a").unwrap_err().to_string();
+    assert!(refusal.contains("no room for window 0 (BAR) of 0000:01:00.0, which has 1TiB"), "{refusal}");
+    assert!(refusal.contains("use KVM"), "{refusal}");
+    assert_eq!((host.device(DISK), host.kernel.as_ref().unwrap().writes()), ("nvme (null) 1".into(), vec![]));
+    host.settled(&[("a", "stopped")]).unwrap();
+    window(&host, 128);
+    host.start("a").unwrap();
+    host.settled(&[("a", "ready")]).unwrap();
+    let record = fs::read_to_string(host.dirs().vm("a").unwrap().record()).unwrap();
+    assert!(record.contains("\"hole\": \"252GiB\""), "{record}");
+}
+
+#[test]
 fn vf6_a_start_whose_device_is_refused_fails_in_that_step_and_leaves_the_device_with_its_driver() {
     let mut host = Host::new();
     host.with_devices(WITH_DISK);

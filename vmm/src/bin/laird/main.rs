@@ -86,6 +86,7 @@ fn run(arguments: Arguments) -> Result<()> {
         cgroups,
         ids,
         devices: Devices::open(sysfs.clone(), &dirs, &boot_id, writer),
+        address_bits: facts::address_bits(),
         sysfs,
         boot_id,
         happened: happenings(),

@@ -185,7 +185,7 @@ impl Attributes<'_> {
             group: self.link("iommu_group").and_then(|group| group.parse().ok()),
             // -1 where the kernel does not know.
             numa_node: self.number("numa_node"),
-            bars: self.text("resource").map(|text| bar::bars(&text)).unwrap_or_default(),
+            bars: self.bars(),
             reset_methods: self.resets(),
             link: Link {
                 speed: self.parsed("current_link_speed", Speed::parse),
@@ -201,6 +201,14 @@ impl Attributes<'_> {
             boot_vga: self.parsed("boot_vga", flag),
             d3cold_allowed: self.parsed("d3cold_allowed", flag),
         })
+    }
+
+    fn bars(&self) -> Vec<Bar> {
+        let mut bars = self.text("resource").map(|text| bar::bars(&text)).unwrap_or_default();
+        for bar in &mut bars {
+            bar.sizes = self.parsed(&format!("resource{}_resize", bar.index), bar::sizes).unwrap_or_default();
+        }
+        bars
     }
 
     /// Both files are there only where there is a way.

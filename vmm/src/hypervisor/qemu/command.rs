@@ -1,6 +1,7 @@
 //! A [`Machine`] as QEMU's command line (pure).
 
 use crate::{
+    fleet::units::Size,
     host::facts::Engine,
     hypervisor::{Card, Disk, Machine},
 };
@@ -29,6 +30,10 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
     };
     arguments.pair("-machine", format!("q35,accel={accel},memory-backend=memory,usb=off,vmport=off"));
     arguments.pair("-cpu", cpu);
+    if let Some(Size(bytes)) = machine.hole {
+        // SeaBIOS places what is there anyway; by this QEMU sees to it that the processor reaches it, and the guest may place it otherwise.
+        arguments.pair("-global", format!("q35-pcihost.pci-hole64-size={bytes}"));
+    }
     arguments.pair("-smp", machine.vcpus.to_string());
     arguments.pair("-m", format!("{}B", machine.memory.0));
     arguments.object(json!({
@@ -132,7 +137,6 @@ fn escape(value: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fleet::units::Size;
 
     fn machine() -> Machine {
         Machine {
@@ -148,6 +152,7 @@ mod tests {
             vsock_socket: "/run/lair/vms/builder/vsock.sock".into(),
             disks: vec![Disk { serial: "state".into(), image: "/var/lib/lair/vms/builder/state.img".into() }],
             cards: vec![],
+            hole: None,
             console_socket: "/run/lair/vms/builder/console.sock".into(),
             control_socket: "/run/lair/vms/builder/qmp.sock".into(),
         }
@@ -163,6 +168,50 @@ mod tests {
         let devices: Vec<_> =
             arguments.iter().filter(|a| a.contains("vfio-pci") || a.contains("pcie-root-port")).collect();
         insta::assert_debug_snapshot!(devices);
+    }
+
+    #[test]
+    fn vf13_room_for_large_windows_is_asked_for_and_nothing_where_none_is_needed() {
+        let arguments = arguments(&Machine { hole: Some(Size(318 << 30)), ..machine() });
+        let plain = super::arguments(&machine());
+        let more: Vec<_> = arguments.iter().filter(|argument| !plain.contains(argument)).collect();
+        insta::assert_debug_snapshot!(more, @r#"
+        [
+            "-global",
+            "q35-pcihost.pci-hole64-size=341449900032",
+        ]
+        "#);
+    }
+
+    /// What fits by our rules, QEMU starts with; what is one GiB more, it refuses.
+    #[test]
+    fn vf13_qemu_counts_as_we_do() {
+        // An emulated processor; memory below 4 GiB, and what would reach AMD's addresses begins above them.
+        let most = (0xfd_0000_0000_u64 >> 30) - 4;
+        for (hole, starts) in [(most, true), (most + 1, false)] {
+            let machine = Machine { hole: Some(Size(hole << 30)), memory: Size(64 << 20), ..machine() };
+            let arguments = super::arguments(&machine);
+            let at = |flag: &str| arguments.iter().position(|argument| argument == flag).unwrap();
+            let taken = ["-machine", "-cpu", "-global"]
+                .map(|flag| arguments[at(flag)..=at(flag) + 1].to_vec())
+                .concat();
+            let taken = taken.iter().map(|argument| argument.replace(",memory-backend=memory", ""));
+            let mut qemu = std::process::Command::new("qemu-system-x86_64");
+            qemu.args(taken).args(["-m", "64", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio"]);
+            qemu.stdin(std::process::Stdio::piped())
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::piped());
+            let mut qemu = match qemu.spawn() {
+                Ok(qemu) => qemu,
+                Err(error) => return println!("SKIPPED: qemu-system-x86_64 cannot be run: {error}"),
+            };
+            // One that has started ends so.
+            let _ = std::io::Write::write_all(&mut qemu.stdin.take().unwrap(), b"quit\n");
+            let output = qemu.wait_with_output().unwrap();
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.success(), starts, "{hole}: {said}");
+            assert!(starts || said.contains("phys-bits too low"), "{said}");
+        }
     }
 
     #[test]

@@ -68,7 +68,7 @@ async fn a_device_is_bound_reset_leased_reset_free_and_given_back() {
 
     let given = devices.acquire("a", &[at(DISK)]).await.unwrap();
     let node = host.kernel.root().canonicalize().unwrap().join("dev/vfio/1");
-    assert_eq!(given, [Given { functions: vec![address(DISK)], nodes: vec![node] }]);
+    assert_eq!(given, [Given { functions: vec![address(DISK)], nodes: vec![node], windows: vec![] }]);
     assert_eq!(state(&devices, DISK), leased("a"));
     insta::assert_snapshot!(host.kernel.writes().join("\n"), @r"
     vfio-pci > devices/0000:01:00.0/driver_override

@@ -4,7 +4,7 @@ use crate::{
     cgroup::CgroupError,
     host::{ids::IdsError, listen::ListenError, process::ProcessError, thread::ThreadError, tools::Missing},
     hypervisor::qemu::qmp::QmpError,
-    passthrough::DevicesError,
+    passthrough::{DevicesError, window::NoRoom},
     shim::client::ClientError,
     state::{dirs::DirsError, file::WriteError},
     vm::{generation::GenerationError, part::Part, plan::PlanError},
@@ -39,6 +39,9 @@ pub enum StepError {
     /// It does not get its devices.
     #[error(transparent)]
     Devices(#[from] DevicesError),
+    /// It has no room for its devices.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
     /// A socket for it cannot be made.
     #[error(transparent)]
     Listen(#[from] ListenError),

@@ -142,7 +142,11 @@ fn window(bar: &Bar) -> String {
         (Space::Memory, false) => "32-bit",
     };
     let prefetchable = if bar.prefetchable { ", prefetchable" } else { "" };
-    format!("{}: {}, {kind}{prefetchable}", bar.index, bytes(bar.size))
+    let others = match bar.sizes.as_slice() {
+        [first, .., last] => format!(" (can be {} to {})", bytes(*first), bytes(*last)),
+        _ => String::new(),
+    };
+    format!("{}: {}, {kind}{prefetchable}{others}", bar.index, bytes(bar.size))
 }
 
 fn resets(device: &Device) -> String {

@@ -90,6 +90,7 @@ fn links_and_resets_in_words() {
          current_link_speed = 16.0 GT/s PCIe\nmax_link_speed = 16.0 GT/s PCIe\ncurrent_link_width = 8\nmax_link_width = 16\n\
          iommu_group = 7\nsriov_totalvfs = 16\nsriov_numvfs = 2\ndriver = amdgpu\ndriver_override = vfio-pci\n\
          subsystem_vendor = 0x1002\nsubsystem_device = 0x0e3a\nnuma_node = 1\nd3cold_allowed = 1\n\
+         bar0 = mem64pref 0x0 0x3ffffffff\nresource0_resize = 0000000000007f00\n\
          [0000:01:02.0]\nvendor = 0x1002\ndevice = 0x73ae\nclass = 0x038000\nphysfn = 0000:01:00.0\nreset_method =\n",
     );
     let inventory = Inventory::read(&Sysfs::at(machine.root())).unwrap();
