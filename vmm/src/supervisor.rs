@@ -11,6 +11,7 @@ use crate::{
         schema::{Fleet, Limits, Users},
     },
     host::{Host, thread},
+    passthrough::{self, watch::Pace},
     shim::client,
     state::dirs::Dirs,
     vm::{
@@ -116,6 +117,8 @@ impl Supervisor {
         supervisor.observed.listen(supervisor.host.happened.subscribe());
         supervisor.observed.listen_to_devices(supervisor.host.devices.subscribe());
         tokio::spawn(disks::follow(Arc::downgrade(&supervisor)));
+        let devices = Arc::downgrade(&supervisor.host.devices);
+        tokio::spawn(passthrough::watch::follow(devices, Pace::default()));
         let fleet = supervisor.fleet();
         leftovers::remove(&supervisor.dirs, &fleet).await;
         let names: BTreeSet<_> =
@@ -467,6 +470,7 @@ const COUNTERS: Duration = Duration::from_millis(500);
 /// enough rights may have changed.
 async fn refresh(snapshot: &mut Snapshot, host: &Host) {
     let Some(plan) = snapshot.plan.clone() else { return };
+    snapshot.degraded.extend(host.devices.faults(&plan.name));
     if let Some(cgroups) = &host.cgroups
         && matches!(snapshot.state, State::Booting | State::Ready)
     {

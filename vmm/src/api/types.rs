@@ -116,7 +116,8 @@ pub struct VmStatus {
     /// When the agent was heard last, if it has gone silent since.
     #[serde(default)]
     pub agent_silent_since: Option<jiff::Timestamp>,
-    /// What it runs without and should not, one sentence each: limits that somebody removed, a control socket that was lost.
+    /// What it runs without and should not, one sentence each: limits that somebody removed, a control socket that was lost, a device that
+    /// failed.
     #[serde(default)]
     pub degraded: Vec<String>,
 }

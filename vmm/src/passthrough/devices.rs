@@ -16,7 +16,7 @@ use crate::{
     error::chain,
     fleet::gpus::Gpu,
     host::{
-        pci::{Address, Bridge, Device, DeviceError, Inventory, InventoryError, Sysfs},
+        pci::{self, Address, Bridge, Device, DeviceError, Inventory, InventoryError, Sysfs},
         thread,
     },
     state::{
@@ -170,6 +170,11 @@ impl Devices {
     /// What happens, and what has happened since this was opened. For one who asks once.
     pub fn told_since_the_start(&self) -> broadcast::Receiver<Told> {
         std::mem::replace(&mut *lock(&self.first), self.told.subscribe())
+    }
+
+    /// Where they are seen.
+    pub(super) fn sysfs(&self) -> &Sysfs {
+        &self.sysfs
     }
 
     /// All that are not the host's, by the lowest address of those that go together.
@@ -339,6 +344,13 @@ impl Devices {
         })
         .await
         .unwrap_or(Err(DevicesError::Lost))
+    }
+
+    /// What failed of the devices that `vm` has, one sentence each.
+    pub fn faults(&self, vm: &str) -> Vec<String> {
+        let held = lock(&self.held);
+        let its = held.values().filter(|holding| holding.life.state == State::Leased { vm: vm.into() });
+        its.filter_map(|holding| Some(holding.life.blame.as_ref()?.to_string())).collect()
     }
 
     /// Gives devices back to the host at an operator's word, also those that are quarantined.
@@ -526,15 +538,20 @@ impl Devices {
                 self.await_closed(&holding).await?;
                 let began = Instant::now();
                 self.reset(key, &holding).await?;
-                self.await_fine(&holding).await?;
+                let errors = self.await_fine(&holding).await?;
                 if let Some(holding) = lock(&self.held).get_mut(&key) {
+                    holding.errors = errors;
                     holding.reset_ms = u64::try_from(began.elapsed().as_millis()).ok();
                 }
                 Ok(())
             }
             Action::Check => {
                 self.await_closed(&holding).await?;
-                self.await_fine(&holding).await
+                let errors = self.await_fine(&holding).await?;
+                if let Some(holding) = lock(&self.held).get_mut(&key) {
+                    holding.errors = errors;
+                }
+                Ok(())
             }
         }
     }
@@ -606,19 +623,22 @@ impl Devices {
         Ok(())
     }
 
-    /// Waits until all functions are as they were before they were taken.
-    async fn await_fine(&self, holding: &Holding) -> Result<(), Reason> {
+    /// Waits until all functions are as they were before they were taken. The errors that are counted of each by then.
+    async fn await_fine(&self, holding: &Holding) -> Result<BTreeMap<Address, u64>, Reason> {
         let began = Instant::now();
         loop {
             let (sysfs, functions) = (self.sysfs.clone(), holding.functions.clone());
             let outcome = in_time(move || {
+                let mut errors = BTreeMap::new();
                 for function in &functions {
                     let device = Device::read(&sysfs, function.address).map_err(|error| unread(&error))?;
                     let numbers = sysfs.numbers(function.address);
                     let numbers = numbers.map_err(|error| Reason::Host { error: error.to_string() })?;
                     reset::check(function, &device, numbers)?;
+                    let counted = pci::errors(&sysfs, function.address);
+                    errors.extend(counted.map(|count| (function.address, count)));
                 }
-                Ok(())
+                Ok(errors)
             });
             match outcome.await {
                 Err(Reason::Dead { .. } | Reason::Width { .. }) if began.elapsed() < SETTLE => {

@@ -9,6 +9,7 @@ pub mod machine;
 pub mod record;
 pub mod reset;
 pub mod select;
+pub mod watch;
 pub mod window;
 pub mod write;
 

@@ -38,6 +38,9 @@ pub struct Holding {
     pub since: jiff::Timestamp,
     /// How long the last reset took, in milliseconds.
     pub reset_ms: Option<u64>,
+    /// How many errors of each the kernel had counted when it was fine last.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub errors: BTreeMap<Address, u64>,
 }
 
 impl Holding {
@@ -51,6 +54,7 @@ impl Holding {
             life,
             since: jiff::Timestamp::now(),
             reset_ms: None,
+            errors: BTreeMap::new(),
         }
     }
 

@@ -2,12 +2,17 @@
 //! hypervisors are stand-ins, so no guest sees the devices.
 
 use crate::host::{Host, LIMIT, until};
-use lair_vmm::api::{client::ClientError, gpus::GpuStatus};
+use lair_vmm::api::{
+    client::ClientError,
+    gpus::GpuStatus,
+    types::{EventKind, EventsQuery},
+};
 use std::{
     fs::{self, File, OpenOptions},
-    io::Read,
+    io::{Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -18,6 +23,11 @@ const SOUND: &str = "0000:03:00.1";
 const NETWORK_BEHIND_BRIDGE: &str = "0000:05:01.0";
 const EDU_BEHIND_BRIDGE: &str = "0000:05:02.0";
 const EDU: &str = "0000:00:07.0";
+const NETWORK: &str = "0000:02:00.0";
+
+/// Devices that are there for one test each, which takes them away for good; and their slots.
+const UNPLUGGED: (&str, u8) = ("0000:07:00.0", 6);
+const KEPT: (&str, u8) = ("0000:08:00.0", 7);
 
 /// What is at the start of the NVMe disk.
 const CONTENT: &[u8] = b"lair: the content of the NVMe disk\n";
@@ -229,6 +239,162 @@ fn vf10_a_device_goes_to_the_next_vm_only_when_the_first_has_ended() {
     host.stop("b").unwrap();
     host.settled(&[("a", "stopped"), ("b", "stopped")]).unwrap();
     host.release_gpu(NVME).unwrap();
+}
+
+/// Has the kernel take what is in a slot away.
+fn unplug(slot: u8) {
+    fs::write(format!("/sys/bus/pci/slots/{slot}/power"), "0").unwrap();
+}
+
+/// What VM `a` is told to run with, once it is told.
+fn degraded(host: &mut Host) -> Vec<String> {
+    until(|| Some(host.status().unwrap()["a"].degraded.clone()).filter(|faults| !faults.is_empty()))
+}
+
+/// What was told of a device, and by which states.
+fn events(host: &mut Host) -> Vec<String> {
+    host.ask(async |client| {
+        let mut lines = client.events(&EventsQuery { follow: false, after: None }).await?;
+        let mut told = Vec::new();
+        while let Some(event) = lines.next().await? {
+            if let EventKind::Device { device, state, detail, .. } = event.kind {
+                told.push(format!("{device} {state}: {}", detail.unwrap_or_default()));
+            }
+        }
+        Ok(told)
+    })
+    .unwrap()
+}
+
+/// Stops VM `a`, beside which `b` is ready, and sees its device quarantined as it was told before.
+fn quarantined(host: &mut Host, address: &str) -> String {
+    let vms = host.status().unwrap();
+    let states: Vec<_> = vms.values().map(|vm| (vm.state.as_str(), vm.degraded.len())).collect();
+    assert_eq!(states, [("ready", 1), ("ready", 0)]);
+    host.stop("a").unwrap();
+    host.settled(&[("a", "stopped"), ("b", "ready")]).unwrap();
+    let events = events(host);
+    let last = events.last().unwrap();
+    last.strip_prefix(&format!("{address} quarantined: ")).unwrap_or_else(|| panic!("{events:?}")).to_owned()
+}
+
+#[test]
+fn vf11_a_device_that_is_unplugged_degrades_its_vm_alone_and_is_quarantined_when_that_has_ended() {
+    let (address, slot) = UNPLUGGED;
+    let Some((mut host, _alone)) = host(&[("a", &at(address)), ("b", "")]) else { return };
+    host.start("a").unwrap();
+    host.start("b").unwrap();
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    unplug(slot);
+    let fault = format!("{address} failed while a VM had it: it was unplugged, or its link is down");
+    assert_eq!(degraded(&mut host), [fault.as_str()]);
+    let told = format!("{address} leased: {fault}; quarantined once the VM has ended");
+    assert_eq!(events(&mut host).last(), Some(&told));
+    // A later laird knows of it as well.
+    host.kill();
+    host.laird(None);
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    assert_eq!(degraded(&mut host), [fault]);
+    assert_eq!(
+        quarantined(&mut host, address),
+        format!("{address} is gone: it was unplugged, or its link is down")
+    );
+    assert!(refused(host.start("a")).contains("there is no PCI device"));
+    // What is gone can be forgotten.
+    let record = host.dirs().state.join("devices").join(format!("{address}.json"));
+    assert!(record.exists());
+    host.release_gpu(address).unwrap();
+    assert!(!record.exists());
+}
+
+/// A process that does not outlive a test that fails: what waits for it would, for ever.
+struct Ends(Child);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The kernel does not take a device away from who has it open. It asks, and waits.
+#[test]
+fn vf11_a_device_that_its_hypervisor_keeps_is_gone_when_that_lets_go_and_laird_does_not_wait() {
+    let (address, slot) = KEPT;
+    let Some((mut host, _alone)) = host(&[("a", &at(address)), ("b", "")]) else { return };
+    host.start("a").unwrap();
+    host.start("b").unwrap();
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    // The stand-in does not open it; a QEMU does whose guest lets go of nothing, as there is none.
+    let device = format!("vfio-pci,host={address},bus=port1");
+    let qemu = Command::new("qemu-system-x86_64")
+        .args("-S -machine q35,accel=tcg -m 64 -nodefaults -no-user-config -display none".split(' '))
+        .args(["-device", "pcie-root-port,id=port1,chassis=1,slot=1", "-device", &device])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    let qemu = Ends(qemu);
+    let descriptors = format!("/proc/{}/fd", qemu.0.id());
+    let has_it = || {
+        let mut links = fs::read_dir(&descriptors).unwrap().flatten().flat_map(|fd| fs::read_link(fd.path()));
+        links.any(|link| link.to_string_lossy().contains("vfio-device"))
+    };
+    until(|| has_it().then_some(()));
+    let unplugging = std::thread::spawn(move || unplug(slot));
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(!unplugging.is_finished() && Path::new("/sys/bus/pci/devices").join(address).exists());
+    // Nothing is known yet, and all else goes on.
+    let vms = host.status().unwrap();
+    assert!(vms["a"].degraded.is_empty() && vms["b"].state == "ready");
+    host.stop("b").unwrap();
+    host.settled(&[("a", "ready"), ("b", "stopped")]).unwrap();
+    host.start("b").unwrap();
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    drop(qemu);
+    unplugging.join().unwrap();
+    assert!(degraded(&mut host)[0].contains("it was unplugged"));
+    assert_eq!(
+        quarantined(&mut host, address),
+        format!("{address} is gone: it was unplugged, or its link is down")
+    );
+    host.release_gpu(address).unwrap();
+}
+
+/// Has the kernel find an error of a device: completion timeout, which is not fatal.
+fn inject_error(bus: u8) {
+    // struct aer_error_inj: bus, device, function, padding; uncorrectable and correctable errors, four words of a header, domain.
+    let mut words = [0_u32; 8];
+    words[0] = u32::from_le_bytes([bus, 0, 0, 0]);
+    words[1] = 0x4000;
+    let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+    let mut device = OpenOptions::new().write(true).open("/dev/aer_inject").unwrap();
+    device.write_all(&bytes).unwrap();
+}
+
+#[test]
+fn vf11_an_error_that_the_kernel_finds_of_a_device_degrades_its_vm_and_quarantines_the_device() {
+    let Some((mut host, _alone)) = host(&[("a", &at(NETWORK)), ("b", "")]) else { return };
+    host.start("a").unwrap();
+    host.start("b").unwrap();
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    inject_error(2);
+    let fault = degraded(&mut host);
+    assert!(fault[0].starts_with(&format!("{NETWORK} failed while a VM had it: the kernel")), "{fault:?}");
+    assert!(fault[0].contains("AER"), "{fault:?}");
+    assert_eq!([quarantined(&mut host, NETWORK)], *fault);
+    let gpu = told(&mut host, NETWORK);
+    assert_eq!((gpu.state.as_str(), gpu.held.unwrap().reason), ("quarantined", Some(fault[0].clone())));
+    assert!(refused(host.start("a")).contains("it is quarantined"));
+    // What was counted by then is known, and no news for the next one.
+    host.release_gpu(NETWORK).unwrap();
+    assert_eq!(driver(NETWORK).as_deref(), Some("e1000e"));
+    host.start("a").unwrap();
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(host.status().unwrap()["a"].degraded.is_empty());
+    host.stop("a").unwrap();
+    host.settled(&[("a", "stopped"), ("b", "ready")]).unwrap();
+    host.release_gpu(NETWORK).unwrap();
 }
 
 /// A use of the NVMe disk from its driver to its driver, by whichever `laird` lives; it is killed at most once. The points that it reached.
