@@ -7,7 +7,7 @@ use super::{
     binding::{self, Function, Goal, Seen},
     machine::{Action, Input, Life, Reason, Refusal, State},
     record::{self, Holding},
-    reset,
+    reset::{self, ResetBy},
     select::{self, Unmet},
     window::Window,
     write::Writer,
@@ -614,8 +614,19 @@ impl Devices {
             Ok((devices, bridges))
         });
         let (devices, bridges) = look.await?;
-        for write in reset::plan(&devices, &bridges)? {
-            self.write(key, &write.0, "1").await.map_err(|reason| match reason {
+        for by in reset::plan(&devices, &bridges)? {
+            let done = match by {
+                ResetBy::File(path) => self.write(key, &path, "1").await,
+                ResetBy::Vfio { function, groups } => {
+                    checkpoint::reach(&format!("{key}: before VFIO resets it"));
+                    let nodes: Vec<_> = groups.into_iter().map(|group| self.node(group)).collect();
+                    let lock = self.locks.join(format!("{key}.lock"));
+                    let done = self.writer.hot_reset(&lock, function, &nodes).await;
+                    checkpoint::reach(&format!("{key}: after VFIO has reset it"));
+                    done
+                }
+            };
+            done.map_err(|reason| match reason {
                 Reason::Refused { path, error, .. } => {
                     Reason::NoReset { address: key.to_string(), why: format!("{}: {error}", path.display()) }
                 }

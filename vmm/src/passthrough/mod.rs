@@ -2,6 +2,7 @@
 
 pub mod binding;
 mod devices;
+pub mod hot_reset;
 #[cfg(test)]
 #[path = "../../tests/common/kernel.rs"]
 mod kernel;

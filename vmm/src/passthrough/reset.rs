@@ -2,15 +2,26 @@
 //!
 //! A function that has a way of its own is reset by it. Functions of one card often have none but the reset of their bus, which the kernel
 //! offers to a function only where it is alone there (it may list it nevertheless, having looked before it knew the others); then the
-//! bridge above resets all that is below it, where that is all ours.
+//! bridge above resets all that is below it, where that is all ours: by the kernel's file for it, or by VFIO where there is none, or where the
+//! hotplug driver would take that for a removal.
 
 use super::{binding::Function, machine::Reason};
 use crate::host::pci::{Address, Bridge, Device};
 use std::collections::BTreeMap;
 
-/// A file of a device to which a 1 is written.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ResetBy(pub String);
+/// How devices are reset.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ResetBy {
+    /// A 1 is written to this file.
+    File(String),
+    /// VFIO resets all that is on the bus.
+    Vfio {
+        /// A function on it.
+        function: Address,
+        /// The IOMMU groups of all that is there, its own first.
+        groups: Vec<u32>,
+    },
+}
 
 /// What is written to reset all of `devices`, which are one whole. `bridges` are those above them, by device.
 pub fn plan(devices: &[Device], bridges: &BTreeMap<Address, Bridge>) -> Result<Vec<ResetBy>, Reason> {
@@ -26,19 +37,28 @@ pub fn plan(devices: &[Device], bridges: &BTreeMap<Address, Bridge>) -> Result<V
         let lacks = members.iter().find(|member| !has_own(member, alone));
         match (lacks, bridge) {
             (None, _) => {
-                writes.extend(members.iter().map(|member| ResetBy(attribute(member.address, "reset"))));
+                writes.extend(members.iter().map(|member| ResetBy::File(attribute(member.address, "reset"))));
             }
-            (Some(_), Some(bridge)) if bridge.resets && bridge.below.iter().all(ours) => {
-                writes.push(ResetBy(attribute(bridge.address, "reset_subordinate")));
+            (Some(member), Some(bridge)) if bridge.below.iter().all(ours) => {
+                writes.push(if bridge.resets && !bridge.hotplug {
+                    ResetBy::File(attribute(bridge.address, "reset_subordinate"))
+                } else {
+                    by_vfio(member, members)
+                });
             }
             (Some(member), bridge) => {
                 let why = match bridge {
-                    Some(bridge) if !bridge.resets => {
-                        "the kernel offers no way to reset it alone, and is too old to reset all that is below its bridge".into()
-                    }
                     Some(bridge) => {
-                        let others: Vec<_> = bridge.below.iter().filter(|below| !ours(below)).map(ToString::to_string).collect();
-                        format!("the kernel offers no way but with {}, which this VM does not get", others.join(", "))
+                        let others: Vec<_> = bridge
+                            .below
+                            .iter()
+                            .filter(|below| !ours(below))
+                            .map(ToString::to_string)
+                            .collect();
+                        format!(
+                            "the kernel offers no way but with {}, which this VM does not get",
+                            others.join(", ")
+                        )
                     }
                     None => "the kernel offers no way".into(),
                 };
@@ -47,6 +67,16 @@ pub fn plan(devices: &[Device], bridges: &BTreeMap<Address, Bridge>) -> Result<V
         }
     }
     Ok(writes)
+}
+
+fn by_vfio(first: &Device, members: &[&Device]) -> ResetBy {
+    let mut groups: Vec<u32> = Vec::new();
+    for group in std::iter::once(&first).chain(members).filter_map(|member| member.group) {
+        if !groups.contains(&group) {
+            groups.push(group);
+        }
+    }
+    ResetBy::Vfio { function: first.address, groups }
 }
 
 /// Whether it can be reset without others. An old kernel does not tell how it would.
@@ -98,7 +128,11 @@ mod tests {
             .collect();
         plan(&devices, &bridges)
             .map(|writes| {
-                writes.into_iter().map(|write| write.0.replace("/sys/bus/pci/devices/", "")).collect()
+                let told = |write| match write {
+                    ResetBy::File(path) => path.replace("/sys/bus/pci/devices/", ""),
+                    ResetBy::Vfio { function, groups } => format!("VFIO: {function} {groups:?}"),
+                };
+                writes.into_iter().map(told).collect()
             })
             .map_err(|reason| reason.to_string())
     }
@@ -130,8 +164,17 @@ mod tests {
         let all = ["0000:00:01.0/reset_subordinate"];
         assert_eq!(planned(&card(newer, bus, ""), &[gpu, sound]).unwrap(), all);
         assert_eq!(planned(&card(newer, flr, ""), &[gpu, sound]).unwrap(), all);
-        let error = planned(&card("", flr, ""), &[gpu, sound]).unwrap_err();
-        assert!(error.starts_with("0000:01:00.1 cannot be reset: ") && error.contains("too old"), "{error}");
+        // Where the kernel has no file for it, or its hotplug driver would take it for a removal.
+        let by_vfio = ["VFIO: 0000:01:00.1 [7]"];
+        let groups = ["reset =\nreset_method = flr\niommu_group = 7", "iommu_group = 7"];
+        assert_eq!(planned(&card("", groups[0], groups[1]), &[gpu, sound]).unwrap(), by_vfio);
+        let slot = "/sys/bus/pci/slots/3/address = 0000:01:00\n";
+        let in_slot = |more: &str| format!("{slot}{more}{}", card(newer, groups[0], groups[1]));
+        assert_eq!(planned(&in_slot("/sys/bus/pci/slots/3/power = 1\n"), &[gpu, sound]).unwrap(), by_vfio);
+        // One that has a name only.
+        assert_eq!(planned(&in_slot(""), &[gpu, sound]).unwrap(), ["0000:00:01.0/reset_subordinate"]);
+        let apart = card("", "reset =\nreset_method = bus\niommu_group = 7", "iommu_group = 8");
+        assert_eq!(planned(&apart, &[gpu, sound]).unwrap(), ["VFIO: 0000:01:00.0 [7, 8]"]);
         // What is below the bridge and not ours would be reset as well.
         let more = card(newer, bus, "") + &device("0000:01:01.0", "0000:00:01.0", "");
         let error = planned(&more, &[gpu, sound]).unwrap_err();

@@ -219,9 +219,10 @@ fn fault(function: &Function, holding: &Holding, seen: Seen) -> Option<Fault> {
     let (what, may_pass) = match (seen.device, seen.numbers) {
         (Err(DeviceError::Missing(_)), _) => ("it was unplugged, or its link is down".into(), false),
         (Err(_), _) | (_, Err(_)) => return None,
+        // What is being removed is without a driver for a moment.
         (Ok(device), _) if device.driver.as_deref() != Some(VFIO) => (
             format!("it was taken from {VFIO}; its driver is {}", device.driver.as_deref().unwrap_or("none")),
-            false,
+            true,
         ),
         (Ok(device), Ok(numbers)) => match reset::check(function, &device, numbers) {
             Err(Reason::Dead { .. }) => {

@@ -4,11 +4,12 @@
 //! The process holds a lock while it lives, so that nothing else is written about the same devices, neither by this `laird` nor by a later
 //! one. It is waited for until a deadline and never killed: what it began, the kernel does to its end.
 
-use super::machine::Reason;
+use super::{hot_reset, machine::Reason};
 use crate::{
     error::chain,
     host::{
         confine::Confinement,
+        pci::Address,
         process::{self, Launch, Process, Sink},
     },
 };
@@ -51,6 +52,26 @@ impl Writer {
 
     /// Writes `text` to `path`, once no other write holds `lock`.
     pub async fn write(&self, lock: &Path, path: &Path, text: &str) -> Result<(), Reason> {
+        let arguments = vec![WORD.into(), path.to_string_lossy().into_owned(), text.into()];
+        self.execute(lock, arguments, path, text).await
+    }
+
+    /// Has VFIO reset all that is on a function's bus, of which `groups` are the nodes, its own first.
+    pub async fn hot_reset(&self, lock: &Path, function: Address, groups: &[PathBuf]) -> Result<(), Reason> {
+        let words = [hot_reset::WORD.into(), function.to_string()].into_iter();
+        let nodes = groups.iter().map(|node| node.to_string_lossy().into_owned());
+        let own = groups.first().map(PathBuf::as_path).unwrap_or(Path::new(""));
+        self.execute(lock, words.chain(nodes).collect(), own, hot_reset::WORD).await
+    }
+
+    /// Has a process of its own do what `arguments` say, which is to write `text` to `path` or is told so.
+    async fn execute(
+        &self,
+        lock: &Path,
+        arguments: Vec<String>,
+        path: &Path,
+        text: &str,
+    ) -> Result<(), Reason> {
         let end = Instant::now() + self.patience;
         let stuck = || Reason::Stuck {
             path: path.into(),
@@ -66,7 +87,7 @@ impl Writer {
         let (reader, writer) = process::pipe().map_err(|error| host(error.to_string()))?;
         let launch = Launch {
             program: self.program.clone(),
-            arguments: vec![WORD.into(), path.to_string_lossy().into_owned(), text.into()],
+            arguments,
             environment: vec![],
             output: Sink::Pipe(writer),
             confinement: Confinement { keep: vec![lock.into()], ..Confinement::default() },
@@ -119,15 +140,20 @@ fn said(pipe: OwnedFd) -> String {
 /// The whole of the process, if its arguments are those of one. It makes one write(2), as the kernel wants it.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCode> {
     let mut arguments = arguments.into_iter().skip(1);
-    if arguments.next()? != WORD {
+    let word = arguments.next()?;
+    let done = if word == WORD {
+        let (path, text) = (arguments.next()?, arguments.next()?);
+        let text = text.to_string_lossy();
+        // Not made if it is missing.
+        let file = OpenOptions::new().write(true).open(path);
+        file.and_then(|mut file| file.write(text.as_bytes())).map(drop).map_err(|error| error.to_string())
+    } else if word == hot_reset::WORD {
+        hot_reset::told(arguments)
+    } else {
         return None;
-    }
-    let (path, text) = (arguments.next()?, arguments.next()?);
-    let text = text.to_string_lossy();
-    // Not made if it is missing.
-    let written = OpenOptions::new().write(true).open(path).and_then(|mut file| file.write(text.as_bytes()));
-    Some(match written {
-        Ok(_) => ExitCode::SUCCESS,
+    };
+    Some(match done {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error}");
             ExitCode::FAILURE

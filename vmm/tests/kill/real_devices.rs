@@ -134,7 +134,7 @@ fn vf7_an_nvme_disk_asked_for_by_need_is_leased_reset_free_and_given_back() {
 }
 
 #[test]
-fn vf4_a_card_of_two_functions_is_taken_whole_reset_by_its_bridge_and_given_back() {
+fn vf4_vf8_a_card_of_two_functions_is_taken_whole_reset_by_vfio_and_given_back() {
     let Some((mut host, _alone)) = host(&[("a", &at(SOUND))]) else { return };
     let before = [driver(DISPLAY), driver(SOUND)];
     host.start("a").unwrap();
@@ -143,9 +143,13 @@ fn vf4_a_card_of_two_functions_is_taken_whole_reset_by_its_bridge_and_given_back
         assert_eq!(driver(function).as_deref(), Some("vfio-pci"));
         assert_eq!(told(&mut host, function).state, "leased");
     }
+    host.checkpoints();
     host.stop("a").unwrap();
     host.settled(&[("a", "stopped")]).unwrap();
     assert_eq!(told(&mut host, DISPLAY).state, "free");
+    // They are in a slot that is watched.
+    let points = host.checkpoints();
+    assert!(points.iter().any(|point| point.contains("after VFIO has reset it")), "{points:?}");
     // The fleet no longer asks for it.
     ask_for(&host, &[("a", "")]);
     host.apply().unwrap();
@@ -167,6 +171,13 @@ fn vf2_a_group_that_others_share_is_refused_with_them_and_can_be_taken_whole() {
         assert!(refusal.contains(words), "{refusal}");
     }
     assert_eq!(driver(NETWORK_BEHIND_BRIDGE).as_deref(), Some("e1000"));
+    // Whole, but for the bridge, with whose driver VFIO does not take the group.
+    let refusal = refused(host.start("b"));
+    assert!(
+        refusal.contains("the bridge 0000:04:00.0") && refusal.contains("has the driver shpchp"),
+        "{refusal}"
+    );
+    fs::write("/sys/bus/pci/drivers/shpchp/unbind", "0000:04:00.0").unwrap();
     host.start("b").unwrap();
     host.settled(&[("a", "stopped"), ("b", "ready")]).unwrap();
     for device in [NETWORK_BEHIND_BRIDGE, EDU_BEHIND_BRIDGE] {
@@ -246,9 +257,15 @@ fn unplug(slot: u8) {
     fs::write(format!("/sys/bus/pci/slots/{slot}/power"), "0").unwrap();
 }
 
-/// What VM `a` is told to run with, once it is told.
+/// What is told of the devices of a VM. A `laird` that has just started tells as well that it does not hear the hypervisor yet.
+fn faults(host: &mut Host, vm: &str) -> Vec<String> {
+    let told = host.status().unwrap().remove(vm).unwrap().degraded;
+    told.into_iter().filter(|fault| fault.contains("while a VM had it")).collect()
+}
+
+/// The same of VM `a`, once something is.
 fn degraded(host: &mut Host) -> Vec<String> {
-    until(|| Some(host.status().unwrap()["a"].degraded.clone()).filter(|faults| !faults.is_empty()))
+    until(|| Some(faults(host, "a")).filter(|faults| !faults.is_empty()))
 }
 
 /// What was told of a device, and by which states.
@@ -268,9 +285,8 @@ fn events(host: &mut Host) -> Vec<String> {
 
 /// Stops VM `a`, beside which `b` is ready, and sees its device quarantined as it was told before.
 fn quarantined(host: &mut Host, address: &str) -> String {
-    let vms = host.status().unwrap();
-    let states: Vec<_> = vms.values().map(|vm| (vm.state.as_str(), vm.degraded.len())).collect();
-    assert_eq!(states, [("ready", 1), ("ready", 0)]);
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    assert_eq!((faults(host, "a").len(), faults(host, "b").len()), (1, 0));
     host.stop("a").unwrap();
     host.settled(&[("a", "stopped"), ("b", "ready")]).unwrap();
     let events = events(host);
@@ -344,8 +360,7 @@ fn vf11_a_device_that_its_hypervisor_keeps_is_gone_when_that_lets_go_and_laird_d
     std::thread::sleep(Duration::from_secs(2));
     assert!(!unplugging.is_finished() && Path::new("/sys/bus/pci/devices").join(address).exists());
     // Nothing is known yet, and all else goes on.
-    let vms = host.status().unwrap();
-    assert!(vms["a"].degraded.is_empty() && vms["b"].state == "ready");
+    assert!(faults(&mut host, "a").is_empty());
     host.stop("b").unwrap();
     host.settled(&[("a", "ready"), ("b", "stopped")]).unwrap();
     host.start("b").unwrap();
@@ -391,7 +406,7 @@ fn vf11_an_error_that_the_kernel_finds_of_a_device_degrades_its_vm_and_quarantin
     host.start("a").unwrap();
     host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
     std::thread::sleep(Duration::from_secs(2));
-    assert!(host.status().unwrap()["a"].degraded.is_empty());
+    assert!(faults(&mut host, "a").is_empty());
     host.stop("a").unwrap();
     host.settled(&[("a", "stopped"), ("b", "ready")]).unwrap();
     host.release_gpu(NETWORK).unwrap();

@@ -8,8 +8,10 @@ use std::{collections::BTreeSet, io};
 pub struct Bridge {
     /// Where it is.
     pub address: Address,
-    /// Whether the kernel can have it reset all that is below it (Linux 6.12, later stable releases).
+    /// Whether the kernel can have it reset all that is below it (Linux 6.13, and the stable releases since December 2024).
     pub resets: bool,
+    /// Whether the kernel's hotplug driver watches its link. Before Linux 7.1 that takes such a reset for a removal.
+    pub hotplug: bool,
     /// All devices below it.
     pub below: BTreeSet<Address>,
 }
@@ -28,6 +30,18 @@ impl Bridge {
             .into_iter()
             .filter(|other| real(*other).is_some_and(|path| path.starts_with(&prefix)))
             .collect();
-        Ok(Some(Self { address, resets: sysfs.exists(&format!("{above}/reset_subordinate")), below }))
+        let resets = sysfs.exists(&format!("{above}/reset_subordinate"));
+        Ok(Some(Self { address, resets, hotplug: in_hotplug_slot(sysfs, device)?, below }))
     }
+}
+
+/// Whether a device is in a slot that can be switched on and off; others are there by name only.
+fn in_hotplug_slot(sysfs: &Sysfs, device: Address) -> io::Result<bool> {
+    const SLOTS: &str = "/sys/bus/pci/slots";
+    let address = device.to_string();
+    Ok(sysfs.names(SLOTS)?.iter().any(|slot| {
+        let place = sysfs.attribute(&format!("{SLOTS}/{slot}/address")).unwrap_or_default();
+        let is_its = address.rsplit_once('.').is_some_and(|(before, _)| before == place.trim());
+        is_its && sysfs.exists(&format!("{SLOTS}/{slot}/power"))
+    }))
 }

@@ -8,6 +8,9 @@ use super::{
 };
 use std::collections::BTreeSet;
 
+/// The driver of bridges that leaves the IOMMU to others (Linux, `driver_managed_dma`).
+const PORT: &str = "pcieport";
+
 /// One reason.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Obstacle {
@@ -42,6 +45,18 @@ pub enum Obstacle {
         /// All members with their drivers.
         members: Vec<String>,
     },
+    /// A bridge in its group has a driver that uses the IOMMU as the host's drivers do.
+    #[error(
+        "the bridge {address} in its IOMMU group {group} has the driver {driver}, beside which VFIO takes no device"
+    )]
+    BridgeDriver {
+        /// The group.
+        group: u32,
+        /// The bridge.
+        address: Address,
+        /// The driver.
+        driver: String,
+    },
     /// Its group has what is no PCI device.
     #[error("its IOMMU group {group} has {}, which cannot be given to a VM", .members.join(", "))]
     ForeignMembers {
@@ -74,6 +89,7 @@ impl Obstacle {
             Self::UnsafeInterrupts => "unsafe_interrupts",
             Self::InUse { .. } => "in_use",
             Self::SharedGroup { .. } => "shared_group",
+            Self::BridgeDriver { .. } => "bridge_driver",
             Self::ForeignMembers { .. } => "foreign_members",
             Self::UnknownMember { .. } => "unknown_member",
             Self::UnknownUse(_) => "unknown_use",
@@ -104,6 +120,9 @@ impl Obstacle {
             Self::InUse { .. } => "move what is on it to another controller",
             Self::SharedGroup { .. } => {
                 "put the card into another slot, or enable ACS in the firmware; or give all of the group to the VM"
+            }
+            Self::BridgeDriver { .. } => {
+                "take the bridge from its driver, by a write of its address to the driver's file unbind: what is behind it works without"
             }
             Self::ForeignMembers { .. } => "put the card into another slot",
             Self::UnknownMember { .. } | Self::UnknownUse(_) => "look into the kernel's log: journalctl -k",
@@ -176,7 +195,13 @@ fn group_obstacles(
         found.push(Obstacle::UnknownMember { group: number, address: *address });
     }
     let known: Vec<_> = group.members.iter().filter_map(|address| inventory.devices.get(address)).collect();
-    // The functions of its own card are taken from their drivers with it. Bridges keep theirs.
+    for bridge in known.iter().filter(|member| member.kind == Kind::Bridge) {
+        if let Some(driver) = bridge.host_driver().filter(|driver| *driver != PORT) {
+            let (address, driver) = (bridge.address, driver.to_owned());
+            found.push(Obstacle::BridgeDriver { group: number, address, driver });
+        }
+    }
+    // The functions of its own card are taken from their drivers with it. Bridges keep theirs, where those let VFIO be.
     let holds = |member: &Device| {
         member.kind != Kind::Bridge
             && member.host_driver().is_some()
@@ -317,6 +342,22 @@ mod tests {
         assert_eq!(count(with("0x060100", "driver = lpc_ich")), 1);
         assert_eq!(count(with("0x060100", "")), 0);
         assert_eq!(count(with("0x060400", "driver = pcieport")), 0);
+    }
+
+    #[test]
+    fn vf2_a_bridge_in_the_group_may_have_the_driver_that_leaves_the_iommu_alone_and_no_other() {
+        let with = |driver: &str| {
+            let bridge =
+                endpoint("0000:00:1c.0", &format!("iommu_group = 1\nsecondary_bus_number = 1\n{driver}"));
+            let bridge = bridge.replace("0x020000", "0x060400");
+            told(&machine(&(bridge + &endpoint("0000:01:00.0", "iommu_group = 1"))), "0000:01:00.0")
+        };
+        assert_eq!((with("driver = pcieport"), with("")), (vec![], vec![]));
+        insta::assert_debug_snapshot!(with("driver = shpchp"), @r#"
+        [
+            "bridge_driver: the bridge 0000:00:1c.0 in its IOMMU group 1 has the driver shpchp, beside which VFIO takes no device",
+        ]
+        "#);
     }
 
     #[test]
