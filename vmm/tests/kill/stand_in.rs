@@ -166,6 +166,7 @@ async fn shim(path: &Path) {
         silent_since_unix_ms: None,
         figures: None,
         times,
+        devices: None,
     };
     let console = UnixStream::connect(&config.console).await.unwrap();
     let (reader, mut console) = console.into_split();

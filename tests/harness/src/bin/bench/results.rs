@@ -217,6 +217,7 @@ impl Results {
             sequential: vec![],
             whole: vec![],
             guest: None,
+            devices: None,
             gates: vec![],
         }
     }
