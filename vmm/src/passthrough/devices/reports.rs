@@ -75,9 +75,12 @@ impl Devices {
                 holding.has(said.address) && holding.life.state == State::Leased { vm: vm.into() }
             });
             let Some((key, holding)) = its else { return false };
-            // A lease of a `laird` that made none out.
-            let Some(lease) = holding.lease.as_mut().filter(|lease| lease.is_open()) else { return false };
-            if !lease.note(said) {
+            let is_news = match holding.lease.as_mut().filter(|lease| lease.is_open()) {
+                Some(lease) => lease.note(said),
+                // It was given by a `laird` that made no certificates.
+                None => said.fault.is_fatal() && holding.life.blame.is_none(),
+            };
+            if !is_news {
                 return false;
             }
             *key
