@@ -217,7 +217,6 @@ impl Results {
             sequential: vec![],
             whole: vec![],
             guest: None,
-            devices: None,
             gates: vec![],
         }
     }
