@@ -446,8 +446,10 @@ impl Devices {
         };
         if let Err(error) = self.keep(key).await {
             match after.life.state {
-                // What a later `laird` would not know is not done.
-                State::Probed { .. } | State::Bound { .. } | State::Leased { .. } => {
+                // What a later `laird` would not know is not done. That a device has failed is known to this one at least.
+                State::Probed { .. } | State::Bound { .. } | State::Leased { .. }
+                    if before.state != after.life.state =>
+                {
                     if let Some(holding) = lock(&self.held).get_mut(&key) {
                         holding.life = before;
                     }

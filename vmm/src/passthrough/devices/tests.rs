@@ -525,4 +525,10 @@ async fn sv5_a_device_is_not_touched_where_that_cannot_be_written_down() {
     assert_eq!((state(&devices, DISK), host.kernel.writes()), (State::Host, vec![]));
     std::fs::remove_file(&directory).unwrap();
     devices.acquire("a", &[at(DISK)]).await.unwrap();
+    // What has failed is known as long as this laird runs.
+    std::fs::rename(&directory, directory.with_extension("away")).unwrap();
+    std::fs::write(&directory, "no directory").unwrap();
+    assert!(devices.blame("a", address(DISK), "it is on fire".into()).await.unwrap());
+    devices.release("a").await;
+    assert!(matches!(state(&devices, DISK), State::Quarantined { .. }));
 }
