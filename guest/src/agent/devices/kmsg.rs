@@ -81,4 +81,44 @@ mod tests {
         following.await.unwrap().unwrap();
         assert!(follow(Path::new("/nonexistent"), |_| {}).await.is_err());
     }
+
+    /// The kernel's own log, here and now. In a VM of the tests' own, with what a program writes to it.
+    #[tokio::test]
+    async fn vs3_the_kernels_own_log_is_read_and_what_a_program_writes_to_it_is_told_from_the_kernels() {
+        let log = Path::new("/dev/kmsg");
+        if let Err(error) = std::fs::File::open(log) {
+            return println!("SKIPPED: /dev/kmsg cannot be read: {error}");
+        }
+        let forged = "NVRM: Xid (PCI:0000:01:00): 79, forged by a test";
+        let may_write = std::env::var_os("LAIR_HOST_VM").is_some();
+        if may_write {
+            std::fs::write(log, format!("<3>{forged}\n")).unwrap();
+        }
+        let (lines, told) = tokio::sync::mpsc::unbounded_channel();
+        let following = tokio::spawn(async move {
+            let tell = |line: &[u8]| drop(lines.send(line.to_vec()));
+            follow(Path::new("/dev/kmsg"), tell).await
+        });
+        let mut told = told;
+        let (mut records, mut forgeries) = (0, 0);
+        // Until nothing more comes: it has been read to its end.
+        while let Ok(Some(line)) = tokio::time::timeout(Duration::from_secs(2), told.recv()).await {
+            let text = String::from_utf8(line.clone()).unwrap();
+            if text.starts_with(' ') || text.is_empty() {
+                continue;
+            }
+            let fields: Vec<_> = text.split(';').next().unwrap().split(',').collect();
+            assert!(fields.len() >= 4 && fields[..3].iter().all(|n| n.parse::<u64>().is_ok()), "{text}");
+            records += 1;
+            if text.contains(forged) {
+                forgeries += 1;
+                assert_eq!(super::super::kernel_log::parse(&line), None, "{text}");
+            }
+        }
+        assert!(!following.is_finished());
+        if records == 0 {
+            return println!("SKIPPED: there is nothing in /dev/kmsg");
+        }
+        assert_eq!(forgeries, u32::from(may_write));
+    }
 }
