@@ -49,6 +49,9 @@ pub struct Certificate {
     /// What came of it, once they are back.
     #[serde(default)]
     pub verdict: Option<Verdict>,
+    /// Why nobody gets them.
+    #[serde(default)]
+    pub reason: Option<String>,
     /// The boot of the guest in which messages were counted last.
     #[serde(default)]
     pub guest_boot: Option<String>,
@@ -177,6 +180,7 @@ impl Certificate {
             faults: vec![],
             more_faults: false,
             verdict: None,
+            reason: None,
             guest_boot: None,
         }
     }
@@ -217,7 +221,7 @@ impl Certificate {
         &mut self,
         functions: &[(Address, Measure)],
         reset_ms: Option<u64>,
-        quarantined: bool,
+        quarantined: Option<&Reason>,
         now: jiff::Timestamp,
     ) {
         for function in &mut self.functions {
@@ -226,10 +230,11 @@ impl Certificate {
         }
         self.reset_after_ms = reset_ms;
         self.returned = Some(now);
+        self.reason = quarantined.map(ToString::to_string);
         self.verdict = Some(match quarantined {
-            true => Verdict::Quarantined,
-            false if self.findings().is_empty() => Verdict::Healthy,
-            false => Verdict::Noted,
+            Some(_) => Verdict::Quarantined,
+            None if self.findings().is_empty() => Verdict::Healthy,
+            None => Verdict::Noted,
         });
     }
 
@@ -309,6 +314,7 @@ impl Certificate {
     /// One line about a lease that is over, for the audit log.
     pub fn summary(&self) -> String {
         let verdict = self.verdict.map_or_else(|| "open".into(), |verdict| verdict.to_string());
+        let reason = self.reason.as_ref().map(|reason| format!(", as {reason}")).unwrap_or_default();
         let returned = self.returned.unwrap_or(self.taken);
         let seconds = returned.as_second().saturating_sub(self.taken.as_second());
         let reset = |ms: Option<u64>| ms.map_or_else(|| "none".into(), |ms| format!("{ms} ms"));
@@ -317,7 +323,7 @@ impl Certificate {
             findings => findings.join("; "),
         };
         format!(
-            "{verdict} after {seconds} s; resets {} before, {} after; {} Xids, {} PCIe errors; {findings}",
+            "{verdict} after {seconds} s{reason}; resets {} before, {} after; {} Xids, {} PCIe errors; {findings}",
             reset(self.reset_before_ms),
             reset(self.reset_after_ms),
             self.xids(),
@@ -349,7 +355,10 @@ pub fn follow(
         }
         (State::Resetting, State::Free | State::Quarantined { .. }) => {
             let lease = lease.as_mut().filter(|lease| lease.is_open())?;
-            let quarantined = matches!(after, State::Quarantined { .. });
+            let quarantined = match after {
+                State::Quarantined { reason } => Some(reason),
+                _ => None,
+            };
             // Without a look at it there was no reset that worked.
             let reset_ms = reset_ms.filter(|_| !look.is_empty());
             lease.end(look, reset_ms, quarantined, now);
@@ -407,7 +416,7 @@ mod tests {
         let mut after = whole(256 << 20, 16, 3);
         after[0].1.speed = Speed::parse("2.5 GT/s PCIe");
         assert_eq!(lease.lost_window(&after), None);
-        lease.end(&after, Some(130), false, at(1600));
+        lease.end(&after, Some(130), None, at(1600));
         assert_eq!(lease.verdict, Some(Verdict::Healthy));
         insta::assert_snapshot!(lease.summary(), @"healthy after 600 s; resets 120 ms before, 130 ms after; 0 Xids, 0 PCIe errors; windows and link as before");
         let text = serde_json::to_string(&lease).unwrap();
@@ -418,7 +427,7 @@ mod tests {
     fn what_was_said_and_what_is_not_as_before_is_noted() {
         let mut lease = begun();
         assert!(lease.note(xid(31, 2)));
-        lease.end(&whole(512 << 20, 16, 5), Some(130), false, at(1600));
+        lease.end(&whole(512 << 20, 16, 5), Some(130), None, at(1600));
         assert_eq!(lease.verdict, Some(Verdict::Noted));
         insta::assert_snapshot!(lease.summary(), @"noted after 600 s; resets 120 ms before, 130 ms after; 2 Xids, 2 PCIe errors; 0000:01:00.0: Xid 31 (memory page fault), 2 times; 0000:01:00.0: window 1 has 512MiB, had 256MiB; 0000:01:00.0: 2 corrected PCIe errors counted by the host");
     }

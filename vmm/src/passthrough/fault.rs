@@ -19,6 +19,8 @@ pub enum Fault {
         /// How bad it is.
         severity: AerSeverity,
     },
+    /// Errors in a GPU's memory that could not be corrected (ECC). Those that matter to the next VM have a message of the driver's as well.
+    Ecc,
 }
 
 /// How bad an error of PCI Express is.
@@ -102,6 +104,7 @@ impl Fault {
                 XIDS.iter().any(|(known, weight, _)| *known == number && *weight == Weight::Fatal)
             }
             Self::Aer { severity } => severity == AerSeverity::Fatal,
+            Self::Ecc => false,
         }
     }
 }
@@ -121,6 +124,7 @@ impl fmt::Display for Fault {
                 AerSeverity::Nonfatal => "non-fatal PCIe error (AER)",
                 AerSeverity::Fatal => "fatal PCIe error (AER)",
             }),
+            Self::Ecc => f.write_str("uncorrected memory error (ECC)"),
         }
     }
 }

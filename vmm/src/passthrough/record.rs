@@ -114,7 +114,7 @@ pub fn read(directory: &Path, boot_id: &str) -> BTreeMap<Address, Holding> {
             && let Some(reason) = holding.life.blame.take()
         {
             let lease = holding.lease.as_mut().filter(|lease| lease.is_open());
-            lease.into_iter().for_each(|lease| lease.end(&[], None, true, holding.since));
+            lease.into_iter().for_each(|lease| lease.end(&[], None, Some(&reason), holding.since));
             holding.life.state = State::Quarantined { reason };
         }
         let holds = holding.boot_id == boot_id || matches!(holding.life.state, State::Quarantined { .. });

@@ -31,8 +31,14 @@ impl Known {
         let report = cleaned(report);
         let same = |known: &GuestDevices| {
             let known = &known.report;
-            (&known.devices, &known.nvidia, &known.faults, known.faults_left_out)
-                == (&report.devices, &report.nvidia, &report.faults, report.faults_left_out)
+            (&known.devices, &known.nvidia, &known.faults, known.faults_left_out, uncorrected(known))
+                == (
+                    &report.devices,
+                    &report.nvidia,
+                    &report.faults,
+                    report.faults_left_out,
+                    uncorrected(&report),
+                )
         };
         self.untold |= !self.newest.as_deref().is_some_and(same);
         self.newest = Some(Box::new(GuestDevices { boot_id: boot_id.into(), report }));
@@ -45,6 +51,11 @@ impl Known {
         self.untold &= !tell;
         tell
     }
+}
+
+/// Memory errors of GPUs, the only figures that are news.
+fn uncorrected(report: &DeviceReport) -> Vec<u64> {
+    report.gpus.iter().filter_map(|gpu| gpu.ecc_volatile.uncorrected.filter(|count| *count > 0)).collect()
 }
 
 /// A report as it can be passed on.
@@ -74,7 +85,7 @@ fn cleaned(mut report: DeviceReport) -> DeviceReport {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lair_guest::wire::message::{DeviceFault, Fault, GpuFigures, GuestDevice};
+    use lair_guest::wire::message::{DeviceFault, EccCounts, Fault, GpuFigures, GuestDevice};
     use std::time::Duration;
 
     fn xid(number: u32, count: u64) -> DeviceFault {
@@ -99,6 +110,10 @@ mod tests {
         let warmer = DeviceReport { gpus, ..with(vec![xid(31, 1)]) };
         assert!(!take(&mut known, warmer.clone()));
         assert_eq!(known.newest.as_ref().unwrap().report, warmer);
+        let ecc_volatile = EccCounts { uncorrected: Some(1), ..EccCounts::default() };
+        let gpus = vec![GpuFigures { ecc_volatile, ..GpuFigures::default() }];
+        let broken = DeviceReport { gpus, ..with(vec![xid(31, 1)]) };
+        assert!(take(&mut known, broken));
         assert!(take(&mut known, with(vec![xid(31, 2)])));
         known.forget();
         assert!(known.newest.is_none());

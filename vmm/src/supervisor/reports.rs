@@ -1,6 +1,7 @@
 //! Hands what guests say of their devices to those who look after devices.
 
 use crate::{passthrough::Devices, vm::handle::Snapshot};
+use lair_guest::wire::message::DeviceReport;
 use std::{sync::Arc, time::Duration};
 use tokio::{sync::watch, time::sleep};
 
@@ -12,15 +13,17 @@ pub(super) async fn follow(devices: Arc<Devices>, vm: String, mut changes: watch
     let mut last = None;
     loop {
         let said = changes.borrow_and_update().shim.as_ref().and_then(|shim| shim.devices.clone());
-        // Figures of GPUs move all the time, and nothing follows from them here.
-        let faults = said.as_ref().map(|said| (said.boot_id.clone(), said.report.faults.clone()));
-        if let Some(said) = said
-            && !said.report.faults.is_empty()
-            && faults != last
-        {
-            last = faults;
-            if !devices.reported(&vm, &said).await {
-                sleep(PAUSE).await;
+        if let Some(said) = said {
+            let DeviceReport { devices: seen, faults, gpus, .. } = &said.report;
+            // Other figures move all the time, and nothing follows from them here.
+            let errors: Vec<_> = gpus.iter().map(|gpu| gpu.ecc_volatile).collect();
+            let now = Some((said.boot_id.clone(), seen.clone(), faults.clone(), errors));
+            if now != last {
+                last = now;
+                let news = devices.reported(&vm, &said).await;
+                if !news && !faults.is_empty() {
+                    sleep(PAUSE).await;
+                }
             }
         }
         if changes.changed().await.is_err() {

@@ -65,6 +65,13 @@ impl Devices {
                 news |= self.hear(vm, said).await;
             }
         }
+        for gpu in said.report.gpus.iter().take(DEVICES_MAX) {
+            let Some(count) = gpu.ecc_volatile.uncorrected.filter(|count| *count > 0) else { continue };
+            for address in places.get(gpu.address.as_str()).into_iter().flatten() {
+                let (boot, text) = (&said.boot_id, "counted by the GPU since its driver was loaded");
+                news |= self.hear(vm, Said { boot, address: *address, fault: Fault::Ecc, count, text }).await;
+            }
+        }
         news
     }
 

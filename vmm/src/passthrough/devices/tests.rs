@@ -5,7 +5,7 @@ use crate::{
     passthrough::{certificate::Verdict, kernel::Kernel},
     shim::protocol::GuestDevices,
 };
-use lair_guest::wire::message::{self, DeviceFault, DeviceReport, GuestDevice};
+use lair_guest::wire::message::{self, DeviceFault, DeviceReport, EccCounts, GpuFigures, GuestDevice};
 
 const BOOT: &str = "boot";
 
@@ -347,6 +347,18 @@ async fn vf11_what_a_guest_says_against_its_device_is_in_the_certificate_and_qua
     assert!(!devices.reported("a", &lie).await, "it does not have such a disk");
     assert_eq!(devices.held(), before);
 
+    // What a GPU counts itself is noted, each time that its driver is loaded.
+    let mut counted = said("two", &[]);
+    let ecc_volatile = EccCounts { uncorrected: Some(2), ..EccCounts::default() };
+    counted.report.gpus =
+        vec![GpuFigures { address: "0000:05:00.0".into(), ecc_volatile, ..GpuFigures::default() }];
+    assert!(devices.reported("a", &counted).await && !devices.reported("a", &counted).await);
+    assert_eq!(
+        lease(&devices, CARD).findings()[1],
+        format!("{CARD}: uncorrected memory error (ECC), 2 times")
+    );
+
+    while told.try_recv().is_ok() {}
     assert!(devices.reported("a", &said("two", &[(79, 1)])).await);
     let mut what = || {
         std::iter::from_fn(|| told.try_recv().ok())
@@ -371,7 +383,7 @@ async fn vf11_what_a_guest_says_against_its_device_is_in_the_certificate_and_qua
     let State::Quarantined { reason: why } = state(&devices, CARD) else { panic!() };
     assert_eq!(why.to_string(), reason);
     let ended = what().pop().unwrap().replace(|c: char| c.is_ascii_digit(), "");
-    insta::assert_snapshot!(ended, @"quarantined after  s; resets  ms before,  ms after;  Xids,  PCIe errors; ::.: Xid  (memory page fault),  times; ::.: Xid  (the GPU has fallen off the bus)");
+    insta::assert_snapshot!(ended, @"quarantined after  s, as ::. failed while a VM had it: Xid  (the GPU has fallen off the bus), as VM a says; resets  ms before,  ms after;  Xids,  PCIe errors; ::.: Xid  (memory page fault),  times; ::.: uncorrected memory error (ECC),  times; ::.: Xid  (the GPU has fallen off the bus)");
     assert_eq!(lease(&devices, CARD).verdict, Some(Verdict::Quarantined));
     assert_eq!(state(&devices, DISK), leased("b"));
     // Its word about what it has no longer is nothing.

@@ -82,9 +82,10 @@ fn leased(returned: bool) -> GpuStatus {
         let mut after = look(aer(5));
         after[0].1.speed = None;
         after[0].1.windows[1].size /= 2;
-        lease.end(&after, Some(140), true, at(60));
         let what = "Xid 79 (the GPU has fallen off the bus), as VM cuda-builder says".into();
-        state = State::Quarantined { reason: Reason::Faulty { address: gpu.to_string(), what } };
+        let reason = Reason::Faulty { address: gpu.to_string(), what };
+        lease.end(&after, Some(140), Some(&reason), at(60));
+        state = State::Quarantined { reason };
     }
     let functions = vec![Function::of(&inventory.devices[&gpu])];
     let holding = Holding {
