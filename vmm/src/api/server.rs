@@ -153,7 +153,7 @@ async fn record_devices(api: &Api) {
                         let detail = detail.map(|detail| format!(": {detail}")).unwrap_or_default();
                         ("device", format!("{device} {state}{detail}"))
                     }
-                    What::Fault(of, fault) => ("device_fault", format!("{of} {fault}, as the guest says")),
+                    What::Fault(of, fault) => ("fault", format!("{of} {fault}, as the guest says")),
                     What::LeaseEnded(lease) => ("lease", format!("{device} {}", lease.summary())),
                 };
                 api.audit.record_device(&DeviceRecord {

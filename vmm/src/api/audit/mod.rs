@@ -69,7 +69,7 @@ pub struct Attempt {
 pub struct DeviceRecord {
     /// When.
     pub time: jiff::Timestamp,
-    /// `device`: its state has changed. `device_fault`: a guest has said something against it. `lease`: one is over.
+    /// `device`: its state has changed. `fault`: a guest has said something against it. `lease`: one is over.
     pub kind: &'static str,
     /// The lowest address of the devices that go together.
     pub device: String,
