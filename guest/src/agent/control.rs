@@ -7,13 +7,14 @@
 
 use super::{
     Agent, credentials,
+    devices::Reports,
     power::{self, Power},
     report, statistics,
 };
 use crate::{clock, handshake};
 use lair_guest::wire::{
     frame::{self, FrameError},
-    message::{Answer, Ask, Event, Features, Hello, HelloReply, JournalEntry, Phase, Request},
+    message::{Answer, Ask, DeviceReport, Event, Features, Hello, HelloReply, JournalEntry, Phase, Request},
 };
 use std::sync::atomic::Ordering;
 use tokio::{
@@ -119,7 +120,7 @@ async fn speak<W: AsyncWrite + Unpin>(
     // So that a state reached before is seen as a change.
     ready.mark_changed();
     let mut ended = agent.ended.subscribe();
-    let mut devices = agent.devices.reports();
+    let mut devices = features.devices.then(|| agent.devices.reports());
     loop {
         let event = tokio::select! {
             reply = answers.recv() => {
@@ -137,7 +138,7 @@ async fn speak<W: AsyncWrite + Unpin>(
                 _ => continue,
             },
             entries = agent.journal(), if features.journal => Event::Journal { entries },
-            report = devices.next(), if features.devices => Event::Devices { report },
+            report = next(&mut devices) => Event::Devices { report },
             service = ended.recv() => match service {
                 Ok((service, how)) => Event::ServiceEnded { service, how },
                 // The host did not read for so long that the oldest are gone.
@@ -147,6 +148,14 @@ async fn speak<W: AsyncWrite + Unpin>(
         let mut unsent = Unsent::of(agent, &event);
         frame::write_message(to, &event).await?;
         unsent.entries = 0;
+    }
+}
+
+/// The next report of devices, for a host that takes them.
+async fn next(devices: &mut Option<Reports>) -> DeviceReport {
+    match devices {
+        Some(devices) => devices.next().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -87,8 +87,11 @@ impl Devices {
         });
     }
 
-    /// Asks NVIDIA's tool, unless it was asked lately or has not answered yet.
+    /// Asks NVIDIA's tool, unless nobody would hear it, or it was asked lately or has not answered yet.
     fn ask_tool(self: &Arc<Self>) {
+        if self.report.receiver_count() == 0 {
+            return;
+        }
         {
             let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
             let lately = asked.0.is_some_and(|last| last.elapsed() < FIGURES_EVERY);
@@ -315,6 +318,10 @@ mod tests {
         guest.load_driver();
         let devices = guest.devices();
         devices.report.send_modify(|report| report.gpus = vec![GpuFigures::default()]);
+        // No host takes reports.
+        devices.look();
+        assert!(devices.asked.lock().unwrap().0.is_none());
+        let mut reports = devices.reports();
         devices.look();
         let began = Instant::now();
         while guest.runs() == 0 {
@@ -329,7 +336,6 @@ mod tests {
         assert!(devices.asked.lock().unwrap().1);
         // Killed, it has no figures.
         tokio::time::pause();
-        let mut reports = devices.reports();
         while !reports.next().await.gpus.is_empty() {}
     }
 

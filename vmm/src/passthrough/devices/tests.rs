@@ -271,6 +271,8 @@ async fn vf11_a_device_that_failed_in_a_vm_is_nobodys_afterwards_also_in_a_later
     let quarantined =
         |state: &State| matches!(state, State::Quarantined { reason: r } if r.to_string() == reason);
     assert!(quarantined(&later[&address(CARD)].life.state));
+    let lease = later[&address(CARD)].lease.as_ref().unwrap();
+    assert_eq!((lease.verdict, lease.reason.as_ref()), (Some(Verdict::Quarantined), Some(&reason)));
     let devices = host.devices();
     host.kernel.writes();
     devices.release("a").await;
