@@ -122,7 +122,8 @@ impl Devices {
     /// Reports, for one channel.
     pub(super) fn reports(&self) -> Reports {
         let mut report = self.report.subscribe();
-        if *report.borrow() != DeviceReport::default() {
+        // Also that there are none any more.
+        if self.follows.load(Ordering::Relaxed) || *report.borrow() != DeviceReport::default() {
             report.mark_changed();
         }
         Reports { report, not_before: None }
