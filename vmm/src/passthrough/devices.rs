@@ -5,6 +5,8 @@
 
 use super::{
     binding::{self, Function, Goal, Seen},
+    certificate::{self, Certificate, Measure},
+    fault::Fault,
     machine::{Action, Input, Life, Reason, Refusal, State},
     record::{self, Holding},
     reset::{self, ResetBy},
@@ -16,7 +18,7 @@ use crate::{
     error::chain,
     fleet::gpus::Gpu,
     host::{
-        pci::{self, Address, Bridge, Device, DeviceError, Inventory, InventoryError, Sysfs},
+        pci::{Address, AerCounts, Bridge, Device, DeviceError, Inventory, InventoryError, Sysfs},
         thread,
     },
     state::{
@@ -60,12 +62,26 @@ const WRITES_MAX: usize = 12;
 pub struct Told {
     /// The lowest address among them.
     pub device: Address,
-    /// The VM that has them, or is to have them.
+    /// The VM that has them, or is to have them; of a lease that is over, the one that had them.
     pub vm: Option<String>,
-    /// Their state.
-    pub state: &'static str,
-    /// More about it.
-    pub detail: Option<String>,
+    /// What it was.
+    pub what: What,
+}
+
+/// What happened to devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum What {
+    /// They are in another state, or there is more to be told about the one that they are in.
+    State {
+        /// The state.
+        state: &'static str,
+        /// More about it.
+        detail: Option<String>,
+    },
+    /// The guest says something against one of them, for the first time in this lease.
+    Fault(Address, Fault),
+    /// A lease is over.
+    LeaseEnded(Box<Certificate>),
 }
 
 /// What a VM has been given.
@@ -427,7 +443,7 @@ impl Devices {
 
     /// Takes an input, and writes down what becomes of it before anything is done about it.
     async fn advance(self: &Arc<Self>, key: Address, input: Input) -> Result<Option<Action>, DevicesError> {
-        let (before, after, action) = {
+        let (before, after, action, ended) = {
             let mut held = lock(&self.held);
             let refused = |refusal| DevicesError::Refused { device: key, refusal };
             let holding = held.get_mut(&key).ok_or_else(|| refused(Refusal::NotTaken))?;
@@ -440,7 +456,9 @@ impl Devices {
                 holding.since = jiff::Timestamp::now();
             }
             holding.life = life;
-            (before, holding.clone(), action)
+            let Holding { life, lease, look, reset_ms, since, .. } = holding;
+            let ended = certificate::follow(lease, &before.state, &life.state, look, *reset_ms, *since);
+            (before, holding.clone(), action, ended)
         };
         if let Err(error) = self.keep(key).await {
             match after.life.state {
@@ -460,6 +478,13 @@ impl Devices {
             }
         }
         self.tell(key, &before, &after);
+        if let Some(lease) = ended {
+            self.say(Told {
+                device: key,
+                vm: Some(lease.vm.clone()),
+                what: What::LeaseEnded(Box::new(lease)),
+            });
+        }
         Ok(action)
     }
 
@@ -492,8 +517,12 @@ impl Devices {
             State::Quarantined { .. } => tracing::error!(device = %key, state = word, detail, "device"),
             _ => tracing::info!(device = %key, state = word, vm, detail, "device"),
         }
-        // Nobody has to listen.
-        let _ = self.told.send(Told { device: key, vm, state: word, detail });
+        self.say(Told { device: key, vm, what: What::State { state: word, detail } });
+    }
+
+    /// Nobody has to listen.
+    fn say(&self, told: Told) {
+        let _ = self.told.send(told);
     }
 
     /// Writes down how it is now.
@@ -537,24 +566,30 @@ impl Devices {
                 first
             }
             Action::Reset => {
+                self.looked(key, vec![]);
                 self.await_closed(&holding).await?;
                 let began = Instant::now();
                 self.reset(key, &holding).await?;
-                let errors = self.await_fine(&holding).await?;
+                let look = self.await_fine(&holding).await?;
                 if let Some(holding) = lock(&self.held).get_mut(&key) {
-                    holding.errors = errors;
                     holding.reset_ms = u64::try_from(began.elapsed().as_millis()).ok();
                 }
-                Ok(())
+                self.looked(key, look.clone());
+                let lease = holding.lease.as_ref().filter(|lease| lease.is_open());
+                lease.and_then(|lease| lease.lost_window(&look)).map_or(Ok(()), Err)
             }
             Action::Check => {
                 self.await_closed(&holding).await?;
-                let errors = self.await_fine(&holding).await?;
-                if let Some(holding) = lock(&self.held).get_mut(&key) {
-                    holding.errors = errors;
-                }
+                self.looked(key, self.await_fine(&holding).await?);
                 Ok(())
             }
+        }
+    }
+
+    /// Keeps in mind how functions are now.
+    fn looked(&self, key: Address, look: Vec<(Address, Measure)>) {
+        if let Some(holding) = lock(&self.held).get_mut(&key) {
+            holding.look = look;
         }
     }
 
@@ -636,22 +671,22 @@ impl Devices {
         Ok(())
     }
 
-    /// Waits until all functions are as they were before they were taken. The errors that are counted of each by then.
-    async fn await_fine(&self, holding: &Holding) -> Result<BTreeMap<Address, u64>, Reason> {
+    /// Waits until all functions are as they were before they were taken; how they are.
+    async fn await_fine(&self, holding: &Holding) -> Result<Vec<(Address, Measure)>, Reason> {
         let began = Instant::now();
         loop {
             let (sysfs, functions) = (self.sysfs.clone(), holding.functions.clone());
             let outcome = in_time(move || {
-                let mut errors = BTreeMap::new();
+                let mut look = Vec::new();
                 for function in &functions {
                     let device = Device::read(&sysfs, function.address).map_err(|error| unread(&error))?;
                     let numbers = sysfs.numbers(function.address);
                     let numbers = numbers.map_err(|error| Reason::Host { error: error.to_string() })?;
                     reset::check(function, &device, numbers)?;
-                    let counted = pci::errors(&sysfs, function.address);
-                    errors.extend(counted.map(|count| (function.address, count)));
+                    let aer = AerCounts::read(&sysfs, function.address);
+                    look.push((function.address, Measure::of(&device, aer)));
                 }
-                Ok(errors)
+                Ok(look)
             });
             match outcome.await {
                 Err(Reason::Dead { .. } | Reason::Width { .. }) if began.elapsed() < SETTLE => {
@@ -728,5 +763,6 @@ async fn in_time<T: Send + 'static>(
     }
 }
 
+pub mod reports;
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,9 @@
 //! The host's devices that VMs have for themselves (VFIO). See the README.md here.
 
 pub mod binding;
+pub mod certificate;
 mod devices;
+pub mod fault;
 pub mod hot_reset;
 #[cfg(test)]
 #[path = "../../tests/common/kernel.rs"]
@@ -14,4 +16,4 @@ pub mod watch;
 pub mod window;
 pub mod write;
 
-pub use devices::{Devices, DevicesError, Given, Told};
+pub use devices::{Devices, DevicesError, Given, Told, What, reports};

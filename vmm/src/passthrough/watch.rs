@@ -15,7 +15,7 @@ use crate::{
     error::chain,
     host::{
         pci::{
-            self, Address, Device, DeviceError, Sysfs,
+            Address, AerCounts, Device, DeviceError, Sysfs,
             uevent::{Event, Happened, Heard, Uevents},
         },
         thread,
@@ -66,7 +66,7 @@ struct Fault {
 struct Seen {
     device: Result<Device, DeviceError>,
     numbers: io::Result<Option<u32>>,
-    errors: Option<u64>,
+    errors: Option<AerCounts>,
 }
 
 /// Watches the devices that VMs have, as long as there is somebody who knows them.
@@ -209,7 +209,7 @@ impl Seen {
         Self {
             device: Device::read(sysfs, function),
             numbers: sysfs.numbers(function),
-            errors: pci::errors(sysfs, function),
+            errors: AerCounts::read(sysfs, function),
         }
     }
 }
@@ -233,8 +233,14 @@ fn fault(function: &Function, holding: &Holding, seen: Seen) -> Option<Fault> {
             }
             Err(reason) => (reason.to_string(), false),
             Ok(()) => {
-                let counted = holding.errors.get(&function.address).copied().zip(seen.errors);
-                let more = counted.map_or(0, |(before, now)| now.saturating_sub(before));
+                let lease = holding.lease.as_ref().filter(|lease| lease.is_open());
+                let health =
+                    lease.and_then(|lease| lease.functions.iter().find(|f| f.address == function.address));
+                let counted = health.and_then(|health| health.before.aer).zip(seen.errors);
+                let more = counted.map_or(0, |(before, now)| {
+                    let since = now.since(before);
+                    since.nonfatal.saturating_add(since.fatal)
+                });
                 if more == 0 {
                     return None;
                 }
@@ -290,6 +296,7 @@ mod tests {
         for address in [DISK, CARD] {
             write(address, "aer_dev_fatal", "TOTAL_ERR_FATAL 3\n");
             write(address, "aer_dev_nonfatal", "TOTAL_ERR_NONFATAL 0\n");
+            write(address, "aer_dev_correctable", "TOTAL_ERR_COR 0\n");
         }
         let devices = watched(&kernel, directory.path(), pace).await;
         tokio::time::sleep(PACE.lasts * 2).await;

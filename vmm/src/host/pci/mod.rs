@@ -1,10 +1,10 @@
 //! The PCI devices of the host, and which of them can be given to VMs. See the README.md here.
 
 mod address;
+mod aer;
 mod bar;
 mod bridge;
 mod device;
-mod errors;
 mod facts;
 mod gpu;
 mod group;
@@ -20,10 +20,10 @@ pub mod uevent;
 mod usage;
 
 pub use address::{Address, NotAnAddress};
+pub use aer::AerCounts;
 pub use bar::{Bar, Space};
 pub use bridge::Bridge;
 pub use device::{Device, DeviceError, Kind, Subsystem, VirtualFunctions};
-pub use errors::errors;
 pub use gpu::{Architecture, Gpu};
 pub use group::Group;
 pub use id::{AMD, Class, Id, NVIDIA};
