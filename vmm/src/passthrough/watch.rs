@@ -101,7 +101,7 @@ async fn attend(devices: &Weak<Devices>, told: &mut broadcast::Receiver<Told>, p
         .ok();
     let (mut suspects, mut looking) = (Suspects::new(), None);
     // At once, for what happened before it listened.
-    let (mut last, mut next) = (Instant::now(), Instant::now());
+    let (mut last, mut next, mut is_news) = (Instant::now(), Instant::now(), false);
     loop {
         let heard = tokio::select! {
             heard = hear(&uevents) => Some(heard),
@@ -112,13 +112,14 @@ async fn attend(devices: &Weak<Devices>, told: &mut broadcast::Receiver<Told>, p
             // A device that hangs must not hold up what is heard: it would be taken for what happens to a later VM.
             () = sleep_until(next), if looking.is_none() => {
                 let Some(devices) = devices.upgrade() else { return };
-                last = Instant::now();
+                (last, is_news) = (Instant::now(), false);
                 looking = Some(tokio::spawn(look(devices, std::mem::take(&mut suspects), pace)));
                 None
             }
             found = looked(&mut looking) => {
                 suspects = found;
-                next = Instant::now() + if suspects.is_empty() { pace.interval } else { pace.lasts };
+                let pause = if suspects.is_empty() { pace.interval } else { pace.lasts };
+                next = if is_news { last + pace.pause } else { Instant::now() + pause };
                 None
             }
         };
@@ -133,11 +134,13 @@ async fn attend(devices: &Weak<Devices>, told: &mut broadcast::Receiver<Told>, p
                 if let Heard::Event(Event { device, what: Happened::Error(word) }) = heard
                     && let Some((_, vm, _)) = leased.iter().find(|(_, _, holding)| holding.has(device))
                 {
+                    let (devices, vm) = (Arc::clone(&devices), vm.clone());
                     let what = format!("the kernel found an error of it (AER, {word})");
-                    blame(&devices, vm, device, what).await;
+                    // It waits for what is being done about the device.
+                    tokio::spawn(async move { blame(&devices, &vm, device, what).await });
                 }
                 // Whatever happened can be seen.
-                next = next.min(last + pace.pause);
+                (next, is_news) = (next.min(last + pace.pause), true);
             }
             Some(Err(error)) => {
                 tracing::warn!(%error, "the kernel tells nothing of devices any more; they are looked at only");
