@@ -1,7 +1,4 @@
-//! A real guest, under KVM, with a device of the host. SKIPPED where no guests are prepared.
-//!
-//! Not a part of `tests/run`: in an emulated host guests under KVM do not boot reliably within the minute that a boot has. By hand:
-//! `tests/host-vm --timeout 900 -- PROGRAM inside::guest --ignored --nocapture` with `LAIR_BIN` and `LAIR_TESTBED` set.
+//! Real guests, under KVM, with a device of the host. SKIPPED where no guests are prepared.
 
 use super::{CONTENT, device, is_host_vm, linked, read, until};
 use anyhow::{Context, Result, ensure};
@@ -58,7 +55,6 @@ fn content(host: &Host, testbed: &Testbed) -> Result<String> {
 }
 
 #[test]
-#[ignore = "guests under KVM in an emulated host do not boot reliably; see above"]
 fn vf7_a_guest_reads_the_disk_that_it_asked_for_by_need_twice_and_the_host_has_it_back() -> Result<()> {
     if !is_host_vm() {
         return Ok(());
