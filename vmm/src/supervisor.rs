@@ -38,6 +38,7 @@ use tokio::{
 mod claims;
 mod disks;
 mod leftovers;
+mod reports;
 pub mod shutdown;
 #[cfg(test)]
 mod tests;
@@ -196,6 +197,7 @@ impl Supervisor {
         let (handle, task) = actor::spawn(context, self.fleet.subscribe(), beginning);
         self.vms().insert(name.into(), handle.clone());
         self.observed.follow(name, handle.watch());
+        tokio::spawn(reports::follow(Arc::clone(&self.host.devices), name.into(), handle.watch()));
         (handle, task)
     }
 

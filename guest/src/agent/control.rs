@@ -7,13 +7,14 @@
 
 use super::{
     Agent, credentials,
+    devices::Reports,
     power::{self, Power},
     report, statistics,
 };
 use crate::{clock, handshake};
 use lair_guest::wire::{
     frame::{self, FrameError},
-    message::{Answer, Ask, Event, Features, Hello, HelloReply, JournalEntry, Phase, Request},
+    message::{Answer, Ask, DeviceReport, Event, Features, Hello, HelloReply, JournalEntry, Phase, Request},
 };
 use std::sync::atomic::Ordering;
 use tokio::{
@@ -73,11 +74,12 @@ async fn hear<R: AsyncRead + Unpin>(
     while let Some(Request { id, ask }) = frame::read_message_or_end(from).await? {
         let (answer, then) = match ask {
             Ask::Ping => (Answer::Done, None),
-            Ask::Statistics => (
-                statistics::read(&agent.disks)
-                    .map_or_else(|e| Answer::Failed(report::chain(&e)), Answer::Statistics),
-                None,
-            ),
+            Ask::Statistics => {
+                // With the sign of life that the host asks for, so that a guest that nobody looks at sleeps.
+                agent.devices.look();
+                let figures = statistics::read(&agent.disks);
+                (figures.map_or_else(|e| Answer::Failed(report::chain(&e)), Answer::Statistics), None)
+            }
             Ask::PowerOff => (Answer::Done, Some(Power::Off)),
             Ask::Reboot => (Answer::Done, Some(Power::Reboot)),
             Ask::SetClock { unix_ms } => (set_clock(agent, unix_ms), None),
@@ -118,6 +120,7 @@ async fn speak<W: AsyncWrite + Unpin>(
     // So that a state reached before is seen as a change.
     ready.mark_changed();
     let mut ended = agent.ended.subscribe();
+    let mut devices = features.devices.then(|| agent.devices.reports());
     loop {
         let event = tokio::select! {
             reply = answers.recv() => {
@@ -135,6 +138,7 @@ async fn speak<W: AsyncWrite + Unpin>(
                 _ => continue,
             },
             entries = agent.journal(), if features.journal => Event::Journal { entries },
+            report = next(&mut devices) => Event::Devices { report },
             service = ended.recv() => match service {
                 Ok((service, how)) => Event::ServiceEnded { service, how },
                 // The host did not read for so long that the oldest are gone.
@@ -144,6 +148,14 @@ async fn speak<W: AsyncWrite + Unpin>(
         let mut unsent = Unsent::of(agent, &event);
         frame::write_message(to, &event).await?;
         unsent.entries = 0;
+    }
+}
+
+/// The next report of devices, for a host that takes them.
+async fn next(devices: &mut Option<Reports>) -> DeviceReport {
+    match devices {
+        Some(devices) => devices.next().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -172,7 +184,7 @@ impl Drop for Unsent<'_> {
 mod tests {
     use super::super::tests::agent;
     use super::*;
-    use lair_guest::wire::VERSION;
+    use lair_guest::wire::{VERSION, message::GuestDevice};
     use std::{collections::BTreeMap, sync::Arc, time::Duration};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt, DuplexStream},
@@ -301,6 +313,28 @@ mod tests {
         while count < 20 {
             let Event::Journal { entries } = event(&mut host).await else { panic!("no journal") };
             count += entries.len();
+        }
+    }
+
+    #[tokio::test]
+    async fn vs7_devices_are_told_on_each_channel_of_a_host_that_knows_them() {
+        let agent = Arc::new(agent(false));
+        agent.devices.found(GuestDevice {
+            address: "0000:01:00.0".into(),
+            vendor: 0x10de,
+            device: 0x2684,
+            class: 0x03_00_00,
+            driver: None,
+        });
+        let (mut old, _task) = open(&agent, VERSION);
+        welcome(&mut old).await;
+        frame::write_message(&mut old, &Request { id: 1, ask: Ask::Ping }).await.unwrap();
+        assert!(matches!(event(&mut old).await, Event::Reply { .. }));
+        for _ in 0..2 {
+            let (mut host, _task) = open_as(&agent, Hello { features: Features::OURS, ..hello(VERSION) });
+            welcome(&mut host).await;
+            let Event::Devices { report } = event(&mut host).await else { panic!("no devices") };
+            assert_eq!(report.devices[0].vendor, 0x10de);
         }
     }
 

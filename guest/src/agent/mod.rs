@@ -10,6 +10,7 @@
 //! | a listener for each link ([`links`]) | a new greeting does not name the link |
 //! | a relay for each connection of a link | either side ends it |
 //! | the reader of the journal ([`journal`]), where there is one | never |
+//! | the reader of the kernel's log ([`devices`]), where devices were passed through | never |
 //! | a keeper for each service ([`services`]) | never |
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
@@ -17,6 +18,7 @@
 mod bucket;
 mod control;
 mod credentials;
+mod devices;
 mod environment;
 mod exec;
 mod journal;
@@ -39,6 +41,7 @@ use crate::{
     paths, report,
     trace::Trace,
 };
+use devices::Devices;
 use environment::Environment;
 use lair_guest::{
     boot::BootConfig,
@@ -110,6 +113,7 @@ struct Agent {
     greeted: AtomicBool,
     trace: Trace,
     disks: Vec<statistics::Disk>,
+    devices: Arc<Devices>,
     credentials: Store,
     /// Entries of the journal on their way to the host, and where they come from.
     journal: Mutex<mpsc::Receiver<JournalEntry>>,
@@ -124,14 +128,17 @@ struct Agent {
 }
 
 impl Agent {
-    fn new(config: &BootConfig, boot_id: String, log: Log, trace: Trace) -> Self {
+    /// Of the guest whose kernel's files are below `root`.
+    fn new(config: &BootConfig, boot_id: String, log: Log, trace: Trace, root: &str) -> Self {
         let (journal_source, journal) = mpsc::channel(journal::QUEUE);
+        let environment = environment::of(config.profile.as_deref());
         Self {
             journal: Mutex::new(journal),
             journal_source,
             journal_lost: AtomicU64::new(0),
             boot_id,
-            environment: environment::of(config.profile.as_deref()),
+            devices: Devices::new(root, environment.clone()),
+            environment,
             own_init: config.init.is_some(),
             links: Mutex::new(links::Links::new(log.clone())),
             log,
@@ -194,7 +201,8 @@ pub(crate) fn run() -> Result<(), AgentError> {
     let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(start("start the runtime"))?.block_on(async {
-        let agent = Arc::new(Agent::new(&config, boot_id, log, trace));
+        let agent = Arc::new(Agent::new(&config, boot_id, log, trace, "/"));
+        agent.devices.look();
         if config.init.is_some() {
             ready::listen(&agent).map_err(start("make the agent's socket"))?;
             tokio::spawn(journal::follow(agent.clone(), agent.journal_source.clone()));
@@ -248,7 +256,7 @@ mod tests {
     pub(super) fn agent(own_init: bool) -> Agent {
         let json = if own_init { r#"{"hostname":"vm","init":"/init"}"# } else { r#"{"hostname":"vm"}"# };
         let config = serde_json::from_str(json).unwrap();
-        Agent::new(&config, "boot".into(), Log::start().unwrap(), Trace::new("/dev/null"))
+        Agent::new(&config, "boot".into(), Log::start().unwrap(), Trace::new("/dev/null"), "/nonexistent")
     }
 
     /// Everything that the agent answers to these bytes, until it ends the connection.

@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(
             replies,
             [
-                r#"{"hello":"welcome","version":1,"boot_id":"boot","phase":"init","features":{"set_clock":true,"credentials":true,"journal":true}}"#,
+                r#"{"hello":"welcome","version":1,"boot_id":"boot","phase":"init","features":{"set_clock":true,"credentials":true,"journal":true,"devices":true}}"#,
                 r#"{"event":"reply","id":1,"answer":{"failed":"The guest is still starting: it waits for its credentials"}}"#,
                 r#"{"event":"reply","id":2,"answer":"done"}"#,
             ]

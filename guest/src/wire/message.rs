@@ -46,11 +46,13 @@ pub struct Features {
     pub credentials: bool,
     /// Of a host: [`Event::Journal`].
     pub journal: bool,
+    /// Of a host: [`Event::Devices`].
+    pub devices: bool,
 }
 
 impl Features {
     /// What this release understands.
-    pub const OURS: Self = Self { set_clock: true, credentials: true, journal: true };
+    pub const OURS: Self = Self { set_clock: true, credentials: true, journal: true, devices: true };
 }
 
 /// A link that starts in this VM: `/run/lair/links/NAME`, and a loopback port if it has one.
@@ -200,6 +202,12 @@ pub enum Event {
         /// In its order.
         entries: Vec<JournalEntry>,
     },
+    /// What the guest knows of the devices that were passed through to it, all of it each time: once on each channel where there are any, and
+    /// when it has changed. Only where [`Features::devices`] is said.
+    Devices {
+        /// What it knows.
+        report: DeviceReport,
+    },
     /// What a later release has to say.
     #[serde(other)]
     Unknown,
@@ -223,6 +231,135 @@ pub struct JournalEntry {
     /// How many entries before it were left out, because there were too many at once.
     #[serde(default)]
     pub dropped_before: u64,
+}
+
+/// What a guest knows of the devices that were passed through to it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceReport {
+    /// The devices, by address.
+    pub devices: Vec<GuestDevice>,
+    /// NVIDIA's driver.
+    #[serde(default)]
+    pub nvidia: NvidiaDriver,
+    /// What the guest's kernel has said against them since it started, in the order in which it was said first.
+    #[serde(default)]
+    pub faults: Vec<DeviceFault>,
+    /// How many more messages there were, of which there is nothing in `faults` because that is full.
+    #[serde(default)]
+    pub faults_left_out: u64,
+    /// What NVIDIA's tool tells of GPUs, where the guest has it.
+    #[serde(default)]
+    pub gpus: Vec<GpuFigures>,
+}
+
+/// A device, or one function of it, as the guest sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestDevice {
+    /// Where it is in the guest: `0000:01:00.0`.
+    pub address: String,
+    /// Who made it.
+    pub vendor: u16,
+    /// What it is, in the vendor's numbers.
+    pub device: u16,
+    /// Class, subclass and programming interface.
+    pub class: u32,
+    /// The driver that has it.
+    #[serde(default)]
+    pub driver: Option<String>,
+}
+
+/// NVIDIA's driver in a guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum NvidiaDriver {
+    /// It is not loaded.
+    #[default]
+    Absent,
+    /// It is loaded.
+    Loaded {
+        /// Its version, where it tells it.
+        #[serde(default)]
+        version: Option<String>,
+    },
+    /// What a later release has to say.
+    #[serde(other)]
+    Unknown,
+}
+
+/// Messages of one kind about one device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceFault {
+    /// The device's address in the guest. What its driver leaves out, the function, is 0.
+    pub address: String,
+    /// What they say.
+    pub fault: Fault,
+    /// How many there were since the guest's kernel started, as far as its log goes back. 0: only the port above the device has told of it.
+    pub count: u64,
+    /// The first of them.
+    pub text: String,
+}
+
+/// What is said against a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Fault {
+    /// A message of NVIDIA's driver.
+    Xid {
+        /// Its number in NVIDIA's catalogue.
+        number: u32,
+    },
+    /// A message of the kernel about an error that PCI Express itself reports (Advanced Error Reporting).
+    Aer {
+        /// How bad it is.
+        severity: AerSeverity,
+    },
+    /// What a later release has to say.
+    #[serde(other)]
+    Unknown,
+}
+
+/// How bad an error of PCI Express is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AerSeverity {
+    /// The hardware has corrected it.
+    Corrected,
+    /// A transaction is lost, and the link works.
+    Nonfatal,
+    /// The link cannot be relied upon.
+    Fatal,
+}
+
+/// What NVIDIA's tool tells of a GPU. What it does not tell is `None`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GpuFigures {
+    /// Its address in the guest.
+    pub address: String,
+    /// Its temperature, in degrees Celsius.
+    pub temperature: Option<u32>,
+    /// The power that it draws, in milliwatts.
+    pub power: Option<u64>,
+    /// The share of the last moments in which it worked, in percent.
+    pub utilization: Option<u32>,
+    /// Memory in use, in bytes.
+    pub memory_used: Option<u64>,
+    /// Memory, in bytes.
+    pub memory_total: Option<u64>,
+    /// Memory errors since its driver was loaded.
+    pub ecc_volatile: EccCounts,
+    /// Memory errors in its whole life.
+    pub ecc_aggregate: EccCounts,
+}
+
+/// Memory errors that a GPU has counted (ECC).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EccCounts {
+    /// Those that were corrected.
+    pub corrected: Option<u64>,
+    /// Those that could not be.
+    pub uncorrected: Option<u64>,
 }
 
 /// When something happened.
@@ -464,5 +601,9 @@ mod tests {
         assert!(matches!(serde_json::from_str(later), Ok(Event::Ready { trace, .. }) if trace.len() == 1));
         assert!(matches!(serde_json::from_str(r#"{"event":"weather","sun":true}"#), Ok(Event::Unknown)));
         assert!(serde_json::from_str::<Ask>(r#"{"dance":{}}"#).is_err(), "A request needs its feature");
+        let later = r#"{"event":"devices","report":{"devices":[],"nvidia":{"state":"asleep","since":1},"mood":1,
+            "faults":[{"address":"a","fault":{"kind":"smell","of":"smoke"},"count":1,"text":"t"}]}}"#;
+        let Event::Devices { report } = serde_json::from_str(later).unwrap() else { panic!("no devices") };
+        assert_eq!((report.nvidia, report.faults[0].fault), (NvidiaDriver::Unknown, Fault::Unknown));
     }
 }

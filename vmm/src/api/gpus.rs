@@ -2,7 +2,7 @@
 
 use crate::{
     host::pci::{Address, Device, DeviceError, Inventory, Obstacle},
-    passthrough::{machine::State, record::Holding},
+    passthrough::{certificate::Certificate, machine::State, record::Holding},
 };
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -73,6 +73,9 @@ pub struct Held {
     pub clean: bool,
     /// How long its last reset took.
     pub reset_ms: Option<u64>,
+    /// What is known of its health in the lease that a VM has, or had last. It is kept as long as the device is not the host's, and in the audit log.
+    #[serde(default)]
+    pub lease: Option<Certificate>,
 }
 
 /// A device in a group.
@@ -149,7 +152,7 @@ impl GpuStatus {
 
 impl Held {
     fn new(holding: &Holding, address: Address) -> Self {
-        let Holding { functions, life, since, reset_ms, .. } = holding;
+        let Holding { functions, life, since, reset_ms, lease, .. } = holding;
         let function = functions.iter().find(|function| function.address == address);
         Self {
             since: *since,
@@ -162,6 +165,7 @@ impl Held {
             first_driver: function.and_then(|function| function.driver.clone()),
             clean: life.clean,
             reset_ms: *reset_ms,
+            lease: lease.clone(),
         }
     }
 }

@@ -297,7 +297,16 @@ pub(super) async fn metrics_text(api: &Api) -> String {
         let usage = |(vm, part, pid)| Some((vm, part, Usage::of(pid).ok()?));
         processes.into_iter().filter_map(usage).collect()
     });
-    let seen = Seen { usage: usage.await.unwrap_or_default(), store };
+    let devices = &api.supervisor.host().devices;
+    let gpus = host.vms.iter().filter_map(|vm| Some((vm, vm.devices.as_ref()?)));
+    let gpus = gpus.flat_map(|(vm, said)| metrics::gpus_of(&vm.name, said, &devices.functions_of(&vm.name)));
+    let leases = devices.held().into_iter().filter_map(|(key, holding)| Some((key, holding.lease?)));
+    let seen = Seen {
+        usage: usage.await.unwrap_or_default(),
+        store,
+        gpus: gpus.collect(),
+        leases: leases.filter(|(_, lease)| lease.is_open()).collect(),
+    };
     let connections = api.connections.counts();
     let [allowed, refused] = api.attempts.each_ref().map(|count| count.load(Relaxed));
     let own = Own {

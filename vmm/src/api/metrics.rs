@@ -5,7 +5,13 @@ use super::{
     types::HostStatus,
     usage::Usage,
 };
-use crate::{shim::protocol::LinkCounters, state::dirs::Dirs};
+use crate::{
+    host::pci::Address,
+    passthrough::{binding::Function, certificate::Certificate, reports},
+    shim::protocol::{GuestDevices, LinkCounters},
+    state::dirs::Dirs,
+};
+use lair_guest::wire::message::GpuFigures;
 use prometheus_client::{
     encoding::text::encode,
     metrics::{
@@ -39,6 +45,7 @@ type Labels = Vec<(&'static str, String)>;
 type Counts = Family<Labels, Counter<u64, AtomicU64>>;
 type Seconds = Family<Labels, Counter<f64, AtomicU64>>;
 type Gauges = Family<Labels, Gauge<i64, AtomicI64>>;
+type Fractions = Family<Labels, Gauge<f64, AtomicU64>>;
 
 fn of(vm: &str) -> Labels {
     vec![("vm", vm.to_owned())]
@@ -112,6 +119,33 @@ pub(super) struct Seen {
     pub(super) usage: Vec<(Option<String>, String, Usage)>,
     /// Requests that each VM's store backend had.
     pub(super) store: Vec<(String, u64)>,
+    /// GPUs that VMs have.
+    pub(super) gpus: Vec<Gpu>,
+    /// Leases of devices that VMs have.
+    pub(super) leases: Vec<(Address, Certificate)>,
+}
+
+/// A GPU of a VM's, in its guest's words.
+#[derive(Debug)]
+pub(super) struct Gpu {
+    pub(super) vm: String,
+    /// The host's device; several where the guest's could be any of them.
+    pub(super) devices: Vec<Address>,
+    pub(super) figures: GpuFigures,
+}
+
+/// The GPUs that a VM has, of those that its guest tells of.
+pub(super) fn gpus_of(vm: &str, said: &GuestDevices, functions: &[Function]) -> Vec<Gpu> {
+    let places = reports::places(&said.report.devices, functions);
+    // What is named twice would be two samples of one series.
+    let mut named = BTreeSet::new();
+    let gpus = said.report.gpus.iter().filter(|figures| named.insert(&figures.address));
+    let gpu = |figures: &GpuFigures| Gpu {
+        vm: vm.into(),
+        devices: places.get(figures.address.as_str()).cloned().unwrap_or_default(),
+        figures: figures.clone(),
+    };
+    gpus.map(gpu).filter(|gpu| !gpu.devices.is_empty()).collect()
 }
 
 /// All metrics as text.
@@ -120,6 +154,8 @@ pub(super) fn text(host: &HostStatus, stats: &Stats, own: &Own, seen: &Seen) -> 
     of_vms(host, stats, &mut registry);
     of_links(host, &mut registry);
     of_processes(seen, &mut registry);
+    of_gpus(&seen.gpus, &mut registry);
+    of_leases(&seen.leases, &mut registry);
     of_laird(host, own, &mut registry);
     let mut text = String::new();
     // Writing to a string does not fail.
@@ -205,6 +241,68 @@ fn of_processes(seen: &Seen, registry: &mut Registry) {
     registry.register("store_requests", "Requests that the VM's store backend had", store);
 }
 
+fn of_gpus(gpus: &[Gpu], registry: &mut Registry) {
+    let (temperature, power, utilization) = (Gauges::default(), Fractions::default(), Fractions::default());
+    let (used, total, errors) = (Gauges::default(), Gauges::default(), Gauges::default());
+    let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    for Gpu { vm, devices, figures } in gpus {
+        let devices: Vec<_> = devices.iter().map(ToString::to_string).collect();
+        let labels = vec![
+            ("vm", vm.clone()),
+            ("device", devices.join(" or ")),
+            ("guest_device", figures.address.clone()),
+        ];
+        let set = |family: &Gauges, number: Option<u64>| {
+            if let Some(number) = number {
+                family.get_or_create(&labels).set(whole(number));
+            }
+        };
+        set(&temperature, figures.temperature.map(Into::into));
+        set(&used, figures.memory_used);
+        set(&total, figures.memory_total);
+        if let Some(milliwatts) = figures.power.and_then(|power| u32::try_from(power).ok()) {
+            power.get_or_create(&labels).set(f64::from(milliwatts) / 1000.0);
+        }
+        if let Some(percent) = figures.utilization {
+            utilization.get_or_create(&labels).set(f64::from(percent) / 100.0);
+        }
+        for (scope, counts) in [("volatile", figures.ecc_volatile), ("aggregate", figures.ecc_aggregate)] {
+            for (error, number) in [("corrected", counts.corrected), ("uncorrected", counts.uncorrected)] {
+                if let Some(number) = number {
+                    let mut labels = labels.clone();
+                    labels.extend([("scope", scope.to_owned()), ("error", error.to_owned())]);
+                    errors.get_or_create(&labels).set(whole(number));
+                }
+            }
+        }
+    }
+    registry.register_with_unit("gpu_temperature", "Temperature", Unit::Celsius, temperature);
+    let watts = Unit::Other("watts".into());
+    registry.register_with_unit("gpu_power", "Power that the GPU draws", watts, power);
+    let help = "Share of the last moments in which the GPU worked";
+    registry.register_with_unit("gpu_utilization", help, Unit::Other("ratio".into()), utilization);
+    registry.register_with_unit("gpu_memory_used", "GPU memory in use", Unit::Bytes, used);
+    registry.register_with_unit("gpu_memory", "GPU memory", Unit::Bytes, total);
+    let help = "Memory errors (ECC) since the driver was loaded (volatile) or ever (aggregate)";
+    registry.register("gpu_memory_errors", help, errors);
+}
+
+fn of_leases(leases: &[(Address, Certificate)], registry: &mut Registry) {
+    let (xids, errors) = (Gauges::default(), Gauges::default());
+    for (device, lease) in leases {
+        let labels = vec![("vm", lease.vm.clone()), ("device", device.to_string())];
+        let set = |family: &Gauges, number: u64| {
+            family.get_or_create(&labels).set(i64::try_from(number).unwrap_or(i64::MAX));
+        };
+        set(&xids, lease.xids());
+        set(&errors, lease.aer_errors());
+    }
+    let help = "Messages of NVIDIA's driver against the device in this lease";
+    registry.register("device_xids", help, xids);
+    let help = "PCIe errors (AER) of the device in this lease";
+    registry.register("device_pcie_errors", help, errors);
+}
+
 fn of_laird(host: &HostStatus, own: &Own, registry: &mut Registry) {
     let info = Gauges::default();
     info.get_or_create(&vec![("version", host.version.clone())]).set(1);
@@ -271,8 +369,10 @@ mod tests {
             units::Size,
         },
         host::facts::Engine,
+        passthrough::{certificate::Said, fault::Fault},
         vm::machine::Wanted,
     };
+    use lair_guest::wire::message::{DeviceReport, EccCounts, GuestDevice};
     use std::collections::BTreeMap;
 
     #[test]
@@ -310,6 +410,7 @@ mod tests {
             trace: vec![],
             guest: None,
             agent_silent_since: None,
+            devices: None,
             degraded: vec![],
         };
         let host = HostStatus {
@@ -329,6 +430,9 @@ mod tests {
         }
         stats.forget("gone");
         stats.ready(3.5);
+        let mut lease = Certificate::begin("a", &[], None, jiff::Timestamp::UNIX_EPOCH);
+        let fault = Fault::Xid { number: 31 };
+        lease.note(Said { boot: "b", address: "0000:41:00.0".parse().unwrap(), fault, count: 7, text: "" });
         let own = Own { allowed: 5, refused: 6, unwritten: 1, connections: 2, ..Own::default() };
         let seen = Seen {
             usage: vec![
@@ -336,6 +440,21 @@ mod tests {
                 (Some("a".into()), "hypervisor".into(), Usage { resident: 2048, cpu_seconds: 2.5 }),
             ],
             store: vec![("a".into(), 9)],
+            gpus: vec![Gpu {
+                vm: "a".into(),
+                devices: vec!["0000:41:00.0".parse().unwrap()],
+                figures: GpuFigures {
+                    address: "0000:01:00.0".into(),
+                    temperature: Some(41),
+                    power: Some(70_250),
+                    utilization: Some(98),
+                    memory_used: Some(1 << 30),
+                    memory_total: None,
+                    ecc_volatile: EccCounts { corrected: Some(3), uncorrected: None },
+                    ecc_aggregate: EccCounts::default(),
+                },
+            }],
+            leases: vec![("0000:41:00.0".parse().unwrap(), lease)],
         };
         // A family's samples come in no order.
         let text = text(&host, &stats, &own, &seen);
@@ -352,6 +471,32 @@ mod tests {
             }
         }
         insta::assert_snapshot!(families.concat().join("\n"));
+    }
+
+    #[test]
+    fn vs3_a_guest_has_figures_of_its_own_gpus_only_and_each_once() {
+        let function: Function = serde_json::from_value(serde_json::json!({
+            "address": "0000:41:00.0", "vendor": "10de", "device": "2684",
+        }))
+        .unwrap();
+        let seen = |address: &str, device| GuestDevice {
+            address: address.into(),
+            vendor: 0x10de,
+            device,
+            class: 0x03_00_00,
+            driver: None,
+        };
+        let gpu = |address: &str| GpuFigures { address: address.into(), ..GpuFigures::default() };
+        let report = DeviceReport {
+            devices: vec![seen("0000:01:00.0", 0x2684), seen("0000:02:00.0", 0x1b80)],
+            gpus: ["0000:01:00.0", "0000:02:00.0", "0000:01:00.0", "\u{1b}"].map(gpu).into(),
+            ..DeviceReport::default()
+        };
+        let said = GuestDevices { boot_id: "b".into(), report };
+        let gpus = gpus_of("a", &said, &[function]);
+        let told: Vec<_> = gpus.iter().map(|gpu| gpu.figures.address.as_str()).collect();
+        assert_eq!(told, ["0000:01:00.0"]);
+        assert!(gpus_of("a", &said, &[]).is_empty());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     cgroup::Event,
-    passthrough::Told,
+    passthrough::{Told, What},
     vm::{handle::Snapshot, limits::Happened, machine::State},
 };
 use std::{sync::Arc, time::Instant};
@@ -76,9 +76,7 @@ impl Observed {
         tokio::spawn(async move {
             loop {
                 match told.recv().await {
-                    Ok(Told { device, vm, state, detail }) => {
-                        events.publish(EventKind::Device { device, vm, state: state.into(), detail });
-                    }
+                    Ok(told) => events.publish(of_device(told)),
                     Err(RecvError::Lagged(count)) => events.publish(EventKind::Dropped { count }),
                     Err(RecvError::Closed) => return,
                 }
@@ -108,6 +106,18 @@ impl Observed {
     pub fn forget(&self, vm: &str) {
         self.stats.forget(vm);
         self.events.publish(EventKind::Forgotten { vm: vm.to_owned() });
+    }
+}
+
+fn of_device(Told { device, vm, what }: Told) -> EventKind {
+    match what {
+        What::State { state, detail } => EventKind::Device { device, vm, state: state.into(), detail },
+        What::Fault(device, fault) => {
+            EventKind::DeviceFault { device, vm: vm.unwrap_or_default(), fault: fault.to_string() }
+        }
+        What::LeaseEnded(lease) => {
+            EventKind::LeaseEnded { device, vm: lease.vm.clone(), summary: lease.summary() }
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use super::{
     types::{API_HEADER, API_VERSION, ApiError, ErrorKind},
 };
 use crate::{
-    passthrough::Told,
+    passthrough::{Told, What},
     supervisor::{Supervisor, SupervisorError},
 };
 use axum::{
@@ -147,14 +147,21 @@ async fn record_devices(api: &Api) {
     let mut told = api.supervisor.host().devices.told_since_the_start();
     loop {
         match told.recv().await {
-            Ok(Told { device, vm, state, detail }) => {
-                let detail = detail.map(|detail| format!(": {detail}")).unwrap_or_default();
+            Ok(Told { device, vm, what }) => {
+                let (kind, detail) = match what {
+                    What::State { state, detail } => {
+                        let detail = detail.map(|detail| format!(": {detail}")).unwrap_or_default();
+                        ("device", format!("{device} {state}{detail}"))
+                    }
+                    What::Fault(of, fault) => ("fault", format!("{of} {fault}, as the guest says")),
+                    What::LeaseEnded(lease) => ("lease", format!("{device} {}", lease.summary())),
+                };
                 api.audit.record_device(&DeviceRecord {
                     time: now(),
-                    kind: "device",
+                    kind,
                     device: device.to_string(),
                     vm,
-                    detail: format!("{device} {state}{detail}"),
+                    detail,
                 });
             }
             Err(RecvError::Lagged(count)) => {

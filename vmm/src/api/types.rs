@@ -8,7 +8,7 @@ use crate::{
         units::Size,
     },
     host::{facts::Engine, pci::Address},
-    shim::protocol::{AgentState, Figures, LinkCounters, Session},
+    shim::protocol::{AgentState, Figures, GuestDevices, LinkCounters, Session},
     vm::{
         adopt::Verdict,
         failure::Failure,
@@ -116,6 +116,10 @@ pub struct VmStatus {
     /// When the agent was heard last, if it has gone silent since.
     #[serde(default)]
     pub agent_silent_since: Option<jiff::Timestamp>,
+    /// The devices that were passed through to it as the guest sees them, with what its kernel says against them, and its GPUs' figures.
+    #[serde(default)]
+    #[schemars(with = "Option<BTreeMap<String, serde_json::Value>>")]
+    pub devices: Option<Box<GuestDevices>>,
     /// What it runs without and should not, one sentence each: limits that somebody removed, a control socket that was lost.
     #[serde(default)]
     pub degraded: Vec<String>,
@@ -169,6 +173,7 @@ impl VmStatus {
             counters: snapshot.links().to_vec(),
             trace: trace::merge(&snapshot.start, shim.map(|shim| &shim.times)),
             guest: shim.and_then(|shim| shim.figures.clone()),
+            devices: shim.and_then(|shim| shim.devices.clone()),
             agent_silent_since: shim
                 .and_then(|shim| shim.silent_since_unix_ms)
                 .and_then(|ms| jiff::Timestamp::from_millisecond(i64::try_from(ms).ok()?).ok()),
@@ -457,6 +462,24 @@ pub enum EventKind {
         state: String,
         /// More about the state: who had it before, how long its reset took, why it is quarantined, its driver.
         detail: Option<String>,
+    },
+    /// A guest has said something against a device of its VM, for the first time in this lease.
+    DeviceFault {
+        /// The device, or the function of it.
+        device: Address,
+        /// The VM.
+        vm: String,
+        /// What, in words.
+        fault: String,
+    },
+    /// A VM's lease of a device is over.
+    LeaseEnded {
+        /// The lowest address of the devices that go together.
+        device: Address,
+        /// The VM.
+        vm: String,
+        /// What came of it; all of it is in the device's `lease`.
+        summary: String,
     },
     /// Events are missing here, because this reader was too slow or came too late.
     Dropped {

@@ -5,6 +5,8 @@
 
 use super::{
     binding::{self, Function, Goal, Seen},
+    certificate::{self, Certificate, Measure},
+    fault::Fault,
     machine::{Action, Input, Life, Reason, Refusal, State},
     record::{self, Holding},
     reset,
@@ -15,7 +17,7 @@ use crate::{
     error::chain,
     fleet::gpus::Gpu,
     host::{
-        pci::{Address, Bridge, Device, DeviceError, Inventory, InventoryError, Sysfs},
+        pci::{Address, AerCounts, Bridge, Device, DeviceError, Inventory, InventoryError, Sysfs},
         thread,
     },
     state::{
@@ -59,12 +61,26 @@ const WRITES_MAX: usize = 12;
 pub struct Told {
     /// The lowest address among them.
     pub device: Address,
-    /// The VM that has them, or is to have them.
+    /// The VM that has them, or is to have them; of a lease that is over, the one that had them.
     pub vm: Option<String>,
-    /// Their state.
-    pub state: &'static str,
-    /// More about it.
-    pub detail: Option<String>,
+    /// What it was.
+    pub what: What,
+}
+
+/// What happened to devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum What {
+    /// They are in another state, or there is more to be told about the one that they are in.
+    State {
+        /// The state.
+        state: &'static str,
+        /// More about it.
+        detail: Option<String>,
+    },
+    /// The guest says something against one of them, for the first time in this lease.
+    Fault(Address, Fault),
+    /// A lease is over.
+    LeaseEnded(Box<Certificate>),
 }
 
 /// What a VM has been given.
@@ -425,7 +441,7 @@ impl Devices {
 
     /// Takes an input, and writes down what becomes of it before anything is done about it.
     async fn advance(self: &Arc<Self>, key: Address, input: Input) -> Result<Option<Action>, DevicesError> {
-        let (before, after, action) = {
+        let (before, after, action, ended) = {
             let mut held = lock(&self.held);
             let refused = |refusal| DevicesError::Refused { device: key, refusal };
             let holding = held.get_mut(&key).ok_or_else(|| refused(Refusal::NotTaken))?;
@@ -438,12 +454,16 @@ impl Devices {
                 holding.since = jiff::Timestamp::now();
             }
             holding.life = life;
-            (before, holding.clone(), action)
+            let Holding { life, lease, look, reset_ms, since, .. } = holding;
+            let ended = certificate::follow(lease, &before.state, &life.state, look, *reset_ms, *since);
+            (before, holding.clone(), action, ended)
         };
         if let Err(error) = self.keep(key).await {
             match after.life.state {
-                // What a later `laird` would not know is not done.
-                State::Probed { .. } | State::Bound { .. } | State::Leased { .. } => {
+                // What a later `laird` would not know is not done. That a device has failed is known to this one at least.
+                State::Probed { .. } | State::Bound { .. } | State::Leased { .. }
+                    if before.state != after.life.state =>
+                {
                     if let Some(holding) = lock(&self.held).get_mut(&key) {
                         holding.life = before;
                     }
@@ -456,6 +476,13 @@ impl Devices {
             }
         }
         self.tell(key, &before, &after);
+        if let Some(lease) = ended {
+            self.say(Told {
+                device: key,
+                vm: Some(lease.vm.clone()),
+                what: What::LeaseEnded(Box::new(lease)),
+            });
+        }
         Ok(action)
     }
 
@@ -488,8 +515,12 @@ impl Devices {
             State::Quarantined { .. } => tracing::error!(device = %key, state = word, detail, "device"),
             _ => tracing::info!(device = %key, state = word, vm, detail, "device"),
         }
-        // Nobody has to listen.
-        let _ = self.told.send(Told { device: key, vm, state: word, detail });
+        self.say(Told { device: key, vm, what: What::State { state: word, detail } });
+    }
+
+    /// Nobody has to listen.
+    fn say(&self, told: Told) {
+        let _ = self.told.send(told);
     }
 
     /// Writes down how it is now.
@@ -533,19 +564,30 @@ impl Devices {
                 first
             }
             Action::Reset => {
+                self.looked(key, vec![]);
                 self.await_closed(&holding).await?;
                 let began = Instant::now();
                 self.reset(key, &holding).await?;
-                self.await_fine(&holding).await?;
+                let look = self.await_fine(&holding).await?;
                 if let Some(holding) = lock(&self.held).get_mut(&key) {
                     holding.reset_ms = u64::try_from(began.elapsed().as_millis()).ok();
                 }
-                Ok(())
+                self.looked(key, look.clone());
+                let lease = holding.lease.as_ref().filter(|lease| lease.is_open());
+                lease.and_then(|lease| lease.lost_window(&look)).map_or(Ok(()), Err)
             }
             Action::Check => {
                 self.await_closed(&holding).await?;
-                self.await_fine(&holding).await
+                self.looked(key, self.await_fine(&holding).await?);
+                Ok(())
             }
+        }
+    }
+
+    /// Keeps in mind how functions are now.
+    fn looked(&self, key: Address, look: Vec<(Address, Measure)>) {
+        if let Some(holding) = lock(&self.held).get_mut(&key) {
+            holding.look = look;
         }
     }
 
@@ -616,19 +658,22 @@ impl Devices {
         Ok(())
     }
 
-    /// Waits until all functions are as they were before they were taken.
-    async fn await_fine(&self, holding: &Holding) -> Result<(), Reason> {
+    /// Waits until all functions are as they were before they were taken; how they are.
+    async fn await_fine(&self, holding: &Holding) -> Result<Vec<(Address, Measure)>, Reason> {
         let began = Instant::now();
         loop {
             let (sysfs, functions) = (self.sysfs.clone(), holding.functions.clone());
             let outcome = in_time(move || {
+                let mut look = Vec::new();
                 for function in &functions {
                     let device = Device::read(&sysfs, function.address).map_err(|error| unread(&error))?;
                     let numbers = sysfs.numbers(function.address);
                     let numbers = numbers.map_err(|error| Reason::Host { error: error.to_string() })?;
                     reset::check(function, &device, numbers)?;
+                    let aer = AerCounts::read(&sysfs, function.address);
+                    look.push((function.address, Measure::of(&device, aer)));
                 }
-                Ok(())
+                Ok(look)
             });
             match outcome.await {
                 Err(Reason::Dead { .. } | Reason::Width { .. }) if began.elapsed() < SETTLE => {
@@ -706,5 +751,6 @@ async fn in_time<T: Send + 'static>(
 }
 
 mod adjust;
+pub mod reports;
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 
 use super::{
     binding::Function,
+    certificate::{Certificate, Measure},
     machine::{Life, Reason, State},
 };
 use crate::{
@@ -38,6 +39,12 @@ pub struct Holding {
     pub since: jiff::Timestamp,
     /// How long the last reset took, in milliseconds.
     pub reset_ms: Option<u64>,
+    /// The lease that a VM has, or the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<Certificate>,
+    /// How they were when they were looked at last, after a reset. A lease begins and ends with that.
+    #[serde(skip)]
+    pub look: Vec<(Address, Measure)>,
 }
 
 impl Holding {
@@ -51,6 +58,8 @@ impl Holding {
             life,
             since: jiff::Timestamp::now(),
             reset_ms: None,
+            lease: None,
+            look: vec![],
         }
     }
 
@@ -104,6 +113,8 @@ pub fn read(directory: &Path, boot_id: &str) -> BTreeMap<Address, Holding> {
         if holding.boot_id != boot_id
             && let Some(reason) = holding.life.blame.take()
         {
+            let lease = holding.lease.as_mut().filter(|lease| lease.is_open());
+            lease.into_iter().for_each(|lease| lease.end(&[], None, Some(&reason), holding.since));
             holding.life.state = State::Quarantined { reason };
         }
         let holds = holding.boot_id == boot_id || matches!(holding.life.state, State::Quarantined { .. });

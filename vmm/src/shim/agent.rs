@@ -252,6 +252,12 @@ async fn events<R: AsyncRead + Unpin>(
                     journal.take(entries);
                 }
             }
+            Ok(Some(Event::Devices { report })) => {
+                let news = shim.guest().devices.take(boot_id, report, Instant::now());
+                if news {
+                    shim.observe(|seen| seen.devices = seen.devices.wrapping_add(1));
+                }
+            }
             Ok(Some(Event::Unknown)) => {}
             Ok(Some(Event::ServiceEnded { service, how })) => {
                 shim.notes.say(&format!(
@@ -321,6 +327,9 @@ async fn keep_in_touch(
             }
             Ok(_) => {}
             Err(error) => return error,
+        }
+        if shim.guest().devices.news(Instant::now()) {
+            shim.observe(|seen| seen.devices = seen.devices.wrapping_add(1));
         }
         if features.credentials
             && let Err(error) = credentials::renew(shim, requests, boot_id, at_once).await

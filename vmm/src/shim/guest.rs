@@ -6,6 +6,7 @@
 
 use super::{
     clock::{Cause, ClockWatch, HostClocks, Sample},
+    devices,
     note::foreign,
     protocol::Figures,
     state::unix_ms,
@@ -30,6 +31,8 @@ pub(super) struct Known {
     lost_ms: Option<u64>,
     /// When the agent was heard last, milliseconds since 1970.
     pub(super) heard_unix_ms: Option<u64>,
+    /// What it says of its devices.
+    pub(super) devices: devices::Known,
 }
 
 impl Known {
@@ -42,6 +45,7 @@ impl Known {
             clock: ClockWatch::default(),
             lost_ms: None,
             heard_unix_ms: None,
+            devices: devices::Known::new(),
         };
         known.mark("shim");
         known
@@ -63,6 +67,7 @@ impl Known {
             }
             self.figures = None;
             self.clock = ClockWatch::default();
+            self.devices.forget();
         }
         self.boot_id = Some(boot_id.into());
         self.lost_ms = None;

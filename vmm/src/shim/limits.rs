@@ -79,6 +79,18 @@ pub(super) const DIAL_ABANDONED: Duration = Duration::from_secs(60);
 /// How long another VM's shim may take for its answer: its own [`DIAL`] is within.
 pub(super) const DIAL_OTHER: Duration = Duration::from_secs(8);
 
+/// Devices of a guest that it may tell of, or functions of them.
+pub(super) const DEVICES: usize = 64;
+
+/// Kinds of messages of a guest's kernel about its devices.
+pub(super) const DEVICE_FAULTS: usize = 32;
+
+/// GPUs of which a guest may tell figures.
+pub(super) const GPUS: usize = 16;
+
+/// How often in a second watchers are told at once what a guest says of its devices.
+pub(super) const DEVICE_NEWS: u32 = 2;
+
 /// How long the agent may take for an answer to a request.
 pub(super) const ASK: Duration = Duration::from_secs(10);
 

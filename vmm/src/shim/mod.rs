@@ -10,7 +10,7 @@
 //! | `session`, `exec`, `console_view`, `frames`, `half` | operators' sessions: admitted, a command in the guest, the console |
 //! | `recorder`, `asciicast`, `retention` | recordings of terminals |
 //! | `agent`, `ticket`, `vsock` | the control channel to the guest's agent |
-//! | `guest`, `clock` | what the guest says of itself; whether its clock is right |
+//! | `guest`, `clock`, `devices` | what the guest says of itself; whether its clock is right; the devices that were passed through to it |
 //! | `credentials` | the guest's secrets: given once in a boot, and when they change |
 //! | `console`, `output`, `journal` | the console: its log, and what sessions share of it; what the VM's other programs say; the guest's journal |
 //! | `ring`, `backlog` | bounded files, and what waits for them |
@@ -29,6 +29,7 @@ mod console;
 mod console_view;
 mod control;
 mod credentials;
+mod devices;
 mod exec;
 mod fd;
 mod files;

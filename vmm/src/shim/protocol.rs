@@ -1,7 +1,7 @@
 //! What is said on the shim's three sockets: [frames](lair_guest::wire::frame), messages first.
 
 use crate::vm::trace::Times;
-use lair_guest::wire::message::{Answer, Ask, Exec, Statistics, Terminal};
+use lair_guest::wire::message::{Answer, Ask, DeviceReport, Exec, Statistics, Terminal};
 use serde::{Deserialize, Serialize};
 
 /// `laird` to shim, on the control socket. Every request has one [`ControlReply`]; [`Control::Watch`] has one after
@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 pub enum Control {
     /// The shim's state, once.
     Status,
-    /// The shim's state, now and after each change of the agent, the console or the set of links. Counters and
-    /// figures that move are no change.
+    /// The shim's state, now and after each change of the agent, the console, the set of links, or what the guest says of its devices. Counters
+    /// and figures that move are no change.
     Watch,
     /// Allows one session.
     Grant(Grant),
@@ -71,6 +71,19 @@ pub struct ShimStatus {
     /// When what happened in this boot.
     #[serde(default)]
     pub times: Times,
+    /// What the guest says of the devices that were passed through to it, as of its last report in this boot.
+    #[serde(default)]
+    pub devices: Option<Box<GuestDevices>>,
+}
+
+/// A guest's report of its devices, in its own words.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestDevices {
+    /// The boot in which messages were counted.
+    pub boot_id: String,
+    /// The report.
+    #[serde(flatten)]
+    pub report: DeviceReport,
 }
 
 /// A guest's figures, in its own words, with what the host can tell of its clock.

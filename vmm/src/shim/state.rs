@@ -37,6 +37,8 @@ pub(super) struct Observed {
     /// [`ShimStatus::silent_since_unix_ms`].
     pub(super) silent_since: Option<u64>,
     pub(super) console: bool,
+    /// Counts what the guest said of its devices.
+    pub(super) devices: u64,
     /// Raised with each configuration.
     pub(super) generation: u64,
 }
@@ -105,6 +107,7 @@ impl Shim {
                 agent: AgentState::Absent,
                 silent_since: None,
                 console: false,
+                devices: 0,
                 generation: 0,
             }),
             console: Console::new(&config.console_log),
@@ -182,9 +185,9 @@ impl Shim {
 
     pub(super) fn status(&self) -> ShimStatus {
         let seen = self.observed.borrow().clone();
-        let (figures, times) = {
+        let (figures, times, devices) = {
             let guest = self.guest();
-            (guest.figures.clone(), guest.times.clone())
+            (guest.figures.clone(), guest.times.clone(), guest.devices.newest.clone())
         };
         ShimStatus {
             vm: self.vm.clone(),
@@ -195,6 +198,7 @@ impl Shim {
             silent_since_unix_ms: seen.silent_since,
             figures,
             times,
+            devices,
         }
     }
 

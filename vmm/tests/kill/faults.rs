@@ -19,7 +19,7 @@ use std::fs;
 
 const ONCE: &str = "autostart = false\nrestart = \"never\"";
 
-fn signal(vm: &VmStatus, part: Part, signal: Signal) {
+pub(crate) fn signal(vm: &VmStatus, part: Part, signal: Signal) {
     kill(Pid::from_raw(vm.processes[&part]), signal).unwrap();
 }
 

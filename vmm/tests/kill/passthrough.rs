@@ -2,17 +2,23 @@
 
 use crate::{
     every_step::Operation,
+    faults::signal,
     host::{Host, LIMIT, until},
     kernel::Kernel,
+    stand_in::SAID_OF_DEVICES,
 };
+use lair_guest::wire::message::{AerSeverity, DeviceFault, DeviceReport, Fault, GuestDevice};
 use lair_vmm::{
     api::{
         client::ClientError,
-        types::{AuditQuery, EventKind, EventsQuery},
+        gpus::GpuStatus,
+        types::{AuditQuery, EventKind, EventsQuery, VmStatus},
     },
-    passthrough::record::Holding,
-    vm::failure::Failure,
+    passthrough::{certificate::Verdict, record::Holding},
+    shim::protocol::GuestDevices,
+    vm::{failure::Failure, machine::Part},
 };
+use nix::sys::signal::Signal;
 use std::{
     fs,
     time::{Duration, Instant},
@@ -87,6 +93,8 @@ fn vf7_start_with_a_card() {
         for function in [CARD, SOUND] {
             assert_eq!(host.device(function), "vfio-pci vfio-pci 0");
         }
+        let lease = host.gpu(CARD).held.unwrap().lease.unwrap();
+        assert_eq!((lease.vm.as_str(), lease.functions.len(), lease.verdict), ("a", 2, None));
     });
 }
 
@@ -104,6 +112,9 @@ fn vf7_stop_with_a_device() {
     // Reset, and free for the next one.
     operation.killed_at_every_step_and(|host| {
         assert!(host.devices()[0].contains("\"state\":\"free\",\"clean\":true"), "{:?}", host.devices());
+        let lease = host.gpu(DISK).held.unwrap().lease.unwrap();
+        assert_eq!((lease.vm.as_str(), lease.verdict), ("a", Some(Verdict::Healthy)));
+        assert!(lease.functions[0].after.is_some() && lease.reset_after_ms.is_some());
     });
 }
 
@@ -270,6 +281,131 @@ fn vf10_vf14_a_device_goes_from_one_vm_to_another_and_both_are_recorded() {
     let gpu = host.ask(async |client| client.gpu(DISK.parse().unwrap()).await).unwrap();
     let held = gpu.held.unwrap();
     assert_eq!((gpu.state.as_str(), held.vm.as_deref(), gpu.available), ("leased", Some("b"), false));
+}
+
+/// What a guest says that sees one device, with messages of its kernel about it.
+fn said(vendor: u16, device: u16, faults: &[Fault]) -> GuestDevices {
+    let address = || "0000:05:00.0".to_owned();
+    let seen = GuestDevice { address: address(), vendor, device, class: 0x03_00_00, driver: None };
+    let fault = |fault: &Fault| DeviceFault {
+        address: address(),
+        fault: *fault,
+        count: 1,
+        text: "\u{1b}[2J in the guest's words".into(),
+    };
+    let faults = faults.iter().map(fault).collect();
+    let report = DeviceReport { devices: vec![seen], faults, ..DeviceReport::default() };
+    GuestDevices { boot_id: "guest".into(), report }
+}
+
+impl Host {
+    /// Has a VM's guest say something of its devices.
+    fn say(&mut self, vm: &str, said: &GuestDevices) {
+        let status = self.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+        self.say_with(vm, &status[vm], said);
+    }
+
+    fn say_with(&self, vm: &str, status: &VmStatus, said: &GuestDevices) {
+        let beside = self.dirs().vm(vm).unwrap().run.join(SAID_OF_DEVICES);
+        fs::write(beside, serde_json::to_vec(said).unwrap()).unwrap();
+        signal(status, Part::Shim, Signal::SIGUSR2);
+    }
+
+    /// All that this `laird` has told of what guests say, and of leases.
+    fn told(&mut self) -> Vec<String> {
+        self.ask(async |client| {
+            let mut lines = client.events(&EventsQuery { follow: false, after: None }).await?;
+            let mut told = Vec::new();
+            while let Some(event) = lines.next().await? {
+                match event.kind {
+                    EventKind::DeviceFault { device, vm, fault } => {
+                        told.push(format!("{vm} {device} {fault}"));
+                    }
+                    EventKind::LeaseEnded { device, vm, summary } => {
+                        let verdict = summary.split(' ').next().unwrap();
+                        told.push(format!("{vm} {device} {verdict}"));
+                    }
+                    _ => {}
+                }
+            }
+            Ok(told)
+        })
+        .unwrap()
+    }
+
+    fn gpu(&mut self, address: &str) -> GpuStatus {
+        self.ask(async |client| client.gpu(address.parse().unwrap()).await).unwrap()
+    }
+}
+
+#[test]
+fn vf11_an_xid_that_a_guest_reports_quarantines_its_device_once_its_vm_has_ended_and_no_other() {
+    let xid = |number| Fault::Xid { number };
+    let mut host = Host::new();
+    host.kernel = Some(Kernel::new());
+    host.fleet(&[("a", WITH_GPU), ("b", WITH_DISK)]);
+    host.laird(None);
+    host.start("a").unwrap();
+    host.start("b").unwrap();
+    // A guest that lies: of a card that another VM has, and of one that it does not have itself.
+    host.say("b", &said(0x10de, 0x2684, &[xid(79)]));
+    host.say("b", &said(0x1b36, 0x0010, &[Fault::Aer { severity: AerSeverity::Corrected }]));
+    let of_disk = format!("b {DISK} corrected PCIe error (AER)");
+    until(|| host.told().contains(&of_disk).then_some(()));
+    assert_eq!(host.told(), [of_disk]);
+    host.say("a", &said(0x10de, 0x2684, &[xid(31)]));
+    until(|| (host.told().len() == 2).then_some(()));
+    let lease = host.gpu(CARD).held.unwrap().lease.unwrap();
+    assert_eq!((lease.xids(), lease.verdict), (1, None));
+    assert_eq!(lease.faults[0].text, "\u{1b}[2J in the guest's words", "shims escape it, and vmctl");
+
+    // What is said while no laird runs is heard by the next one, and what the one before has heard is no news.
+    let status = host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    host.kill();
+    host.say_with("a", &status["a"], &said(0x10de, 0x2684, &[xid(31), xid(79)]));
+    host.laird(None);
+    until(|| (!host.told().is_empty()).then_some(()));
+    assert_eq!(host.told(), [format!("a {CARD} Xid 79 (the GPU has fallen off the bus)")]);
+    // The VM goes on with it.
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    assert_eq!(host.gpu(CARD).state, "leased");
+    host.stop("a").unwrap();
+    host.settled(&[("a", "stopped"), ("b", "ready")]).unwrap();
+
+    let card = host.gpu(CARD);
+    let held = card.held.unwrap();
+    let reason =
+        format!("{CARD} failed while a VM had it: Xid 79 (the GPU has fallen off the bus), as VM a says");
+    assert_eq!((card.state.as_str(), held.reason.as_deref()), ("quarantined", Some(reason.as_str())));
+    let lease = held.lease.unwrap();
+    assert_eq!((lease.vm.as_str(), lease.verdict, lease.xids()), ("a", Some(Verdict::Quarantined), 2));
+    assert!(lease.returned.is_some() && lease.reset_before_ms.is_some() && lease.reset_after_ms.is_some());
+    assert_eq!(host.told().last().unwrap(), &format!("a {CARD} quarantined"));
+    let refusal = host.start("a").unwrap_err().to_string();
+    assert!(refusal.contains("Xid 79"), "{refusal}");
+    let line = until(|| {
+        host.ask(async |client| {
+            let query = AuditQuery { vm: Some("a".into()), ..AuditQuery::default() };
+            let mut lines = client.audit(&query).await?;
+            while let Some(record) = lines.next().await? {
+                if record.fields.get("kind").is_some_and(|kind| kind == "lease") {
+                    return Ok(record.fields["detail"].as_str().map(str::to_owned));
+                }
+            }
+            Ok(None)
+        })
+        .unwrap()
+    });
+    assert!(line.starts_with(&format!("{CARD} quarantined after ")) && line.contains("Xid 79"), "{line}");
+    // The other VM's disk is its own, and free afterwards.
+    host.stop("b").unwrap();
+    host.settled(&[("a", "stopped"), ("b", "stopped")]).unwrap();
+    let disk = host.gpu(DISK);
+    let verdict = disk.held.unwrap().lease.unwrap().verdict;
+    assert_eq!((disk.state.as_str(), verdict), ("free", Some(Verdict::Noted)));
+    // An operator who has looked at the card gives it back.
+    host.release_gpu(CARD).unwrap();
+    assert_eq!(host.gpu(CARD).state, "host");
 }
 
 #[test]

@@ -30,6 +30,9 @@ use tokio::{
 pub(crate) const PROGRAM: &str = "LAIR_STAND_IN";
 pub(crate) const ARGUMENTS: &str = "LAIR_STAND_IN_ARGUMENTS";
 
+/// Beside a shim's configuration: what its guest says of its devices, from the next SIGUSR2 on.
+pub(crate) const SAID_OF_DEVICES: &str = "said-of-devices.json";
+
 /// Not a test: the body of all stand-ins.
 #[test]
 #[ignore = "it is executed by the other tests in place of the programs that laird starts"]
@@ -206,6 +209,7 @@ async fn shim(path: &Path) {
         silent_since_unix_ms: None,
         figures: None,
         times,
+        devices: None,
     };
     let console = UnixStream::connect(&config.console).await.unwrap();
     let (reader, mut console) = console.into_split();
@@ -220,6 +224,7 @@ async fn shim(path: &Path) {
         }
     });
     let mut lose = signal(SignalKind::user_defined1()).unwrap();
+    let mut report = signal(SignalKind::user_defined2()).unwrap();
     let (ask, mut asked) = tokio::sync::mpsc::channel::<()>(1);
     let controls = UnixListener::bind(&config.sockets.control).unwrap();
     loop {
@@ -229,6 +234,12 @@ async fn shim(path: &Path) {
             }
             // As if the agent did not answer any more.
             _ = lose.recv() => status.send_modify(|status| status.agent = AgentState::Absent),
+            // As if the guest said this of its devices.
+            _ = report.recv() => {
+                let said = std::fs::read(path.with_file_name(SAID_OF_DEVICES)).unwrap();
+                let said = serde_json::from_slice(&said).unwrap();
+                status.send_modify(|status| status.devices = Some(said));
+            }
             Some(()) = asked.recv() => console.write_all(b"poweroff\n").await.unwrap(),
         }
     }

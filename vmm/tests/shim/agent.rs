@@ -3,7 +3,10 @@
 use crate::support::*;
 use lair_guest::wire::{
     VERSION, frame,
-    message::{Answer, Ask, Event, Features, HelloReply, JournalEntry, Moment, Phase, Request, Statistics},
+    message::{
+        Answer, Ask, DeviceFault, DeviceReport, Event, Fault, Features, GpuFigures, GuestDevice, HelloReply,
+        JournalEntry, Moment, Phase, Request, Statistics,
+    },
 };
 use lair_vmm::{
     shim::{
@@ -453,6 +456,73 @@ async fn vs5_a_flooded_journal_is_bounded_and_nothing_else_waits_for_it() {
     // On a busy machine the flood takes seconds; in each of them a number of entries is kept, and the rest told as one.
     assert!(text.contains("entries of this guest's journal were left out"), "{} bytes", text.len());
     assert!(text.lines().count() < 20_000, "{} lines", text.lines().count());
+}
+
+fn xid_report(number: u32, count: u64) -> DeviceReport {
+    let address = || "0000:01:00.0".to_owned();
+    let device = GuestDevice {
+        address: address(),
+        vendor: 0x10de,
+        device: 0x2684,
+        class: 0x03_00_00,
+        driver: Some("nvidia".into()),
+    };
+    let fault = DeviceFault {
+        address: address(),
+        fault: Fault::Xid { number },
+        count,
+        text: "NVRM: Xid\u{1b}[2J".into(),
+    };
+    DeviceReport { devices: vec![device], faults: vec![fault], ..DeviceReport::default() }
+}
+
+#[tokio::test]
+async fn what_a_guest_says_of_its_devices_is_told_and_belongs_to_its_boot() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
+    assert!(guest.hello.as_ref().unwrap().features.devices);
+    let mut watch = within(client::watch(shim.control())).await.unwrap();
+    assert!(within(watch.next()).await.unwrap().unwrap().devices.is_none());
+    guest.say(&Event::Devices { report: xid_report(79, 1) }).await;
+    let told = within(watch.next()).await.unwrap().unwrap().devices.unwrap();
+    assert_eq!((told.boot_id.as_str(), told.report.faults[0].fault), ("boot-1", Fault::Xid { number: 79 }));
+    assert_eq!(told.report.faults[0].text, "NVRM: Xid\\u{1b}[2J");
+    // Figures are there for who asks, and wake nobody.
+    let gpus = vec![GpuFigures { temperature: Some(70), ..GpuFigures::default() }];
+    guest.say(&Event::Devices { report: DeviceReport { gpus, ..xid_report(79, 1) } }).await;
+    until(async || shim.status().await.devices.unwrap().report.gpus.first().cloned()).await;
+    assert!(tokio::time::timeout(Duration::from_millis(300), watch.next()).await.is_err());
+    // The next boot's log is another.
+    guest.control = None;
+    guest.welcome("boot-2", Phase::Agent).await;
+    shim.until_agent(|agent| *agent == connected("boot-2")).await;
+    assert_eq!(shim.status().await.devices, None);
+}
+
+#[tokio::test]
+async fn vs5_a_guest_that_floods_with_reports_is_bounded_and_heard_in_the_end() {
+    let host = Host::new();
+    let (shim, mut guest) = host.start_ready(host.config("hydra")).await;
+    let before = shim.resident_kib();
+    let counted = Arc::new(AtomicU64::new(0));
+    let (mut watch, changes) = (within(client::watch(shim.control())).await.unwrap(), counted.clone());
+    let watching = tokio::spawn(async move {
+        while let Ok(Some(_)) = watch.next().await {
+            changes.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    let began = std::time::Instant::now();
+    for count in 1..=5000 {
+        guest.say(&Event::Devices { report: xid_report(31, count) }).await;
+    }
+    let asked = answer_with(&mut guest, Statistics { unix_ms: unix_ms(), ..Statistics::default() }, 2).await;
+    assert_eq!(asked, [Ask::Statistics, Ask::Statistics]);
+    let count = async || Some(shim.status().await.devices?.report.faults[0].count).filter(|n| *n == 5000);
+    until(count).await;
+    let seconds = began.elapsed().as_secs() + 1;
+    assert!(counted.load(Ordering::Relaxed) <= 2 * seconds + 3, "{counted:?} in {seconds} s");
+    assert!(shim.resident_kib() < before + 16_384, "{before} to {} KiB", shim.resident_kib());
+    watching.abort();
 }
 
 /// A guest that was never asked for its journal, or a VM of an earlier configuration.

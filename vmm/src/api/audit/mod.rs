@@ -64,19 +64,19 @@ pub struct Attempt {
     pub duration_ms: u64,
 }
 
-/// What `laird` did with a device, by itself or for a VM.
+/// What `laird` did with a device, by itself or for a VM, and what was said against it.
 #[derive(Debug, Clone, Serialize, JsonSchema)]
 pub struct DeviceRecord {
     /// When.
     pub time: jiff::Timestamp,
-    /// `device`.
+    /// `device`: its state has changed. `fault`: a guest has said something against it. `lease`: one is over.
     pub kind: &'static str,
     /// The lowest address of the devices that go together.
     pub device: String,
     /// The VM that has it, or is to have it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vm: Option<String>,
-    /// Its state, and more about it.
+    /// Its state, and more about it; what was said; what came of the lease.
     pub detail: String,
 }
 

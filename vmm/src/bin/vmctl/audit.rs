@@ -130,6 +130,8 @@ mod tests {
             r#"{"uid":4294967294,"verb":"exec","vm":"hydra","detail":"[\"ls\"]","verdict":"allowed","duration_ms":1}"#,
             r#"{"vm":"builder","kind":"link","link":"substitute","from":"builder","to":"cache","verdict":"allowed","bytes_out":4096,"bytes_in":1048576,"duration_ms":9}"#,
             r#"{"vm":"builder","kind":"exec","command":["sh","-c","x"],"uid":4294967294,"from":"host","to":"builder","verdict":"allowed","status":3,"bytes_out":0,"bytes_in":5,"duration_ms":9}"#,
+            r#"{"kind":"fault","device":"0000:01:00.0","vm":"builder","detail":"0000:01:00.0 Xid 79 (the GPU has fallen off the bus), as the guest says"}"#,
+            r#"{"kind":"lease","device":"0000:01:00.0","vm":"builder","detail":"0000:01:00.0 noted after 600 s; resets 120 ms before, 130 ms after; 2 Xids, 0 PCIe errors; Xid 31 (memory page fault), 2 times"}"#,
             r#"{"uid":null,"verdict":"refused","suppressed":4980}"#,
         ];
         let mut users = Users::default();

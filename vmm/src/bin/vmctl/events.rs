@@ -66,6 +66,12 @@ fn line(event: &Event) -> String {
         EventKind::Device { device, vm, state, detail } => {
             (vm.as_deref().unwrap_or("-"), format!("device {device}: {state}{}", with(detail)))
         }
+        EventKind::DeviceFault { device, vm, fault } => {
+            (vm.as_str(), format!("device {device}: {fault}, as the guest says"))
+        }
+        EventKind::LeaseEnded { device, vm, summary } => {
+            (vm.as_str(), format!("device {device}: lease ended: {summary}"))
+        }
         EventKind::Dropped { count } => ("-", format!("{count} events are missing here")),
     };
     format!("{}  {vm:12}  {what}", event.time.strftime("%F %T"))
@@ -111,6 +117,16 @@ mod tests {
                 vm: Some("builder".into()),
                 state: "leased".into(),
                 detail: text("reset in 120 ms, after VM old had it"),
+            },
+            EventKind::DeviceFault {
+                device: "0000:01:00.0".parse().unwrap(),
+                vm: "builder".into(),
+                fault: "Xid 79 (the GPU has fallen off the bus)".into(),
+            },
+            EventKind::LeaseEnded {
+                device: "0000:01:00.0".parse().unwrap(),
+                vm: "builder".into(),
+                summary: "quarantined after 600 s; resets 120 ms before, none after".into(),
             },
             EventKind::Dropped { count: 7 },
         ];

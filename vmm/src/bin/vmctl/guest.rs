@@ -2,8 +2,10 @@
 
 use crate::output::{bytes, duration, harmless, table};
 use comfy_table::{CellAlignment, Table};
+use lair_guest::wire::message::{GpuFigures, GuestDevice, NvidiaDriver};
 use lair_vmm::{
-    shim::protocol::Figures,
+    host::pci::{Id, NVIDIA, names},
+    shim::protocol::{Figures, GuestDevices},
     vm::trace::{Point, Source, worked_us},
 };
 
@@ -28,6 +30,55 @@ pub(crate) fn figures(figures: &Figures, now: jiff::Timestamp) -> Vec<(&'static 
     let at = i64::try_from(figures.at_unix_ms / 1000).unwrap_or(i64::MAX);
     facts.push(("guest figures", format!("{} old", duration(now.as_second().saturating_sub(at)))));
     facts
+}
+
+/// The devices that were passed through, as the guest sees them. All text is the guest's.
+pub(crate) fn devices(said: &GuestDevices) -> Vec<(&'static str, String)> {
+    let report = &said.report;
+    let mut facts: Vec<_> = report.devices.iter().map(|device| ("guest device", seen(device))).collect();
+    let has_nvidia = report.devices.iter().any(|device| Id(device.vendor) == NVIDIA);
+    match &report.nvidia {
+        NvidiaDriver::Absent if has_nvidia => facts.push(("nvidia driver", "not loaded".into())),
+        NvidiaDriver::Loaded { version } => {
+            let version = version.as_deref().map_or("loaded".into(), harmless);
+            facts.push(("nvidia driver", version.into_owned()));
+        }
+        NvidiaDriver::Absent | NvidiaDriver::Unknown => {}
+    }
+    facts.extend(report.gpus.iter().map(|gpu| ("guest gpu", figures_of(gpu))));
+    for fault in &report.faults {
+        let times = match fault.count {
+            0 | 1 => String::new(),
+            count => format!(" ({count} times)"),
+        };
+        facts.push(("guest kernel", format!("{}{times}", harmless(&fault.text))));
+    }
+    facts
+}
+
+fn seen(device: &GuestDevice) -> String {
+    let (vendor, number) = (Id(device.vendor), Id(device.device));
+    let driver = device.driver.as_deref().map_or("no driver".into(), |driver| format!("driver {driver}"));
+    format!(
+        "{} {vendor}:{number} {}, {}",
+        harmless(&device.address),
+        names::short(vendor, number),
+        harmless(&driver)
+    )
+}
+
+fn figures_of(gpu: &GpuFigures) -> String {
+    let mut words = Vec::new();
+    words.extend(gpu.temperature.map(|celsius| format!("{celsius} °C")));
+    words.extend(gpu.power.map(|milliwatts| format!("{}.{} W", milliwatts / 1000, milliwatts % 1000 / 100)));
+    words.extend(gpu.utilization.map(|percent| format!("{percent} % busy")));
+    if let (Some(used), Some(total)) = (gpu.memory_used, gpu.memory_total) {
+        words.push(format!("{} of {} used", bytes(used), bytes(total)));
+    }
+    if let Some(errors) = gpu.ecc_aggregate.uncorrected {
+        words.push(format!("{errors} uncorrected memory errors ever"));
+    }
+    format!("{} {}", harmless(&gpu.address), words.join(", "))
 }
 
 fn used(total: u64, available: u64) -> String {
@@ -94,7 +145,7 @@ fn ms(us: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lair_guest::wire::message::{DiskUse, Pressure, Statistics};
+    use lair_guest::wire::message::{DeviceFault, DeviceReport, DiskUse, Fault, Pressure, Statistics};
     use lair_vmm::vm::trace::Span;
 
     const NOW: i64 = 1_700_000_003;
@@ -138,6 +189,50 @@ mod tests {
         assert!(!text.contains('\x1b') && text.contains("\\x1b[2J"), "{text}");
         let point = Point { name: "\x1b[2J".into(), source: Source::Guest, at_ms: u64::MAX, span: None };
         assert!(!trace(&[point]).unwrap().to_string().contains('\x1b'));
+    }
+
+    #[test]
+    fn devices_are_told_as_the_guest_sees_them() {
+        let device = |address: &str, device, driver: Option<&str>| GuestDevice {
+            address: address.into(),
+            vendor: 0x10de,
+            device,
+            class: 0x03_00_00,
+            driver: driver.map(Into::into),
+        };
+        let fault = |number, count, text: &str| DeviceFault {
+            address: "0000:01:00.0".into(),
+            fault: Fault::Xid { number },
+            count,
+            text: text.into(),
+        };
+        let report = DeviceReport {
+            devices: vec![
+                device("0000:01:00.0", 0x1b80, Some("nvidia")),
+                device("0000:01:00.1", 0x10f0, None),
+            ],
+            nvidia: NvidiaDriver::Loaded { version: Some("550.54.14".into()) },
+            faults: vec![
+                fault(31, 3, "NVRM: Xid (PCI:0000:01:00): 31, MMU Fault"),
+                fault(79, 1, "\x1b[2J NVRM: Xid (PCI:0000:01:00): 79, GPU has fallen off the bus."),
+            ],
+            faults_left_out: 0,
+            gpus: vec![GpuFigures {
+                address: "0000:01:00.0".into(),
+                temperature: Some(41),
+                power: Some(70_250),
+                utilization: Some(98),
+                memory_used: Some(1 << 30),
+                memory_total: Some(8 << 30),
+                ..GpuFigures::default()
+            }],
+        };
+        let told = |report| {
+            let facts = devices(&GuestDevices { boot_id: "b".into(), report });
+            facts.iter().map(|(key, value)| format!("{key:<15}{value}\n")).collect::<String>()
+        };
+        let bare = DeviceReport { devices: report.devices[..1].to_vec(), ..DeviceReport::default() };
+        insta::assert_snapshot!(format!("{}\n{}", told(report), told(bare)));
     }
 
     #[test]

@@ -164,6 +164,9 @@ fn print_vm(vm: &VmStatus, now: jiff::Timestamp) -> Result<(), CommandError> {
     if let Some(figures) = &vm.guest {
         facts.extend(guest::figures(figures, now));
     }
+    if let Some(devices) = &vm.devices {
+        facts.extend(guest::devices(devices));
+    }
     if vm.pending_restart {
         facts.push(("pending", "the fleet file has changed; `vmctl restart` makes it follow".into()));
     }

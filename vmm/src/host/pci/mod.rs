@@ -1,6 +1,7 @@
 //! The PCI devices of the host, and which of them can be given to VMs. See the README.md here.
 
 mod address;
+mod aer;
 mod bar;
 mod bridge;
 mod device;
@@ -18,6 +19,7 @@ mod sysfs;
 mod usage;
 
 pub use address::{Address, NotAnAddress};
+pub use aer::AerCounts;
 pub use bar::{Bar, Space};
 pub use bridge::Bridge;
 pub use device::{Device, DeviceError, Kind, Subsystem, VirtualFunctions};

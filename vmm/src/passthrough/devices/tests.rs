@@ -1,7 +1,11 @@
 //! Devices of a kernel that is a tree of files and a program. That `laird` may be killed anywhere is tested in `tests/kill`.
 
 use super::*;
-use crate::passthrough::kernel::Kernel;
+use crate::{
+    passthrough::{certificate::Verdict, kernel::Kernel},
+    shim::protocol::GuestDevices,
+};
+use lair_guest::wire::message::{self, DeviceFault, DeviceReport, EccCounts, GpuFigures, GuestDevice};
 
 const BOOT: &str = "boot";
 
@@ -259,14 +263,16 @@ async fn vf11_a_device_that_failed_in_a_vm_is_nobodys_afterwards_also_in_a_later
     assert_eq!(state(&devices, CARD), leased("a"));
     let last = std::iter::from_fn(|| told.try_recv().ok()).last().unwrap();
     let reason = format!("{SOUND} failed while a VM had it: it is silent");
-    assert_eq!((last.vm.as_deref(), last.state), (Some("a"), "leased"));
-    assert_eq!(last.detail.unwrap(), format!("{reason}; quarantined once the VM has ended"));
+    let detail = Some(format!("{reason}; quarantined once the VM has ended"));
+    assert_eq!((last.vm.as_deref(), last.what), (Some("a"), What::State { state: "leased", detail }));
 
     // A later laird knows; after the end of the host under it as well.
     let later = record::read(&host.directory.path().join("state/devices"), "another boot");
     let quarantined =
         |state: &State| matches!(state, State::Quarantined { reason: r } if r.to_string() == reason);
     assert!(quarantined(&later[&address(CARD)].life.state));
+    let lease = later[&address(CARD)].lease.as_ref().unwrap();
+    assert_eq!((lease.verdict, lease.reason.as_ref()), (Some(Verdict::Quarantined), Some(&reason)));
     let devices = host.devices();
     host.kernel.writes();
     devices.release("a").await;
@@ -274,6 +280,166 @@ async fn vf11_a_device_that_failed_in_a_vm_is_nobodys_afterwards_also_in_a_later
     assert_ne!(host.kernel.writes(), Vec::<String>::new(), "it was not reset");
     let error = devices.acquire("b", &[at(CARD)]).await.unwrap_err();
     assert!(error.to_string().contains("it is silent"), "{error}");
+}
+
+/// What a guest says that sees a card like [`CARD`].
+fn said(boot: &str, faults: &[(u32, u64)]) -> GuestDevices {
+    let seen = |address: &str, vendor, device| GuestDevice {
+        address: address.into(),
+        vendor,
+        device,
+        class: 0x03_00_00,
+        driver: None,
+    };
+    let fault = |(number, count): &(u32, u64)| DeviceFault {
+        address: "0000:05:00.0".into(),
+        fault: message::Fault::Xid { number: *number },
+        count: *count,
+        text: format!("NVRM: Xid {number}"),
+    };
+    let report = DeviceReport {
+        devices: vec![seen("0000:05:00.0", 0x10de, 0x2684), seen("0000:06:00.0", 0x1b36, 0x0010)],
+        faults: faults.iter().map(fault).collect(),
+        ..DeviceReport::default()
+    };
+    GuestDevices { boot_id: boot.into(), report }
+}
+
+fn lease(devices: &Devices, text: &str) -> Certificate {
+    devices.held()[&address(text)].lease.clone().unwrap()
+}
+
+#[tokio::test]
+async fn vf11_what_a_guest_says_against_its_device_is_in_the_certificate_and_quarantines_it_if_it_is_fatal() {
+    let host = Host::new();
+    let devices = host.devices();
+    let mut told = devices.subscribe();
+    devices.acquire("a", &[at(CARD)]).await.unwrap();
+    devices.acquire("b", &[at(DISK)]).await.unwrap();
+    let mut what = || {
+        std::iter::from_fn(|| told.try_recv().ok())
+            .filter_map(|told| match told.what {
+                What::State { state: "leased", detail } => detail.filter(|detail| detail.contains("failed")),
+                What::State { .. } => None,
+                What::Fault(of, fault) => Some(format!("{of} {fault}")),
+                What::LeaseEnded(lease) => Some(lease.verdict.unwrap().to_string()),
+            })
+            .collect::<Vec<_>>()
+    };
+    assert!(devices.reported("a", &said("one", &[(31, 2)])).await);
+    assert_eq!(what(), ["0000:02:00.0 Xid 31 (memory page fault)"]);
+    // Said again it is counted, and nothing else: nobody is told, and no disk has to work.
+    let file = host.directory.path().join("state/devices/0000:02:00.0.json");
+    let record = std::fs::read(&file).unwrap();
+    assert!(!devices.reported("a", &said("one", &[(31, 9)])).await);
+    assert_eq!((what(), std::fs::read(&file).unwrap() == record), (vec![], true));
+    assert_eq!(lease(&devices, CARD).xids(), 9);
+    assert!(devices.held()[&address(CARD)].life.blame.is_none());
+    // Nor is it new to the next laird, to which the shim tells all of it.
+    let devices = host.devices();
+    let mut told = devices.subscribe();
+    assert!(!devices.reported("a", &said("one", &[(31, 9)])).await);
+
+    // What others say of the same device is nothing, also if theirs looks the same to them.
+    let before = devices.held();
+    assert!(!devices.reported("b", &said("one", &[(79, 1)])).await);
+    assert!(!devices.reported("nobody", &said("one", &[(79, 1)])).await);
+    let mut lie = said("one", &[(79, 1)]);
+    lie.report.faults[0].address = "0000:06:00.0".into();
+    assert!(!devices.reported("a", &lie).await, "it does not have such a disk");
+    assert_eq!(devices.held(), before);
+
+    // What a GPU counts itself is noted, each time that its driver is loaded.
+    let mut counted = said("two", &[]);
+    let ecc_volatile = EccCounts { uncorrected: Some(2), ..EccCounts::default() };
+    counted.report.gpus =
+        vec![GpuFigures { address: "0000:05:00.0".into(), ecc_volatile, ..GpuFigures::default() }];
+    assert!(devices.reported("a", &counted).await && !devices.reported("a", &counted).await);
+    assert_eq!(
+        lease(&devices, CARD).findings()[1],
+        format!("{CARD}: uncorrected memory error (ECC), 2 times")
+    );
+
+    while told.try_recv().is_ok() {}
+    assert!(devices.reported("a", &said("two", &[(79, 1)])).await);
+    let mut what = || {
+        std::iter::from_fn(|| told.try_recv().ok())
+            .filter_map(|told| match told.what {
+                What::State { detail, .. } => detail,
+                What::Fault(of, fault) => Some(format!("{of} {fault}")),
+                What::LeaseEnded(lease) => Some(lease.summary()),
+            })
+            .collect::<Vec<_>>()
+    };
+    let reason =
+        "0000:02:00.0 failed while a VM had it: Xid 79 (the GPU has fallen off the bus), as VM a says";
+    assert_eq!(
+        what(),
+        [
+            "0000:02:00.0 Xid 79 (the GPU has fallen off the bus)".to_owned(),
+            format!("{reason}; quarantined once the VM has ended"),
+        ]
+    );
+    assert_eq!(state(&devices, CARD), leased("a"));
+    devices.release("a").await;
+    let State::Quarantined { reason: why } = state(&devices, CARD) else { panic!() };
+    assert_eq!(why.to_string(), reason);
+    let ended = what().pop().unwrap().replace(|c: char| c.is_ascii_digit(), "");
+    insta::assert_snapshot!(ended, @"quarantined after  s, as ::. failed while a VM had it: Xid  (the GPU has fallen off the bus), as VM a says; resets  ms before,  ms after;  Xids,  PCIe errors; ::.: Xid  (memory page fault),  times; ::.: uncorrected memory error (ECC),  times; ::.: Xid  (the GPU has fallen off the bus)");
+    assert_eq!(lease(&devices, CARD).verdict, Some(Verdict::Quarantined));
+    assert_eq!(state(&devices, DISK), leased("b"));
+    // Its word about what it has no longer is nothing.
+    assert!(!devices.reported("a", &said("two", &[(79, 1), (48, 1)])).await);
+    // A later laird knows all of it.
+    assert_eq!(lease(&host.devices(), CARD), lease(&devices, CARD));
+}
+
+#[tokio::test]
+async fn vf11_a_certificate_has_windows_link_and_errors_before_and_after() {
+    let host = Host::new();
+    let devices = host.devices();
+    let write = |name: &str, text: &str| std::fs::write(host.kernel.file(DISK, name), text).unwrap();
+    let window = |end: &str| {
+        let none = "0x0000000000000000 0x0000000000000000 0x0000000000000000\n";
+        format!("0x00000000c0000000 {end} 0x0000000000040200\n{}", none.repeat(5))
+    };
+    let errors = |corrected: u64| {
+        write("aer_dev_correctable", &format!("RxErr {corrected}\nTOTAL_ERR_COR {corrected}\n"));
+        write("aer_dev_nonfatal", "TOTAL_ERR_NONFATAL 0\n");
+        write("aer_dev_fatal", "TOTAL_ERR_FATAL 0\n");
+    };
+    write("resource", &window("0x00000000c0003fff"));
+    write("current_link_speed", "8.0 GT/s PCIe\n");
+    errors(5);
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+    let open = lease(&devices, DISK);
+    assert!(open.is_open() && open.reset_before_ms.is_some());
+    let before = &open.functions[0].before;
+    assert_eq!((before.windows[0].size, before.width), (0x4000, Some(4)));
+    assert_eq!(before.speed.unwrap().to_string(), "8.0 GT/s");
+    devices.release("a").await;
+    assert_eq!(lease(&devices, DISK).verdict, Some(Verdict::Healthy));
+
+    // Another size is noted. The next lease has a certificate of its own.
+    devices.acquire("b", &[at(DISK)]).await.unwrap();
+    assert_eq!((lease(&devices, DISK).vm.as_str(), lease(&devices, DISK).verdict), ("b", None));
+    write("resource", &window("0x00000000c0007fff"));
+    errors(7);
+    devices.release("b").await;
+    let noted = lease(&devices, DISK);
+    assert_eq!((state(&devices, DISK), noted.verdict), (State::Free, Some(Verdict::Noted)));
+    assert_eq!(
+        noted.findings(),
+        ["window 0 has 32KiB, had 16KiB", "2 corrected PCIe errors counted by the host"]
+    );
+
+    // A window that is gone is a device that nobody can use.
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+    write("resource", &window("0x00000000c0007fff").replace("40200", "00000"));
+    devices.release("a").await;
+    let State::Quarantined { reason } = state(&devices, DISK) else { panic!() };
+    assert_eq!(reason.to_string(), format!("{DISK} failed while a VM had it: its window 0 of 32KiB is gone"));
+    assert_eq!(lease(&devices, DISK).verdict, Some(Verdict::Quarantined));
 }
 
 #[tokio::test]
@@ -311,7 +477,12 @@ async fn vf9_vf14_the_next_tenant_is_told_with_the_last_one_and_the_reset_betwee
     devices.release("a").await;
     devices.acquire("b", &[at(DISK)]).await.unwrap();
     let mut states = Vec::new();
-    while let Ok(Told { vm, state, detail, .. }) = told.try_recv() {
+    while let Ok(Told { vm, what, .. }) = told.try_recv() {
+        let What::State { state, detail } = what else {
+            assert!(matches!(what, What::LeaseEnded(lease) if lease.vm == "a"));
+            states.push("a's lease ended".into());
+            continue;
+        };
         let detail =
             detail.map(|detail| detail.replace(|c: char| c.is_ascii_digit(), "")).unwrap_or_default();
         states.push(format!("{} {state} {detail}", vm.unwrap_or_default()));
@@ -323,6 +494,7 @@ async fn vf9_vf14_the_next_tenant_is_told_with_the_last_one_and_the_reset_betwee
             "a leased reset in  ms",
             " resetting ",
             " free reset in  ms",
+            "a's lease ended",
             "b bound ",
             "b leased reset in  ms, after VM a had it",
         ]
@@ -367,6 +539,12 @@ async fn sv5_a_device_is_not_touched_where_that_cannot_be_written_down() {
     assert_eq!((state(&devices, DISK), host.kernel.writes()), (State::Host, vec![]));
     std::fs::remove_file(&directory).unwrap();
     devices.acquire("a", &[at(DISK)]).await.unwrap();
+    // What has failed is known as long as this laird runs.
+    std::fs::rename(&directory, directory.with_extension("away")).unwrap();
+    std::fs::write(&directory, "no directory").unwrap();
+    assert!(devices.blame("a", address(DISK), "it is on fire".into()).await.unwrap());
+    devices.release("a").await;
+    assert!(matches!(state(&devices, DISK), State::Quarantined { .. }));
 }
 
 #[tokio::test]

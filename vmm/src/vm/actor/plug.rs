@@ -4,7 +4,7 @@ use super::Actor;
 use crate::{
     error::chain,
     fleet::gpus::Gpu,
-    passthrough::{DevicesError, Told},
+    passthrough::{DevicesError, Told, What},
     vm::{handle::Mail, machine::State, plan::Plan, steps::StepError},
 };
 use std::sync::Arc;
@@ -62,8 +62,9 @@ impl Plugging {
         }
         loop {
             match self.told.recv().await {
-                Ok(told) if !matches!(told.state, "free" | "host") => {}
-                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => return,
+                Ok(Told { what: What::State { state: "free" | "host", .. }, .. })
+                | Err(broadcast::error::RecvError::Lagged(_)) => return,
+                Ok(_) => {}
                 Err(broadcast::error::RecvError::Closed) => return std::future::pending().await,
             }
         }
@@ -121,7 +122,7 @@ impl Actor {
                 self.publish();
                 self.follow_devices();
             }
-            // The next change of the fleet tries again; where another VM has the device, so does its end.
+            // The next apply tries again; where another VM has the device, so does its end.
             Err(fault) => {
                 tracing::warn!(
                     vm = now.name,
@@ -130,6 +131,10 @@ impl Actor {
                 );
                 self.plugging.fault = Some(fault);
                 self.publish();
+                let wanted = self.fleet.borrow().vms.get(&self.context.name).map(|vm| vm.gpus.clone());
+                if wanted.is_some_and(|wanted| wanted != wants) {
+                    self.follow_devices();
+                }
             }
         }
     }

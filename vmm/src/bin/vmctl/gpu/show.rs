@@ -11,6 +11,7 @@ use comfy_table::Table;
 use lair_vmm::{
     api::gpus::GpuStatus,
     host::pci::{Address, Bar, Device, Link, Space, names},
+    passthrough::certificate::{Certificate, FunctionHealth, Measure},
 };
 
 #[derive(Debug, clap::Args)]
@@ -95,7 +96,70 @@ fn held(status: &GpuStatus) -> Vec<(&'static str, String)> {
     facts.extend(held.reset_ms.map(|ms| ("last reset", format!("took {ms} ms"))));
     facts.extend(held.first_driver.as_ref().map(|driver| ("goes back to", harmless(driver).into_owned())));
     facts.extend(held.reason.as_ref().map(|reason| ("quarantined", harmless(reason).into_owned())));
+    facts.extend(held.lease.iter().flat_map(|lease| certificate(lease, status.device.address)));
     facts
+}
+
+/// What is known of its health in the lease that a VM has, or had last.
+fn certificate(lease: &Certificate, address: Address) -> Vec<(&'static str, String)> {
+    let vm = harmless(&lease.vm);
+    let taken = lease.taken.strftime("%F %T");
+    let mut facts = vec![match lease.returned {
+        None => ("lease", format!("of VM {vm}, since {taken}")),
+        Some(returned) => ("last lease", format!("of VM {vm}, {taken} to {}", returned.strftime("%F %T"))),
+    }];
+    facts.extend(lease.verdict.map(|verdict| ("verdict", verdict.to_string())));
+    let reset = |ms: Option<u64>| ms.map_or("-".into(), |ms| format!("{ms} ms"));
+    let resets = match lease.returned {
+        None => format!("{} before", reset(lease.reset_before_ms)),
+        Some(_) => format!("{} before, {} after", reset(lease.reset_before_ms), reset(lease.reset_after_ms)),
+    };
+    facts.push(("its resets", resets));
+    if let Some(function) = lease.functions.iter().find(|function| function.address == address) {
+        let FunctionHealth { before, after, .. } = function;
+        facts.extend(links(before, after.as_ref()).map(|link| ("its link", link)));
+        facts.extend(windows(before, after.as_ref()).map(|windows| ("its windows", windows)));
+    }
+    facts.push(("its errors", format!("{} Xids, {} PCIe errors", lease.xids(), lease.aer_errors())));
+    for fault in &lease.faults {
+        let times = if fault.count > 1 { format!(", {} times", fault.count) } else { String::new() };
+        facts.push(("", format!("{}: {}{times}", fault.address, fault.fault)));
+        facts.push(("", format!("\"{}\"", harmless(&fault.text))));
+    }
+    facts
+}
+
+/// The link before, and after where that is known.
+fn links(before: &Measure, after: Option<&Measure>) -> Option<String> {
+    let told = |measure: &Measure| {
+        let width = measure.width.map(|width| format!("x{width}"));
+        let told: Vec<_> = measure.speed.map(String::from).into_iter().chain(width).collect();
+        (!told.is_empty()).then(|| told.join(" "))
+    };
+    let before = told(before)?;
+    Some(match after.map(|after| told(after).unwrap_or_else(|| "none".into())) {
+        None => before,
+        Some(after) if after == before => format!("{before}, as before"),
+        Some(after) => format!("{after}, {before} before"),
+    })
+}
+
+/// The windows before, and those that are not the same after.
+fn windows(before: &Measure, after: Option<&Measure>) -> Option<String> {
+    let told = before.windows.iter().map(|window| {
+        let known = format!("{}: {}", window.index, bytes(window.size));
+        let now = after.map(|after| after.windows.iter().find(|now| now.index == window.index));
+        match now {
+            None => known,
+            Some(Some(now)) if now.size == window.size => known,
+            Some(Some(now)) => {
+                format!("{}: {} ({} before)", window.index, bytes(now.size), bytes(window.size))
+            }
+            Some(None) => format!("{}: gone ({} before)", window.index, bytes(window.size)),
+        }
+    });
+    let told: Vec<_> = told.collect();
+    (!told.is_empty()).then(|| told.join(", "))
 }
 
 fn name(device: &Device) -> String {

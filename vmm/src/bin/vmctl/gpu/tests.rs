@@ -4,7 +4,14 @@ use super::{Named, list, show};
 use crate::machine::Machine;
 use lair_vmm::{
     api::gpus::{GpuStatus, GpusQuery, GpusReply},
-    host::pci::{Inventory, Sysfs},
+    host::pci::{Address, AerCounts, Inventory, Sysfs},
+    passthrough::{
+        binding::Function,
+        certificate::{Certificate, Measure, Said},
+        fault::Fault,
+        machine::{Life, Reason, State},
+        record::Holding,
+    },
 };
 use std::collections::BTreeMap;
 
@@ -56,6 +63,46 @@ fn each_card_in_full() {
         insta::assert_snapshot!(format!("show_{name}"), shown(&status(name, address)));
     }
     insta::assert_snapshot!("show_shared_group", shown(&status("turing", "0000:22:00.0")));
+}
+
+/// The GPU of a recorded machine, in a lease of a minute and after it.
+fn leased(returned: bool) -> GpuStatus {
+    let inventory = inventory("gtx-1080");
+    let gpu: Address = "0000:65:00.0".parse().unwrap();
+    let at = |second: i64| jiff::Timestamp::from_second(1_764_400_000 + second).unwrap();
+    let aer = |corrected| Some(AerCounts { corrected, ..AerCounts::default() });
+    let look = |aer| vec![(gpu, Measure::of(&inventory.devices[&gpu], aer))];
+    let mut lease = Certificate::begin("cuda-builder", &look(aer(2)), Some(120), at(0));
+    let said =
+        |number, count, text| Said { boot: "boot", address: gpu, fault: Fault::Xid { number }, count, text };
+    lease.note(said(31, 3, "NVRM: Xid (PCI:0000:01:00): 31, pid=7, name=\x1b[2J, MMU Fault"));
+    let mut state = State::Leased { vm: "cuda-builder".into() };
+    if returned {
+        lease.note(said(79, 1, "NVRM: Xid (PCI:0000:01:00): 79, pid=7, GPU has fallen off the bus."));
+        let mut after = look(aer(5));
+        after[0].1.speed = None;
+        after[0].1.windows[1].size /= 2;
+        let what = "Xid 79 (the GPU has fallen off the bus), as VM cuda-builder says".into();
+        let reason = Reason::Faulty { address: gpu.to_string(), what };
+        lease.end(&after, Some(140), Some(&reason), at(60));
+        state = State::Quarantined { reason };
+    }
+    let functions = vec![Function::of(&inventory.devices[&gpu])];
+    let holding = Holding {
+        life: Life { state, clean: false, last: Some("cuda-builder".into()), blame: None },
+        since: at(60),
+        reset_ms: Some(140),
+        lease: Some(lease),
+        ..Holding::of(functions, "boot")
+    };
+    GpuStatus::of(&inventory, &BTreeMap::from([(gpu, holding)]), gpu).unwrap()
+}
+
+#[test]
+fn vf11_the_certificate_of_a_lease_is_shown_while_it_lasts_and_after_it() {
+    insta::assert_snapshot!("show_leased", shown(&leased(false)));
+    insta::assert_snapshot!("show_returned", shown(&leased(true)));
+    insta::assert_json_snapshot!("json_lease", leased(true).held);
 }
 
 #[test]

@@ -117,6 +117,7 @@ async fn shim(config: &ShimConfig) -> Result<()> {
         silent_since_unix_ms: None,
         figures: None,
         times,
+        devices: None,
     });
     let mut console = BufReader::new(UnixStream::connect(&config.console).await?);
     let controls = UnixListener::bind(&config.sockets.control)?;
