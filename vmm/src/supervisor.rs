@@ -365,7 +365,7 @@ impl Supervisor {
                 reply.added.push(name.clone());
                 continue;
             };
-            if handle.snapshot().started().is_some_and(|started| started != vm) {
+            if handle.snapshot().started().is_some_and(|started| diff::needs_restart(started, vm)) {
                 reply.pending_restart.push(name.clone());
             }
         }

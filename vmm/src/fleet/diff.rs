@@ -48,6 +48,8 @@ pub enum Action {
     Remove,
     /// The VM runs on as it is, and follows when it is restarted.
     PendingRestart,
+    /// The VM runs, and gets and loses devices at once.
+    Devices,
     /// It follows at once: nothing of it runs, or it needs no restart.
     Change,
     /// It is read when `laird` starts.
@@ -78,6 +80,7 @@ pub fn changes(before: &Fleet, after: &Fleet, running: &BTreeMap<String, Vm>) ->
             (Some(_), None) if runs.is_some() => Action::Stop,
             (_, None) => Action::Remove,
             (Some(old), Some(new)) if old == new => continue,
+            (Some(old), Some(new)) if runs.is_some() && !needs_restart(old, new) => Action::Devices,
             (Some(_), Some(_)) if runs.is_some() => Action::PendingRestart,
             (Some(_), Some(_)) => Action::Change,
         };
@@ -108,6 +111,11 @@ pub fn changes(before: &Fleet, after: &Fleet, running: &BTreeMap<String, Vm>) ->
         }
     }
     changes
+}
+
+/// Whether a VM that runs, started as `old`, has to be restarted to be `new`: all but its devices is as it was at its start.
+pub fn needs_restart(old: &Vm, new: &Vm) -> bool {
+    Vm { gpus: new.gpus.clone(), ..old.clone() } != *new
 }
 
 /// The keys in which two values differ.

@@ -249,7 +249,7 @@ pub struct Vm {
     /// Disks, made and formatted on first use.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<Volume>,
-    /// Devices of the host that only this VM has while it runs: GPUs, or others. Its memory is pinned then.
+    /// Devices of the host that only this VM has while it runs: GPUs, or others. Its memory is pinned then. They come and go at once.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<Gpu>,
     /// The network card.

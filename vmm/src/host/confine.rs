@@ -1,7 +1,8 @@
 //! What a process of a VM may have: its user and groups, its cgroup, limits, open descriptors.
 
 use nix::sys::resource::{Resource, getrlimit};
-use std::{fs::File, os::fd::OwnedFd};
+use rustix::process::{Pid, Rlimit, prlimit};
+use std::{fs::File, io, os::fd::OwnedFd};
 
 /// What a process is left with. Besides, none gets a core file, new privileges, `laird`'s environment or its open files.
 #[derive(Debug, Default)]
@@ -59,6 +60,14 @@ impl Rlimits {
         }
         Self { locked: Some(most), ..self }
     }
+}
+
+/// Lets a process that runs lock so many bytes of memory.
+pub fn let_lock(pid: i32, bytes: u64) -> io::Result<()> {
+    let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
+    let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+    prlimit(Some(pid), rustix::process::Resource::Memlock, limit)?;
+    Ok(())
 }
 
 /// Whether this process has CAP_SYS_RESOURCE, bit 24 of its effective capabilities.

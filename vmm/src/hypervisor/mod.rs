@@ -3,6 +3,7 @@
 //! All of it is data: a [`Machine`] is everything that a driver may know of a VM. No string of a fleet file
 //! reaches a hypervisor but through a field here, and the driver escapes it.
 
+pub mod ports;
 pub mod qemu;
 
 use crate::{

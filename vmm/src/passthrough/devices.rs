@@ -233,8 +233,8 @@ impl Devices {
         let inventory = self.inventory().await?;
         // What is being reset or given back is waited for, when it comes to that; what it has itself, it gives back first.
         let mut held = self.held();
-        held.retain(|_, holding| !is_transient(holding) && holding.life.state.vm() != Some(vm));
-        let chosen = select::choose(wants, &inventory, &held)?;
+        held.retain(|_, holding| !is_transient(holding));
+        let chosen = select::choose(vm, wants, &inventory, &held)?;
         Ok(chosen.iter().flat_map(select::Chosen::windows).collect())
     }
 
@@ -242,6 +242,11 @@ impl Devices {
     /// [`Self::release`] undoes it.
     pub async fn acquire(self: &Arc<Self>, vm: &str, wants: &[Gpu]) -> Result<Vec<Given>, DevicesError> {
         self.release(vm).await;
+        self.give(vm, wants).await
+    }
+
+    /// Gives a VM what it asks for. What it has of that already it keeps.
+    async fn give(self: &Arc<Self>, vm: &str, wants: &[Gpu]) -> Result<Vec<Given>, DevicesError> {
         if wants.is_empty() {
             return Ok(vec![]);
         }
@@ -286,8 +291,12 @@ impl Devices {
         inventory: &Inventory,
     ) -> Result<Vec<select::Chosen>, DevicesError> {
         let mut held = lock(&self.held);
-        let chosen = select::choose(wants, inventory, &held)?;
-        for chosen in &chosen {
+        let chosen = select::choose(vm, wants, inventory, &held)?;
+        let has = |held: &BTreeMap<Address, Holding>, key| {
+            held.get(&key).is_some_and(|holding| holding.life.state.vm() == Some(vm))
+        };
+        let news: Vec<_> = chosen.iter().filter(|chosen| !has(&held, chosen.key)).collect();
+        for chosen in news {
             let holding = held
                 .entry(chosen.key)
                 .or_insert_with(|| Holding::of(chosen.functions.clone(), &self.boot_id));
@@ -312,15 +321,21 @@ impl Devices {
 
     /// Takes back what a VM has, of which nothing runs any more: it is reset and free, or quarantined.
     pub async fn release(self: &Arc<Self>, vm: &str) {
-        let keys: Vec<_> = self
-            .held()
-            .into_iter()
-            .filter(|(_, h)| h.life.state.vm() == Some(vm))
-            .map(|(key, _)| key)
-            .collect();
+        let keys = self.keys(|holding| holding.life.state.vm() == Some(vm));
         if keys.is_empty() {
             return;
         }
+        self.end(vm, keys).await;
+        self.settle().await;
+    }
+
+    /// Those of which this is true.
+    fn keys(&self, which: impl Fn(&Holding) -> bool) -> BTreeSet<Address> {
+        lock(&self.held).iter().filter(|(_, holding)| which(holding)).map(|(key, _)| *key).collect()
+    }
+
+    /// Takes back what a VM has, or was to have.
+    async fn end(self: &Arc<Self>, vm: &str, keys: BTreeSet<Address>) {
         for key in keys {
             // In a task of its own: it goes on to its end whoever waits for it.
             let (devices, vm) = (Arc::clone(self), vm.to_owned());
@@ -330,7 +345,6 @@ impl Devices {
             });
             let _ = task.await;
         }
-        self.settle().await;
     }
 
     /// Notes what was seen or reported of a device while `vm` has it. The VM goes on with it; when it has ended, the device is quarantined.
@@ -763,6 +777,7 @@ async fn in_time<T: Send + 'static>(
     }
 }
 
+mod adjust;
 pub mod reports;
 #[cfg(test)]
 mod tests;

@@ -41,8 +41,9 @@ pub struct Unmet {
     pub why: Vec<String>,
 }
 
-/// Chooses a device for each of `wants`, from those that are the host's or free.
+/// Chooses a device for each of `wants`, from those that `vm` has, those that are free, and the host's.
 pub fn choose(
+    vm: &str,
     wants: &[Gpu],
     inventory: &Inventory,
     held: &BTreeMap<Address, Holding>,
@@ -54,7 +55,7 @@ pub fn choose(
             Gpu::Any(_) => None,
         })
         .collect();
-    let mut choice = Choice { inventory, held, asked, chosen: BTreeMap::new() };
+    let mut choice = Choice { vm, inventory, held, asked, chosen: BTreeMap::new() };
     // What is named is not for those to whom any would do.
     let (named, any): (Vec<_>, Vec<_>) = wants.iter().partition(|want| matches!(want, Gpu::At(_)));
     for want in named.into_iter().chain(any) {
@@ -64,6 +65,7 @@ pub fn choose(
 }
 
 struct Choice<'a> {
+    vm: &'a str,
     inventory: &'a Inventory,
     held: &'a BTreeMap<Address, Holding>,
     asked: BTreeSet<Address>,
@@ -82,8 +84,12 @@ impl Choice<'_> {
         };
         let mut candidates: Vec<&Device> =
             self.inventory.devices.values().filter(|device| want.means(device)).collect();
-        // One that is reset already is ready sooner. The sort keeps the order of addresses.
-        candidates.sort_by_key(|device| self.holding(device.address).is_none());
+        // What it has it keeps, and one that is reset already is ready sooner. The sort keeps the order of addresses.
+        candidates.sort_by_key(|device| match self.holding(device.address) {
+            Some((_, holding)) if self.is_own(holding) => 0,
+            Some(_) => 1,
+            None => 2,
+        });
         let (mut met, mut why) = (0_u32, Vec::new());
         for device in candidates {
             if met == count {
@@ -121,6 +127,11 @@ impl Choice<'_> {
         self.held.iter().find(|(_, holding)| holding.has(address))
     }
 
+    /// Whether the VM has it already.
+    fn is_own(&self, holding: &Holding) -> bool {
+        holding.life.state.vm() == Some(self.vm)
+    }
+
     /// What is against giving a device.
     fn against(&self, want: &Gpu, device: &Device) -> Option<String> {
         let taken = |chosen: &Chosen| chosen.functions.iter().any(|f| f.address == device.address);
@@ -128,7 +139,11 @@ impl Choice<'_> {
         if matches!(want, Gpu::Any(_)) && self.chosen.values().any(taken) {
             return Some("this VM gets it already".into());
         }
-        if let Some(refusal) = self.holding(device.address).and_then(|(_, holding)| holding.life.obstacle()) {
+        let holding = self.holding(device.address).map(|(_, holding)| holding);
+        if holding.is_some_and(|holding| self.is_own(holding)) {
+            return None;
+        }
+        if let Some(refusal) = holding.and_then(|holding| holding.life.obstacle()) {
             return Some(refusal.to_string());
         }
         let obstacles = self.inventory.obstacles(device, &self.asked);
@@ -211,7 +226,7 @@ mod tests {
     }
 
     fn chosen(text: &str, held: &BTreeMap<Address, Holding>) -> Result<Vec<String>, String> {
-        let chosen = choose(&wants(text), &host(), held).map_err(|error| error.to_string())?;
+        let chosen = choose("b", &wants(text), &host(), held).map_err(|error| error.to_string())?;
         let told =
             |set: &BTreeSet<Address>| set.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         Ok(chosen
@@ -270,7 +285,7 @@ mod tests {
         insta::assert_snapshot!(chosen(r#"[{"address":"0000:09:00.0"}]"#, &none).unwrap_err(), @"Cannot have the device 0000:09:00.0: there is no PCI device 0000:09:00.0");
         insta::assert_snapshot!(chosen(r#"[{"vendor":"nvidia","arch":"hopper"}]"#, &none).unwrap_err(), @"Cannot have 1 of vendor nvidia, Hopper: this host has none");
         let bare = Inventory::of(&Machine::of(&device("0000:01:00.0", "0x030000", "iommu_group = 1")));
-        let error = choose(&wants(r#"[{"vendor":"nvidia"}]"#), &bare, &none).unwrap_err().to_string();
+        let error = choose("b", &wants(r#"[{"vendor":"nvidia"}]"#), &bare, &none).unwrap_err().to_string();
         assert!(error.ends_with("the driver vfio-pci is not loaded (modprobe vfio-pci)"), "{error}");
     }
 }

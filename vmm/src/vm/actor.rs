@@ -6,8 +6,10 @@
 mod disk;
 mod effects;
 mod follow;
+mod plug;
 
-use self::follow::Told;
+pub(super) use self::plug::Fault;
+use self::{follow::Told, plug::Plugging};
 use super::{
     adopt::Verdict,
     handle::{Handle, MAILBOX, Mail, Snapshot},
@@ -106,6 +108,7 @@ pub fn spawn(
     let withdrawn = life.is_withdrawn();
     // What is on disk is as the life is, unless the record led to more.
     let kept = verdict.is_none().then(|| life.lasting());
+    let plugging = Plugging::new(context.host.devices.subscribe());
     let actor = Actor {
         context,
         fleet,
@@ -126,6 +129,7 @@ pub fn spawn(
         shim: None,
         shim_status: None,
         reloading: None,
+        plugging,
         withdrawn,
         closing: false,
         snapshot,
@@ -174,6 +178,7 @@ struct Actor {
     shim_status: Option<ShimStatus>,
     /// The plan as it was before the links that the shim is being told, and the task that tells it.
     reloading: Option<(Arc<Plan>, JoinHandle<()>)>,
+    plugging: Plugging,
     /// The fleet had it no more at some time since it was last down.
     withdrawn: bool,
     /// The host shuts down.
@@ -218,6 +223,7 @@ impl Actor {
                 }
                 // A clean-up removes the record.
                 () = self.started.notified() => if !self.cleans() { self.record_or_warn().await },
+                () = self.plugging.freed() => self.follow_devices(),
                 Ok(()) = self.fleet.changed() => self.follow_fleet(),
                 Some(mail) = self.mailbox.recv() => self.receive(mail).await,
             }
@@ -333,6 +339,7 @@ impl Actor {
             }
             Mail::Reloaded(plans, outcome) => self.reloaded(plans, outcome).await,
             Mail::Input(input) => self.inputs.push_back(input),
+            Mail::Plugged(wants, outcome) => self.plugged(wants, outcome).await,
             Mail::Connected => self.attend(),
             #[cfg(test)]
             Mail::Panic => panic!("asked for by a test"),
@@ -423,6 +430,11 @@ impl Actor {
         if let Some(part) = step.part() {
             self.watch_process(part);
         }
+        if step == Step::Devices
+            && let Some(plan) = self.running.plan()
+        {
+            self.plugging.given(&plan.vm.gpus);
+        }
         // What both were made from may have changed meanwhile.
         if matches!(step, Step::View | Step::Shim) {
             self.follow_links(Told::AsPlanned);
@@ -453,6 +465,9 @@ impl Actor {
                 self.context.budget.release(&self.context.name);
             }
             self.publish();
+            if moved {
+                self.follow_devices();
+            }
         }
         let recorded = if to_record { self.record().await } else { Ok(()) };
         if to_record {

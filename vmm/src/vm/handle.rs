@@ -1,7 +1,7 @@
 //! A VM as the rest of `laird` sees it: what is known of it, and how to ask for a change.
 
 use super::{
-    actor::Exit,
+    actor::{Exit, Fault},
     adopt::Verdict,
     machine::{Input, Life, Part, Refusal, Request, Stage, State, StopReport, Wanted},
     plan::Plan,
@@ -9,7 +9,7 @@ use super::{
     trace::Start,
 };
 use crate::{
-    fleet::schema::Vm,
+    fleet::{gpus::Gpu, schema::Vm},
     host::process::ProcessId,
     shim::protocol::{LinkCounters, ShimStatus},
 };
@@ -103,6 +103,8 @@ pub(super) enum Mail {
     /// The shim was told the links of the second plan, in place of those of the first.
     Reloaded([Arc<Plan>; 2], Result<(), String>),
     Input(Input),
+    /// It has the devices of this entry of the fleet file and runs with this plan, or does not have them.
+    Plugged(Vec<Gpu>, Result<Box<Plan>, Fault>),
     /// The hypervisor is connected again.
     Connected,
     #[cfg(test)]

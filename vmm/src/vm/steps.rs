@@ -4,6 +4,7 @@
 //! A step runs in a task of its own and may be dropped at any await: what it started by then is in [`Running`].
 
 mod arguments;
+mod devices;
 mod error;
 
 pub use error::StepError;

@@ -129,6 +129,11 @@ fn device_group(path: &Path) -> Option<u32> {
     (mode & 0o006 != 0o006 && mode & 0o060 == 0o060 && metadata.gid() != 0).then(|| metadata.gid())
 }
 
+/// The memory that the hypervisor may lock, where it has devices.
+pub(super) fn locked(plan: &Plan) -> Option<u64> {
+    limits(Part::Hypervisor, plan).locked
+}
+
 fn limits(part: Part, plan: &Plan) -> Rlimits {
     let limits = Rlimits::default();
     match part {

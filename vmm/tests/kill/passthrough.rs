@@ -3,13 +3,14 @@
 use crate::{
     every_step::Operation,
     faults::signal,
-    host::{Host, until},
+    host::{Host, LIMIT, until},
     kernel::Kernel,
     stand_in::SAID_OF_DEVICES,
 };
 use lair_guest::wire::message::{AerSeverity, DeviceFault, DeviceReport, Fault, GuestDevice};
 use lair_vmm::{
     api::{
+        client::ClientError,
         gpus::GpuStatus,
         types::{AuditQuery, EventKind, EventsQuery, VmStatus},
     },
@@ -18,7 +19,10 @@ use lair_vmm::{
     vm::{failure::Failure, machine::Part},
 };
 use nix::sys::signal::Signal;
-use std::fs;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 const DISK: &str = "0000:01:00.0";
 const CARD: &str = "0000:02:00.0";
@@ -51,7 +55,28 @@ impl Host {
         self.kernel.as_ref().unwrap().device(address)
     }
 
-    pub(crate) fn release_gpu(&mut self, address: &str) -> Result<(), lair_vmm::api::client::ClientError> {
+    /// The functions that the hypervisor of a VM has, with their ports.
+    fn plugged(&self, vm: &str) -> Vec<String> {
+        let path = self.dirs().run.join("vms").join(vm).join("hypervisor/devices");
+        let names = fs::read_to_string(path).unwrap_or_default();
+        names.lines().filter(|name| name.contains('-')).map(Into::into).collect()
+    }
+
+    /// Waits until a VM runs with these functions, and devices are so; an error if `laird` ends before.
+    fn comes_to(&mut self, plugged: &[&str], devices: [(&str, &str); 2]) -> Result<(), ClientError> {
+        let began = Instant::now();
+        loop {
+            let follows = !self.status()?["a"].pending_restart;
+            let as_told = devices.iter().all(|(device, address)| self.device(address) == *device);
+            if follows && as_told && self.plugged("a") == plugged {
+                return Ok(());
+            }
+            assert!(began.elapsed() < LIMIT, "{:?} {:?}\n{}", self.plugged("a"), self.devices(), self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub(crate) fn release_gpu(&mut self, address: &str) -> Result<(), ClientError> {
         let address = address.parse().unwrap();
         self.ask(async |client| client.release_gpu(address).await.map(drop))
     }
@@ -128,6 +153,75 @@ fn vf7_release_a_device() {
     operation.killed_at_every_step_and(|host| {
         until(|| (host.devices()[0] == format!("{DISK} nvme (null) 1 null")).then_some(()));
     });
+}
+
+#[test]
+fn vf7_a_device_comes_to_a_vm_that_runs() {
+    let operation = Operation {
+        before: |host| {
+            host.with_devices("autostart = false");
+            host.start("a").unwrap();
+            host.settled(&[("a", "ready")]).unwrap();
+        },
+        ask: |host| {
+            host.fleet(&[("a", WITH_DISK)]);
+            host.apply()?;
+            host.comes_to(&["port1-0000.01.00.0"], [("vfio-pci vfio-pci 0", DISK), ("- (null) 0", CARD)])
+        },
+        after: &[("a", "ready")],
+    };
+    operation.killed_at_every_step();
+}
+
+#[test]
+fn vf7_a_device_leaves_a_vm_that_runs_and_another_comes() {
+    let operation = Operation {
+        before: |host| {
+            host.with_devices(WITH_DISK);
+            host.start("a").unwrap();
+            host.settled(&[("a", "ready")]).unwrap();
+        },
+        ask: |host| {
+            host.fleet(&[("a", WITH_GPU)]);
+            host.apply()?;
+            let card = ["port2-0000.02.00.0", "port2-0000.02.00.1"];
+            host.comes_to(&card, [("nvme (null) 1", DISK), ("vfio-pci vfio-pci 0", CARD)])
+        },
+        after: &[("a", "ready")],
+    };
+    operation.killed_at_every_step();
+}
+
+#[test]
+fn vf10_two_vms_that_run_exchange_a_device_and_one_that_cannot_have_it_says_so() {
+    let mut host = Host::new();
+    host.kernel = Some(Kernel::new());
+    host.fleet(&[("a", WITH_DISK), ("b", "autostart = false")]);
+    host.laird(None);
+    for vm in ["a", "b"] {
+        host.start(vm).unwrap();
+    }
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    // Two want it: who has it keeps it.
+    host.fleet(&[("a", WITH_DISK), ("b", WITH_DISK)]);
+    host.apply().unwrap();
+    let fault = until(|| host.status().unwrap()["b"].degraded.first().cloned());
+    assert!(
+        fault.starts_with("its devices are not what the fleet file says: Cannot have the device"),
+        "{fault}"
+    );
+    assert!(fault.contains("VM a has it"), "{fault}");
+    assert!(host.status().unwrap()["b"].pending_restart);
+    // It comes as soon as the other has let go of it.
+    host.fleet(&[("a", "autostart = false"), ("b", WITH_DISK)]);
+    host.apply().unwrap();
+    until(|| (host.plugged("b") == ["port1-0000.01.00.0"]).then_some(()));
+    until(|| (!host.status().unwrap()["b"].pending_restart).then_some(()));
+    let vms = host.status().unwrap();
+    assert!(host.plugged("a").is_empty() && vms["b"].degraded.is_empty(), "{vms:?}");
+    host.kill_vm("b").unwrap();
+    host.settled(&[("a", "ready"), ("b", "stopped")]).unwrap();
+    assert!(host.devices()[0].contains("\"state\":\"free\",\"clean\":true"), "{:?}", host.devices());
 }
 
 #[test]
@@ -356,6 +450,30 @@ fn vf13_a_device_whose_window_has_no_room_is_refused_before_anything_is_done_and
     host.settled(&[("a", "ready")]).unwrap();
     let record = fs::read_to_string(host.dirs().vm("a").unwrap().record()).unwrap();
     assert!(record.contains("\"hole\": \"252GiB\""), "{record}");
+}
+
+#[test]
+fn vf13_a_vm_that_runs_gets_no_device_for_whose_window_it_was_started_without_room() {
+    let mut host = Host::new();
+    host.with_devices("autostart = false");
+    let file = host.kernel.as_ref().unwrap().file(DISK, "resource");
+    fs::write(file, format!("0x0 {:#x} 0x14220c\n", (128_u64 << 30) - 1)).unwrap();
+    host.start("a").unwrap();
+    host.settled(&[("a", "ready")]).unwrap();
+    host.fleet(&[("a", WITH_DISK)]);
+    host.apply().unwrap();
+    let fault = until(|| host.status().unwrap()["a"].degraded.first().cloned());
+    assert!(fault.contains("was started with room for 32GiB; it gets them with `vmctl restart`"), "{fault}");
+    assert!(host.plugged("a").is_empty());
+    // Nobody has it meanwhile.
+    until(|| {
+        (host.device(DISK) == "vfio-pci vfio-pci 0" && host.devices()[0].contains("\"free\"")).then_some(())
+    });
+    host.restart("a").unwrap();
+    until(|| (host.plugged("a") == ["port1-0000.01.00.0"]).then_some(()));
+    host.settled(&[("a", "ready")]).unwrap();
+    let vms = host.status().unwrap();
+    assert!(vms["a"].degraded.is_empty() && !vms["a"].pending_restart, "{vms:?}");
 }
 
 #[test]

@@ -14,7 +14,11 @@ use lair_vmm::{
     },
     vm::trace::{self, Times},
 };
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
 use tokio::{
     io::{AsyncBufReadExt, AsyncWriteExt, BufReader},
     net::{UnixListener, UnixStream},
@@ -51,7 +55,7 @@ fn stand_in() {
             "lair-virtiofs" if arguments[0] == "index" => {}
             "lair-virtiofs" => listen_for_ever(&[after("--control")]).await,
             "vhost-device-vsock" => listen_for_ever(&[after("--socket")]).await,
-            "qemu-system-x86_64" => hypervisor(&chardev("console"), &chardev("qmp")).await,
+            "qemu-system-x86_64" => hypervisor(&chardev("console"), &chardev("qmp"), named(&arguments)).await,
             "lair-shim" => shim(Path::new(after("--config"))).await,
             other => panic!("{other}"),
         }
@@ -70,8 +74,43 @@ enum Guest {
     Off,
 }
 
-async fn hypervisor(console: &str, qmp: &str) {
+/// The devices that have a name.
+fn named(arguments: &[&str]) -> BTreeSet<String> {
+    let devices = arguments.iter().filter_map(|text| serde_json::from_str::<serde_json::Value>(text).ok());
+    devices.filter_map(|device| Some(device.get("id")?.as_str()?.to_owned())).collect()
+}
+
+/// Devices as they come and go. The tests read their names in a file.
+#[derive(Clone)]
+struct Devices(Arc<Mutex<BTreeSet<String>>>, PathBuf);
+
+impl Devices {
+    fn change(&self, change: impl FnOnce(&mut BTreeSet<String>)) {
+        let mut names = self.0.lock().unwrap();
+        change(&mut names);
+        std::fs::write(&self.1, names.iter().map(|name| format!("{name}\n")).collect::<String>()).unwrap();
+    }
+
+    fn answer(&self, command: &serde_json::Value) -> serde_json::Value {
+        let id = || command["arguments"]["id"].as_str().unwrap().to_owned();
+        match command["execute"].as_str().unwrap() {
+            "qom-list" => {
+                let names = self.0.lock().unwrap();
+                return names.iter().map(|name| serde_json::json!({ "name": name })).collect();
+            }
+            "device_add" => self.change(|names| assert!(names.insert(id()), "it is there")),
+            // Its guest lets go at once.
+            "device_del" => self.change(|names| assert!(names.remove(&id()), "it is not there")),
+            other => panic!("{other}"),
+        }
+        serde_json::json!({})
+    }
+}
+
+async fn hypervisor(console: &str, qmp: &str, devices: BTreeSet<String>) {
     let (guest, _) = watch::channel(Guest::Paused);
+    let devices = Devices(Arc::new(Mutex::new(devices)), Path::new(qmp).with_file_name("devices"));
+    devices.change(|_| ());
     let (console, qmp) = (UnixListener::bind(console).unwrap(), UnixListener::bind(qmp).unwrap());
     let mut forget = signal(SignalKind::user_defined1()).unwrap();
     let mut control = tokio::task::JoinSet::new();
@@ -86,7 +125,7 @@ async fn hypervisor(console: &str, qmp: &str) {
                 }
             }
             Ok((stream, _)) = console.accept() => { tokio::spawn(serve_console(stream, guest.clone())); }
-            Ok((stream, _)) = qmp.accept() => { control.spawn(serve_qmp(stream, guest.clone())); }
+            Ok((stream, _)) = qmp.accept() => { control.spawn(serve_qmp(stream, guest.clone(), devices.clone())); }
             // As if it had closed its control socket and ran on.
             _ = forget.recv() => control.abort_all(),
         }
@@ -112,7 +151,7 @@ async fn serve_console(stream: UnixStream, guest: watch::Sender<Guest>) {
     }
 }
 
-async fn serve_qmp(stream: UnixStream, guest: watch::Sender<Guest>) {
+async fn serve_qmp(stream: UnixStream, guest: watch::Sender<Guest>, devices: Devices) {
     let (reader, mut writer) = stream.into_split();
     let (mut lines, mut changes) = (BufReader::new(reader).lines(), guest.subscribe());
     writer.write_all(b"{\"QMP\": {\"version\": {}}}\n").await.unwrap();
@@ -128,13 +167,14 @@ async fn serve_qmp(stream: UnixStream, guest: watch::Sender<Guest>) {
             line = lines.next_line() => {
                 let Ok(Some(line)) = line else { return };
                 let command: serde_json::Value = serde_json::from_str(&line).unwrap();
+                let mut answer = serde_json::json!({});
                 match command["execute"].as_str().unwrap() {
                     "cont" => drop(guest.send_replace(Guest::Up)),
                     "system_powerdown" | "quit" => drop(guest.send_replace(Guest::Off)),
                     "qmp_capabilities" | "query-status" => {}
-                    other => panic!("{other}"),
+                    _ => answer = devices.answer(&command),
                 }
-                let answer = format!("{}\n", serde_json::json!({ "return": {}, "id": command["id"] }));
+                let answer = format!("{}\n", serde_json::json!({ "return": answer, "id": command["id"] }));
                 let _ = writer.write_all(answer.as_bytes()).await;
             }
         }

@@ -2,8 +2,11 @@
 
 use crate::{
     fleet::units::Size,
-    host::facts::Engine,
-    hypervisor::{Card, Disk, Machine},
+    host::{facts::Engine, pci::Address},
+    hypervisor::{
+        Card, Disk, Machine,
+        ports::{Port, SPARE_PORTS},
+    },
 };
 use serde_json::{Value, json};
 use std::path::Path;
@@ -59,13 +62,30 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
     for (index, disk) in machine.disks.iter().enumerate() {
         arguments.disk(index, disk);
     }
-    for (index, card) in machine.cards.iter().enumerate() {
-        arguments.card(index, card);
+    let cards = machine.cards.iter().map(Some).chain([None; SPARE_PORTS]);
+    for (number, card) in (1..).zip(cards) {
+        arguments.port(number, card);
     }
     arguments.listen("qmp", &machine.control_socket);
     arguments.pair("-mon", "chardev=qmp,mode=control");
     arguments.flag("-S");
     arguments.0
+}
+
+/// The devices that a card in `port` is made of, the first function first.
+pub(super) fn functions(port: Port, card: &Card) -> Vec<Value> {
+    let function = |(number, address): (usize, &Address)| {
+        json!({
+            "driver": "vfio-pci", "id": function_id(port, *address), "host": address.to_string(),
+            "bus": port.to_string(), "addr": format!("0.{number}"), "multifunction": card.functions.len() > 1,
+        })
+    };
+    card.functions.iter().enumerate().map(function).collect()
+}
+
+/// The name of a function of a card in a port: by it QEMU tells what it has, and where. A name has no colons.
+pub(super) fn function_id(port: Port, address: Address) -> String {
+    format!("{port}-{}", address.to_string().replace(':', "."))
 }
 
 struct Arguments(Vec<String>);
@@ -97,17 +117,13 @@ impl Arguments {
         self.pair("-chardev", format!("socket,id={id},server=on,wait=off,path={}", escape(&text(socket))));
     }
 
-    /// A port of its own, as on a mainboard: drivers look for a link.
-    fn card(&mut self, index: usize, card: &Card) {
-        let port = format!("card{index}");
-        // Numbers of places; zero is no place.
-        let place = index.saturating_add(1);
-        self.device(json!({ "driver": "pcie-root-port", "id": port, "chassis": place, "slot": place }));
-        for (function, address) in card.functions.iter().enumerate() {
-            self.device(json!({
-                "driver": "vfio-pci", "host": address.to_string(), "bus": port, "addr": format!("0.{function}"),
-                "multifunction": card.functions.len() > 1,
-            }));
+    /// A port with a card, or with none yet. A card has a port of its own, as on a mainboard: drivers look for a link.
+    fn port(&mut self, number: u16, card: Option<&Card>) {
+        let port = Port(number);
+        let id = port.to_string();
+        self.device(json!({ "driver": "pcie-root-port", "id": id, "chassis": number, "slot": number }));
+        for function in card.into_iter().flat_map(|card| functions(port, card)) {
+            self.device(function);
         }
     }
 
@@ -135,10 +151,10 @@ fn escape(value: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn machine() -> Machine {
+    pub(in crate::hypervisor) fn machine() -> Machine {
         Machine {
             name: "builder".into(),
             engine: Engine::Tcg,

@@ -5,5 +5,5 @@
 //! are sockets of QEMU's own, so that they outlive `laird`.
 
 pub mod command;
+mod plug;
 pub mod qmp;
-mod unplug;

@@ -155,6 +155,16 @@ impl Qmp {
         self.send(command, json!({ "execute": command, "arguments": arguments }), ANSWER).await
     }
 
+    /// The same with a command that may take longer than others.
+    pub async fn execute_within(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        patience: Duration,
+    ) -> Result<Value, QmpError> {
+        self.send(command, json!({ "execute": command, "arguments": arguments }), patience).await
+    }
+
     async fn send(
         &self,
         command: &'static str,

@@ -546,3 +546,51 @@ async fn sv5_a_device_is_not_touched_where_that_cannot_be_written_down() {
     devices.release("a").await;
     assert!(matches!(state(&devices, DISK), State::Quarantined { .. }));
 }
+
+#[tokio::test]
+async fn a_vm_that_runs_gets_more_keeps_what_it_has_and_gives_back_what_it_no_longer_asks_for() {
+    let host = Host::new();
+    let devices = host.devices();
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+    host.kernel.writes();
+    let functions =
+        |given: Vec<Given>| given.into_iter().flat_map(|given| given.functions).collect::<Vec<_>>();
+    // By need it has one already.
+    let any: Gpu = serde_json::from_value(serde_json::json!({ "vendor": "1b36", "class": "0108" })).unwrap();
+    let given = devices.adjust("a", &[any, at(CARD)]).await.unwrap();
+    assert_eq!(functions(given), [DISK, CARD, SOUND].map(address));
+    assert_eq!((state(&devices, DISK), state(&devices, CARD)), (leased("a"), leased("a")));
+    assert!(!host.kernel.writes().iter().any(|write| write.contains(DISK)), "its disk was touched");
+
+    let given = devices.adjust("a", &[at(CARD)]).await.unwrap();
+    assert_eq!(functions(given), [CARD, SOUND].map(address));
+    // Its hypervisor has the disk still.
+    assert_eq!((state(&devices, DISK), host.kernel.writes()), (leased("a"), vec![]));
+    devices.release_all_but("a", &BTreeSet::from([CARD, SOUND].map(address))).await;
+    assert_eq!((state(&devices, DISK), state(&devices, CARD)), (State::Free, leased("a")));
+    assert_eq!(host.kernel.writes(), ["1 > devices/0000:01:00.0/reset"]);
+    devices.release_all_but("a", &BTreeSet::new()).await;
+    assert!(!devices.has_any("a"));
+}
+
+#[tokio::test]
+async fn vf10_a_vm_that_runs_gets_nothing_new_where_it_cannot_have_all_of_it() {
+    let host = Host::new();
+    let devices = host.devices();
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+    devices.acquire("b", &[at(CARD)]).await.unwrap();
+    let error = devices.adjust("b", &[at(CARD), at(DISK)]).await.unwrap_err();
+    assert!(matches!(error, DevicesError::Unmet(_)) && error.to_string().contains("VM a has it"), "{error}");
+    assert_eq!((state(&devices, DISK), state(&devices, CARD)), (leased("a"), leased("b")));
+    // Nor where one of them cannot be made ready.
+    devices.release("b").await;
+    devices.adjust("a", &[at(CARD), at(DISK), at(ONCE)]).await.unwrap_err();
+    assert_eq!((state(&devices, DISK), state(&devices, CARD)), (leased("a"), State::Host));
+    assert!(matches!(state(&devices, ONCE), State::Quarantined { .. }));
+    // What was being taken when an earlier laird was killed is taken anew.
+    if let Some(holding) = lock(&devices.held).get_mut(&address(DISK)) {
+        holding.life.state = State::Bound { vm: "a".into() };
+    }
+    devices.adjust("a", &[at(DISK)]).await.unwrap();
+    assert_eq!(state(&devices, DISK), leased("a"));
+}

@@ -87,6 +87,7 @@ impl Actor {
         if let Some((_, reloading)) = self.reloading.take() {
             reloading.abort();
         }
+        let plugging = self.plugging.end();
         self.heard = None;
         self.shim_status = None;
         let before = self.work.take();
@@ -95,6 +96,9 @@ impl Actor {
         self.work(Some(Input::NotCleaned(LOST.into())), |_| async move {
             if let Some(Work { cancel, task, .. }) = before {
                 cancel.send_replace(true);
+                let _ = timeout(LET_GO, task).await;
+            }
+            if let Some(task) = plugging {
                 let _ = timeout(LET_GO, task).await;
             }
             let Ok(dirs) = dirs else { return Some(Input::Cleaned) };

@@ -126,6 +126,7 @@ impl Actor {
             self.withdraw();
         }
         self.follow_links(Told::AsPlanned);
+        self.follow_devices();
     }
 
     /// Has the shim's links follow the fleet. The plan says what the shim was told, so that it changes once the shim has taken them.
@@ -160,16 +161,13 @@ impl Actor {
 
     /// The shim has taken its links, or has not.
     pub(super) async fn reloaded(&mut self, [before, plan]: [Arc<Plan>; 2], outcome: Result<(), String>) {
-        let is_it = |of: &Arc<Plan>| Arc::ptr_eq(of, &before);
         // The VM may have been cleaned up meanwhile, and even started anew.
-        if self.reloading.take_if(|(under_way, _)| is_it(under_way)).is_none()
-            || !self.running.plan().as_ref().is_some_and(is_it)
-        {
-            return;
-        }
+        let is_it = self.reloading.take_if(|(under_way, _)| Arc::ptr_eq(under_way, &before)).is_some();
+        let Some(now) = self.running.plan().filter(|_| is_it) else { return };
         match outcome {
             Ok(()) => {
-                self.running.set_plan(plan);
+                // Its devices may have changed meanwhile.
+                self.running.set_plan(Arc::new(Plan { shim: plan.shim.clone(), ..Plan::clone(&now) }));
                 self.record_or_warn().await;
                 self.publish();
                 self.follow_links(Told::AsPlanned);
@@ -180,11 +178,13 @@ impl Actor {
     }
 
     pub(super) fn publish(&self) {
+        let mut snapshot = Snapshot::of(&self.life, self.since, &self.running);
+        snapshot.degraded.extend(self.plugging.fault());
         self.snapshot.send_replace(Snapshot {
             adoption: self.verdict,
             reboots: self.reboots.total(),
             shim: self.shim_status.clone(),
-            ..Snapshot::of(&self.life, self.since, &self.running)
+            ..snapshot
         });
     }
 }

@@ -2,8 +2,9 @@
 
 use crate::{
     cgroup::CgroupError,
+    fleet::limits::OverBudget,
     host::{ids::IdsError, listen::ListenError, process::ProcessError, thread::ThreadError, tools::Missing},
-    hypervisor::qemu::qmp::QmpError,
+    hypervisor::{ports::NoPort, qemu::qmp::QmpError},
     passthrough::{DevicesError, window::NoRoom},
     shim::client::ClientError,
     state::{dirs::DirsError, file::WriteError},
@@ -42,6 +43,23 @@ pub enum StepError {
     /// It has no room for its devices.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
+    /// It has no port for its devices.
+    #[error("It cannot have its devices while it runs: {0}")]
+    NoPort(#[from] NoPort),
+    /// There is no memory for its devices.
+    #[error(transparent)]
+    OverBudget(#[from] OverBudget),
+    /// Its hypervisor may not lock the guest's memory.
+    #[error("Cannot let process {pid} lock {bytes} bytes of memory")]
+    Lock {
+        /// The hypervisor.
+        pid: i32,
+        /// How much it needs to lock.
+        bytes: u64,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A socket for it cannot be made.
     #[error(transparent)]
     Listen(#[from] ListenError),

@@ -1,0 +1,104 @@
+//! The devices of a VM that runs, as the fleet file asks for them now.
+
+use super::{Job, StepError, guest, pinning};
+use crate::{
+    cgroup,
+    fleet::{gpus::Gpu, limits::Need, schema::Vm},
+    host::confine,
+    hypervisor::{ports::Ports, qemu::qmp::Qmp},
+    passthrough::{Given, window},
+    vm::{
+        checkpoint, limits,
+        machine::Part,
+        plan::Plan,
+        users::{self, Users},
+    },
+};
+use std::time::Duration;
+
+/// How long a guest may take to let go of a card: its driver finishes what it does, and a slot's button is waited for 5 s.
+const LET_GO: Duration = Duration::from_secs(30);
+
+/// How long the hypervisor may take to open a device, besides the time for pinning memory.
+const OPEN: Duration = Duration::from_secs(20);
+
+impl Job {
+    /// Gives the VM the devices that it is to have, and takes those away that it is not to have. What it runs with then.
+    ///
+    /// Whoever was cut short anywhere in this, or failed, does it again: whose a device is was written down before, and what the VM has its
+    /// hypervisor says. Whatever comes of it, the VM's own are those that its hypervisor has, and the others are free.
+    pub async fn follow_devices(&self, wants: &[Gpu]) -> Result<Plan, StepError> {
+        let plan = self.running.plan().ok_or(StepError::Lost)?;
+        let vm = Vm { gpus: wants.to_vec(), ..plan.vm.clone() };
+        let (before, after) = (Need::of(&plan.vm), Need::of(&vm));
+        self.connect_qmp().await?;
+        let qmp = self.running.qmp().ok_or(StepError::Lost)?;
+        if after.sum() > before.sum() {
+            self.context.budget.admit(&plan.name, after)?;
+        }
+        let outcome = self.change_devices(&qmp, &plan, &vm).await;
+        // One without ports was started by a `laird` that gave its devices other names.
+        if let Ok(ports) = qmp.ports().await
+            && ports != Ports::default()
+        {
+            checkpoint::reach("devices: before those are released that went");
+            self.context.host.devices.release_all_but(&plan.name, &ports.functions()).await;
+        }
+        let now = outcome.as_ref().unwrap_or(&plan);
+        self.context.budget.adopt(&plan.name, Need::of(&now.vm));
+        let limited = self.limit_again(now);
+        let now = outcome?;
+        limited.map(|()| now)
+    }
+
+    async fn change_devices(&self, qmp: &Qmp, plan: &Plan, vm: &Vm) -> Result<Plan, StepError> {
+        let given = self.context.host.devices.adjust(&plan.name, &vm.gpus).await?;
+        checkpoint::reach("devices: its own");
+        let windows: Vec<_> = given.iter().flat_map(|given| given.windows.clone()).collect();
+        window::suffices(&windows, &guest(&self.context.host, vm), plan.machine.hole)?;
+        let after = Plan { vm: vm.clone(), ..plan.with_devices(&given, plan.machine.hole) };
+        let change = qmp.ports().await?.change(&after.machine.cards)?;
+        self.permit(&after, given).await?;
+        let vacated = |port| change.unplug.iter().any(|(other, _)| *other == port);
+        let (later, now): (Vec<_>, Vec<_>) = change.plug.iter().partition(|(port, _)| vacated(*port));
+        let patience = OPEN + pinning(&after);
+        for (port, card) in now {
+            qmp.plug(*port, card, patience).await?;
+            checkpoint::reach("devices: one is plugged in");
+        }
+        for (port, card) in &change.unplug {
+            qmp.unplug(*port, card, LET_GO).await?;
+            checkpoint::reach("devices: one is unplugged");
+        }
+        for (port, card) in later {
+            qmp.plug(*port, card, patience).await?;
+        }
+        Ok(after)
+    }
+
+    /// Lets the hypervisor open the devices, lock the guest's memory, and have what the IOMMU needs.
+    async fn permit(&self, plan: &Plan, given: Vec<Given>) -> Result<(), StepError> {
+        let users = Users::of(self.context.host.ids.as_deref(), &self.context.name)?;
+        let nodes: Vec<_> = given.into_iter().flat_map(|given| given.nodes).collect();
+        self.blocking(move || Ok(users.own_nodes(&nodes)?)).await?;
+        let hypervisor = self.running.process(Part::Hypervisor).ok_or(StepError::Lost)?;
+        if let Some(bytes) = users::locked(plan) {
+            let pid = hypervisor.id().pid;
+            confine::let_lock(pid, bytes).map_err(|source| StepError::Lock { pid, bytes, source })?;
+        }
+        self.limit_again(plan)
+    }
+
+    /// Sets the limits of the VM's cgroup, in which it runs, anew.
+    fn limit_again(&self, plan: &Plan) -> Result<(), StepError> {
+        let Some(cgroup) = self.context.cgroup() else { return Ok(()) };
+        let values = limits::values(plan);
+        let device = match &values.io {
+            None => None,
+            Some(_) => {
+                cgroup::backing(&plan.dirs.state).map_err(|e| StepError::Read(plan.dirs.state.clone(), e))?
+            }
+        };
+        Ok(cgroup.create(&values, device)?)
+    }
+}
