@@ -92,6 +92,11 @@ pub enum Place {
         /// How many bits an address of it has.
         bits: u32,
     },
+    /// Above the memory of a guest that runs.
+    Told {
+        /// As much as it was told of when it started.
+        room: Size,
+    },
 }
 
 /// What can be done.
@@ -112,11 +117,14 @@ pub enum Hint {
     Processor,
     /// Nothing has more.
     Fewer,
+    /// A guest that starts is told of more.
+    Restart,
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Told { room } => write!(f, "above its memory, and it was started with room for {room}"),
             Self::Low => write!(f, "below 4GiB, where there are {}", size(room_below())),
             Self::High { memory, bits } => write!(
                 f,
@@ -142,6 +150,7 @@ impl fmt::Display for Hint {
                  (Resizable BAR)",
             ),
             Self::Fewer => f.write_str("give the VM fewer devices"),
+            Self::Restart => f.write_str("it gets them with `vmctl restart`"),
         }
     }
 }
@@ -153,7 +162,7 @@ pub fn hole(windows: &[Window], guest: &Guest) -> Result<Option<Size>, NoRoom> {
         Err(misfit) => misfit,
     };
     let general = match (misfit.place, guest.engine) {
-        (Place::Low, _) => Hint::Fewer,
+        (Place::Low | Place::Told { .. }, _) => Hint::Fewer,
         (Place::High { .. }, Engine::Tcg) => Hint::Emulated,
         (Place::High { .. }, Engine::Kvm) => Hint::Processor,
     };
@@ -176,6 +185,24 @@ pub fn hole(windows: &[Window], guest: &Guest) -> Result<Option<Size>, NoRoom> {
         need: size(misfit.need),
         place: misfit.place,
         hint: smaller.map_or(general, resize),
+    })
+}
+
+/// Whether a guest that runs has room for `windows`: it was told of as much as `told` when it started.
+pub fn suffices(windows: &[Window], guest: &Guest, told: Option<Size>) -> Result<(), NoRoom> {
+    let room = told.unwrap_or(size(HOLE));
+    let need = hole(windows, guest)?.filter(|need| *need > room);
+    let memory = windows.iter().filter(|window| window.bar.space == Space::Memory);
+    let (Some(need), Some(largest)) = (need, memory.max_by_key(|window| window.bar.size)) else {
+        return Ok(());
+    };
+    Err(NoRoom {
+        device: largest.function,
+        index: largest.bar.index,
+        size: Size(largest.bar.size),
+        need,
+        place: Place::Told { room },
+        hint: Hint::Restart,
     })
 }
 
@@ -349,6 +376,15 @@ mod tests {
         assert_eq!(hole(&h100s(8), &kvm(64)), gib(2048 + 128 - 62));
         // Not known is not refused.
         assert_eq!(hole(&h100s(8), &guest(64, Engine::Kvm, None)), gib(2048 + 128 - 62));
+    }
+
+    #[test]
+    fn vf13_a_guest_that_runs_has_as_much_room_as_it_was_started_with() {
+        let said = |told| suffices(&h100s(1), &kvm(2), told).map_err(|error| error.to_string());
+        assert_eq!(said(Some(Size(380 << 30))), Ok(()));
+        insta::assert_snapshot!(said(None).unwrap_err(), @"There is no room for window 2 (BAR) of 0000:00:00.0, which has 128GiB: with it, the VM's devices need 380GiB above its memory, and it was started with room for 32GiB; it gets them with `vmctl restart`");
+        assert!(said(Some(Size(379 << 30))).is_err());
+        assert_eq!(suffices(&[], &kvm(2), None), Ok(()));
     }
 
     #[test]

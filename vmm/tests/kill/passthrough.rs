@@ -453,6 +453,30 @@ fn vf13_a_device_whose_window_has_no_room_is_refused_before_anything_is_done_and
 }
 
 #[test]
+fn vf13_a_vm_that_runs_gets_no_device_for_whose_window_it_was_started_without_room() {
+    let mut host = Host::new();
+    host.with_devices("autostart = false");
+    let file = host.kernel.as_ref().unwrap().file(DISK, "resource");
+    fs::write(file, format!("0x0 {:#x} 0x14220c\n", (128_u64 << 30) - 1)).unwrap();
+    host.start("a").unwrap();
+    host.settled(&[("a", "ready")]).unwrap();
+    host.fleet(&[("a", WITH_DISK)]);
+    host.apply().unwrap();
+    let fault = until(|| host.status().unwrap()["a"].degraded.first().cloned());
+    assert!(fault.contains("was started with room for 32GiB; it gets them with `vmctl restart`"), "{fault}");
+    assert!(host.plugged("a").is_empty());
+    // Nobody has it meanwhile.
+    until(|| {
+        (host.device(DISK) == "vfio-pci vfio-pci 0" && host.devices()[0].contains("\"free\"")).then_some(())
+    });
+    host.restart("a").unwrap();
+    until(|| (host.plugged("a") == ["port1-0000.01.00.0"]).then_some(()));
+    host.settled(&[("a", "ready")]).unwrap();
+    let vms = host.status().unwrap();
+    assert!(vms["a"].degraded.is_empty() && !vms["a"].pending_restart, "{vms:?}");
+}
+
+#[test]
 fn vf6_a_start_whose_device_is_refused_fails_in_that_step_and_leaves_the_device_with_its_driver() {
     let mut host = Host::new();
     host.with_devices(WITH_DISK);

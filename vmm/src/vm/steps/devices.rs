@@ -54,13 +54,9 @@ impl Job {
     async fn change_devices(&self, qmp: &Qmp, plan: &Plan, vm: &Vm) -> Result<Plan, StepError> {
         let given = self.context.host.devices.adjust(&plan.name, &vm.gpus).await?;
         checkpoint::reach("devices: its own");
-        let hole = plan.machine.hole;
-        let after = Plan { vm: vm.clone(), ..plan.with_devices(&given, hole) };
         let windows: Vec<_> = given.iter().flat_map(|given| given.windows.clone()).collect();
-        let need = window::hole(&windows, &guest(&self.context.host, vm))?;
-        if let Some(need) = need.filter(|_| need > hole) {
-            return Err(StepError::NoRoomYet { need });
-        }
+        window::suffices(&windows, &guest(&self.context.host, vm), plan.machine.hole)?;
+        let after = Plan { vm: vm.clone(), ..plan.with_devices(&given, plan.machine.hole) };
         let change = qmp.ports().await?.change(&after.machine.cards)?;
         self.permit(&after, given).await?;
         let vacated = |port| change.unplug.iter().any(|(other, _)| *other == port);

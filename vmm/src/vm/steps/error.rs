@@ -2,7 +2,7 @@
 
 use crate::{
     cgroup::CgroupError,
-    fleet::{limits::OverBudget, units::Size},
+    fleet::limits::OverBudget,
     host::{ids::IdsError, listen::ListenError, process::ProcessError, thread::ThreadError, tools::Missing},
     hypervisor::{ports::NoPort, qemu::qmp::QmpError},
     passthrough::{DevicesError, window::NoRoom},
@@ -46,15 +46,6 @@ pub enum StepError {
     /// It has no port for its devices.
     #[error("It cannot have its devices while it runs: {0}")]
     NoPort(#[from] NoPort),
-    /// It was started with less room than its devices need.
-    #[error(
-        "It cannot have its devices while it runs: their windows (BARs) need {need} above its memory, which it was started without; it gets \
-         them with `vmctl restart`"
-    )]
-    NoRoomYet {
-        /// The room.
-        need: Size,
-    },
     /// There is no memory for its devices.
     #[error(transparent)]
     OverBudget(#[from] OverBudget),
