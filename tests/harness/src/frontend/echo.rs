@@ -2,6 +2,7 @@
 //!
 //! [`Device::Empty`] answers each request at once: what a round trip to it takes is what the frontend itself costs. [`Device::Canned`]
 //! also reads the request and fills the whole reply from memory of its own: what is left without looking at what was asked.
+//! [`Device::Late`] is an empty one that takes its time: so it is seen how long a frontend that goes to sleep is still awake.
 
 use super::{
     connection::Guest,
@@ -22,7 +23,7 @@ use std::{
         atomic::{AtomicBool, Ordering, fence},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 use zerocopy::FromBytes;
 
@@ -34,6 +35,8 @@ pub enum Device {
     /// Reads all of a request, and replies with as much as there is room for, out of this many bytes of its own: a READ gets
     /// those at its offset.
     Canned(usize),
+    /// Replies with a header, so much later.
+    Late(Duration),
 }
 
 struct Echo {
@@ -44,6 +47,8 @@ struct Echo {
     next: u16,
     /// Whence replies are filled.
     source: Option<Vec<u8>>,
+    /// How long it waits before it replies.
+    late: Duration,
     /// Where requests and the beginnings of replies are, which this frontend puts into the same place each time.
     places: [usize; 8],
 }
@@ -60,6 +65,10 @@ impl Echo {
             let table: Descriptor = self.memory.get(self.layout.table() + DESCRIPTOR * usize::from(head));
             let request: Descriptor = self.memory.get(usize::try_from(table.address)?);
             let header: InHeader = self.memory.get(usize::try_from(request.address)?);
+            if !self.late.is_zero() {
+                let begin = Instant::now();
+                while begin.elapsed() < self.late {}
+            }
             let body = match &self.source {
                 Some(source) => self.fill(source, &table, &header)?,
                 None => 0,
@@ -120,10 +129,11 @@ pub fn with_echo<T>(device: Device, work: impl FnOnce(&mut Queue) -> Result<T>) 
     let (guest, mut queues) = Guest::new(shape)?;
     let queue = queues.first_mut().ok_or_else(|| anyhow!("no queue"))?;
     let source = match device {
-        Device::Empty => None,
+        Device::Empty | Device::Late(_) => None,
         // Written to, so that it has memory of its own.
         Device::Canned(length) => Some((0..length).map(|n| n as u8).collect()),
     };
+    let late = if let Device::Late(late) = device { late } else { Duration::ZERO };
     let layout = shape.layout(1);
     let (indirect, body) = (layout.indirect(0), layout.body(0));
     let places = [
@@ -136,7 +146,8 @@ pub fn with_echo<T>(device: Device, work: impl FnOnce(&mut Queue) -> Result<T>) 
         body,
         body + 64,
     ];
-    let mut echo = Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, source, places };
+    let mut echo =
+        Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, source, late, places };
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let device = scope.spawn(|| -> Result<()> {

@@ -4,7 +4,7 @@ use crate::{
     backends::{BEST, DEFAULT, OURS},
     guest::{Before, Guest},
     operation::Operation,
-    results::{Results, wait_key},
+    results::{LateRow, Results, wait_key},
 };
 use lair_harness::frontend::queue::Wait;
 use serde::Serialize;
@@ -129,6 +129,7 @@ fn latency(results: &Results, operation: Operation, wait: Wait, factor: f64) -> 
         Some(floor) if !met && floor as f64 * factor > theirs as f64 => {
             format!("; out of reach: a device that only copies takes {:.2} us", floor as f64 / 1e3)
         }
+        _ if !met && wait == Wait::Sleeping => asleep(results, theirs, factor),
         _ => String::new(),
     };
     let asked = if factor > 1.0 { format!("{factor} times faster") } else { "never slower".into() };
@@ -141,6 +142,18 @@ fn latency(results: &Results, operation: Operation, wait: Wait, factor: f64) -> 
             theirs as f64 / 1e3
         ),
     })
+}
+
+/// Until when an answer would do: a frontend that sleeps is soon so fast asleep that waking it takes longer than the whole may.
+fn asleep(results: &Results, theirs: u64, factor: f64) -> String {
+    let would_do = |row: &&LateRow| row.median_ns as f64 * factor <= theirs as f64;
+    let Some(last) = results.late.iter().take_while(would_do).last() else { return String::new() };
+    let Some(next) = results.late.iter().find(|row| row.late_ns > last.late_ns) else { return String::new() };
+    format!(
+        "; the frontend is asleep after {:.2} us more than a device of no use takes: {:.2} us",
+        next.late_ns as f64 / 1e3,
+        next.median_ns as f64 / 1e3
+    )
 }
 
 #[cfg(test)]
@@ -179,6 +192,13 @@ mod tests {
         // 20 times the 0.15 us of a device that only copies is 3 us.
         assert!(figures(&results).contains("out of reach"), "{}", figures(&results));
         assert!(!met(&results, "LOOKUP, sleeping"));
+        // Of the 2.9 us, an answer 0.2 us later leaves 1.3, and one 0.3 us later none.
+        let sleeping =
+            gates(&results).into_iter().find(|gate| gate.name.starts_with("LOOKUP, sleeping")).unwrap();
+        assert!(
+            sleeping.figures.ends_with("asleep after 0.30 us more than a device of no use takes: 6.00 us"),
+            "{sleeping:?}"
+        );
         // With a sleeping frontend a READ is compared with those of a sleeping frontend.
         set(&mut results, Operation::Read1M, Wait::Polling, BEST, 300);
         assert!(!met(&results, "READ 1 MiB, polling") && met(&results, "READ 1 MiB, sleeping"));

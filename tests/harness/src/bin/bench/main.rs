@@ -3,6 +3,7 @@
 mod backends;
 mod boot;
 mod chart;
+mod floors;
 mod gates;
 mod guest;
 mod measure;
@@ -13,17 +14,13 @@ mod statistics;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use floors::Floors;
 use lair_harness::{
-    frontend::{
-        echo::{self, Device},
-        queue::Wait,
-        request::Request,
-    },
-    tree::{HOT, Scale, Tree},
+    frontend::queue::Wait,
+    tree::{Scale, Tree},
 };
 use measure::{Effort, Round};
-use operation::Operation;
-use results::{BackendFacts, FloorRow, HostFacts, Results, WholeRow};
+use results::{BackendFacts, HostFacts, Results, WholeRow};
 use statistics::median;
 use std::{
     fs,
@@ -142,16 +139,19 @@ fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()>
     let backends = backends::all(&store, &view, &index)?;
 
     (results.store_paths, results.inodes) = (tree.names.len(), tree.entries.len());
-    let count = if effort.rounds < 3 { 20_000 } else { 200_000 };
-    floors(results, count)?;
+    let count = if effort.rounds < 3 { 20_000 } else { 50_000 };
+    let mut floors = Floors::default();
     let mut rounds: Vec<Vec<Round>> = backends.iter().map(|_| Vec::new()).collect();
     for number in 1..=effort.rounds {
+        note(&format!("round {number} of {}: devices of no use", effort.rounds));
+        floors.round(count)?;
         for (backend, rounds) in backends.iter().zip(&mut rounds) {
             note(&format!("round {number} of {}: {}", effort.rounds, backend.name));
             let round = measure::round(backend, &tree, &store, directory, &effort);
             rounds.push(round.with_context(|| format!("{} cannot be measured", backend.name))?);
         }
     }
+    floors.put_into(results);
     let mut starts: Vec<Vec<u64>> = backends.iter().map(|_| Vec::new()).collect();
     note("starts");
     for _ in 0..effort.starts {
@@ -175,25 +175,6 @@ fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()>
             idle_cpu_ns: measure::idle(backend, directory)?,
             paced_cpu_ns: median(rounds.iter().map(|round| round.paced_cpu).collect()),
         });
-    }
-    Ok(())
-}
-
-/// Measures what no backend can be faster than.
-fn floors(results: &mut Results, count: usize) -> Result<()> {
-    note("devices of no use");
-    let lookup = [Request::lookup(1, b"name")];
-    let own = |wait| echo::round_trip(Device::Empty, &lookup, wait, count);
-    results.frontend_round_trip_ns = own(Wait::Polling)?;
-    results.frontend_round_trip_sleeping_ns = own(Wait::Sleeping)?;
-    for wait in [Wait::Polling, Wait::Sleeping] {
-        for (operation, requests) in Operation::ALL.iter().filter_map(|&o| Some((o, operation::shaped(o)?))) {
-            // A few hundred ms each.
-            let count = count / if operation == Operation::Read1M { 10 } else { 2 };
-            let median_ns = echo::round_trip(Device::Canned(HOT as usize), &requests, wait, count)?;
-            let wait = results::wait_key(wait);
-            results.floors.push(FloorRow { operation: operation.key(), wait, median_ns });
-        }
     }
     Ok(())
 }

@@ -73,6 +73,7 @@ fn frontend(results: &Results) -> String {
         add(&title, latency(results, wait));
     }
     add("A device that only copies into the reply, one at a time: us, median", floors(results));
+    add("A device that answers later, frontend sleeping: us, median", late(results));
     add("CPU time of the backend: us for one operation", cpu(results));
     add("Many in flight: thousand requests each second", throughput(results));
     add("A file of 64 MiB from its beginning to its end, 1 MiB at a time: GB/s", sequential(results));
@@ -152,6 +153,13 @@ fn floors(results: &Results) -> Table {
             table.add_row([operation.title().to_owned()].into_iter().chain(waits));
         }
     }
+    table
+}
+
+fn late(results: &Results) -> Table {
+    let later: Vec<_> = results.late.iter().map(|row| format!("{:.2} LATER", us(row.late_ns))).collect();
+    let mut table = table(&later.iter().map(String::as_str).collect::<Vec<_>>());
+    table.add_row(results.late.iter().map(|row| format!("{:.2}", us(row.median_ns))));
     table
 }
 

@@ -26,6 +26,8 @@ pub(crate) struct Results {
     pub(crate) frontend_round_trip_sleeping_ns: u64,
     /// What a device takes that fills the reply from memory and does not look at what was asked.
     pub(crate) floors: Vec<FloorRow>,
+    /// How soon a frontend that sleeps is asleep, the earliest answer first.
+    pub(crate) late: Vec<LateRow>,
     pub(crate) backends: Vec<BackendFacts>,
     pub(crate) latency: Vec<LatencyRow>,
     pub(crate) throughput: Vec<ThroughputRow>,
@@ -54,6 +56,14 @@ pub(crate) struct BackendFacts {
 pub(crate) struct FloorRow {
     pub(crate) operation: &'static str,
     pub(crate) wait: &'static str,
+    pub(crate) median_ns: u64,
+}
+
+/// A round trip to a device that replies late, to a frontend that sleeps.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct LateRow {
+    /// How much later than a device that replies at once.
+    pub(crate) late_ns: u64,
     pub(crate) median_ns: u64,
 }
 
@@ -211,6 +221,7 @@ impl Results {
             frontend_round_trip_ns: 0,
             frontend_round_trip_sleeping_ns: 0,
             floors: vec![],
+            late: vec![],
             backends: vec![],
             latency: vec![],
             throughput: vec![],
@@ -282,6 +293,9 @@ pub(crate) fn sample() -> Results {
     results.floors = both()
         .map(|wait| FloorRow { operation: Operation::Lookup.key(), wait: wait_key(wait), median_ns: 150 })
         .collect();
+    results.late = [(0, 1_000), (100, 1_100), (200, 1_300), (300, 6_000)]
+        .map(|(late_ns, median_ns)| LateRow { late_ns, median_ns })
+        .into();
     results.backends = backends.map(|name| BackendFacts { name, command: format!("{name} --option") }).into();
     results.whole = backends.map(whole).into();
     results.guest = Some(crate::guest::example());

@@ -1,0 +1,62 @@
+//! What no backend can be faster than: round trips to devices of no use, each round with new threads, as backends have new processes.
+
+use crate::{
+    operation::{self, Operation},
+    results::{FloorRow, LateRow, Results, wait_key},
+    statistics::median,
+};
+use anyhow::Result;
+use lair_harness::{
+    frontend::{
+        echo::{Device, round_trip},
+        queue::Wait,
+        request::Request,
+    },
+    tree::HOT,
+};
+use std::{collections::BTreeMap, time::Duration};
+
+/// How late answers are, in nanoseconds.
+const LATE: [u64; 8] = [0, 50, 100, 150, 200, 300, 400, 600];
+
+/// Medians of each round, in nanoseconds.
+#[derive(Default)]
+pub(crate) struct Floors {
+    own: BTreeMap<&'static str, Vec<u64>>,
+    canned: BTreeMap<(&'static str, &'static str), Vec<u64>>,
+    late: BTreeMap<u64, Vec<u64>>,
+}
+
+impl Floors {
+    /// Measures all of them, with so many round trips each.
+    pub(crate) fn round(&mut self, count: usize) -> Result<()> {
+        let lookup = [Request::lookup(1, b"name")];
+        for wait in [Wait::Polling, Wait::Sleeping] {
+            let own = round_trip(Device::Empty, &lookup, wait, count)?;
+            self.own.entry(wait_key(wait)).or_default().push(own);
+            for operation in Operation::ALL {
+                let Some(requests) = operation::shaped(operation) else { continue };
+                // A few hundred ms each.
+                let count = count / if operation == Operation::Read1M { 20 } else { 2 };
+                let canned = round_trip(Device::Canned(HOT as usize), &requests, wait, count)?;
+                self.canned.entry((operation.key(), wait_key(wait))).or_default().push(canned);
+            }
+        }
+        for late in LATE {
+            let device = Device::Late(Duration::from_nanos(late));
+            self.late.entry(late).or_default().push(round_trip(device, &lookup, Wait::Sleeping, count / 4)?);
+        }
+        Ok(())
+    }
+
+    /// The medians of all rounds.
+    pub(crate) fn put_into(self, results: &mut Results) {
+        let own = |wait| self.own.get(wait_key(wait)).cloned().map(median).unwrap_or_default();
+        results.frontend_round_trip_ns = own(Wait::Polling);
+        results.frontend_round_trip_sleeping_ns = own(Wait::Sleeping);
+        let floor = |((operation, wait), rounds)| FloorRow { operation, wait, median_ns: median(rounds) };
+        results.floors = self.canned.into_iter().map(floor).collect();
+        let late = |(late_ns, rounds)| LateRow { late_ns, median_ns: median(rounds) };
+        results.late = self.late.into_iter().map(late).collect();
+    }
+}
