@@ -187,6 +187,9 @@ fn vf2_a_group_that_others_share_is_refused_with_them_and_can_be_taken_whole() {
     host.settled(&[("a", "stopped"), ("b", "stopped")]).unwrap();
     host.release_gpu(NETWORK_BEHIND_BRIDGE).unwrap();
     assert_eq!((driver(NETWORK_BEHIND_BRIDGE).as_deref(), driver(EDU_BEHIND_BRIDGE)), (Some("e1000"), None));
+    // Other tests find the bridge as it was.
+    fs::write("/sys/bus/pci/drivers/shpchp/bind", "0000:04:00.0").unwrap();
+    assert_eq!(driver("0000:04:00.0").as_deref(), Some("shpchp"));
 }
 
 #[test]
