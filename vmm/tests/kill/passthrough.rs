@@ -361,6 +361,9 @@ fn vf11_an_xid_that_a_guest_reports_quarantines_its_device_once_its_vm_has_ended
 
     // What is said while no laird runs is heard by the next one, and what the one before has heard is no news.
     let status = host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    // It is told before it is on disk.
+    let record = host.dirs().state.join(format!("devices/{CARD}.json"));
+    until(|| fs::read_to_string(&record).is_ok_and(|text| text.contains("guest's words")).then_some(()));
     host.kill();
     host.say_with("a", &status["a"], &said(0x10de, 0x2684, &[xid(31), xid(79)]));
     host.laird(None);
