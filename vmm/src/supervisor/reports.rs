@@ -20,7 +20,8 @@ pub(super) async fn follow(devices: Arc<Devices>, vm: String, mut changes: watch
             let now = Some((said.boot_id.clone(), seen.clone(), faults.clone(), errors));
             if now != last {
                 last = now;
-                let news = devices.reported(&vm, &said).await;
+                // Each VM has such a task; only those that have something to say need the room for this.
+                let news = Box::pin(devices.reported(&vm, &said)).await;
                 if !news && !faults.is_empty() {
                     sleep(PAUSE).await;
                 }

@@ -339,7 +339,7 @@ impl Actor {
             }
             Mail::Reloaded(plans, outcome) => self.reloaded(plans, outcome).await,
             Mail::Input(input) => self.inputs.push_back(input),
-            Mail::Plugged(wants, outcome) => self.plugged(wants, outcome).await,
+            Mail::Plugged(wants, outcome) => Box::pin(self.plugged(wants, outcome)).await,
             Mail::Connected => self.attend(),
             #[cfg(test)]
             Mail::Panic => panic!("asked for by a test"),
