@@ -30,7 +30,7 @@ fn each_byte_of_a_pack_damaged() {
     let expected = world(&it.start(&view).0);
     let slots = slots(&it.start(&view).0);
     let pack = &sound["pack-00000001"];
-    let mut damaged = [0; 4];
+    let (mut damaged, mut last) = ([0; 4], 0);
     for at in 0..pack.len() {
         for bit in [0x01, 0x80] {
             let mut bytes = pack.clone();
@@ -39,14 +39,16 @@ fn each_byte_of_a_pack_damaged() {
             let added = serves(&it, &view, &expected);
             assert_eq!(added.unindexed.damaged, added.unindexed.count());
             damaged[added.unindexed.damaged] += 1;
+            last = added.unindexed.damaged;
         }
     }
     // The header is everyone's; what fills up to the next manifest is nobody's.
     let filling = pack.len() - 64 - (32 + 2 * 32 + 8) - (32 + 32) - (32 + 32 + 8);
     assert_eq!(damaged, [2 * filling, 2 * (pack.len() - 64 - filling), 0, 2 * 64]);
-    // The next run repairs it. All ids stay.
+    // The next run repairs it. All ids stay. Whose the last byte is, if it is anybody's, depends on which thread was done last.
     let summary = it.update(view.paths()).unwrap();
-    assert_eq!((summary.paths, summary.present), (3, 3), "the last byte fills up");
+    assert_eq!((summary.paths, summary.present), (3, 3 - last));
+    it.restore(&sound);
     let mut bytes = pack.clone();
     bytes[100] ^= 1;
     fs::write(it.pack(1), bytes).unwrap();

@@ -6,7 +6,7 @@
 //!
 //! | who | what |
 //! |---|---|
-//! | NVIDIA's driver | `NVRM: Xid (PCI:0000:01:00): 79, pid=1234, GPU has fallen off the bus.`; older ones without `PCI:` |
+//! | NVIDIA's driver | `NVRM: Xid (PCI:0000:01:00): 79, pid=1234, GPU has fallen off the bus.`; older ones without `PCI:`; of a part of a GPU (MIG) with ` GPU-I:05` behind the address |
 //! | the kernel, of the device | `nvme 0000:01:00.0: PCIe Bus Error: severity=Uncorrectable (Fatal), type=…`; some releases have `AER: ` before it and `Uncorrected` in it |
 //! | the kernel, of a port | `pcieport 0000:00:1c.0: AER: Multiple Corrected error received: 0000:01:00.0`; since 6.9 `error message received from 0000:01:00.0` |
 //!
@@ -51,6 +51,7 @@ type Parsed = (String, Fault, bool);
 
 fn xid(text: &str) -> Option<Parsed> {
     let (place, rest) = text.strip_prefix("NVRM: Xid (")?.split_once("): ")?;
+    let place = place.split(' ').next()?;
     let address = pci::address(place.strip_prefix("PCI:").unwrap_or(place))?;
     let digits = rest.split(|c: char| !c.is_ascii_digit()).next()?;
     Some((address, Fault::Xid { number: digits.parse().ok()? }, true))
@@ -81,8 +82,20 @@ fn severity(words: &str) -> Option<AerSeverity> {
     }
 }
 
-/// Adds a message to those that there were; whether that is news to who knows them. `left_out` counts those for which there is no room.
+/// Adds a message to those that there were; whether that is news to who knows them. `left_out` counts those for which there is no room. Where
+/// there is none, a device of which much is told makes room for one of which less is: the last word of a GPU is not to be lost for what
+/// others have said before.
 pub(super) fn add(faults: &mut Vec<DeviceFault>, left_out: &mut u64, said: Said) -> bool {
+    let is_known = |known: &DeviceFault| known.address == said.address && known.fault == said.fault;
+    if faults.len() >= FAULTS_MAX && !faults.iter().any(is_known) {
+        let of = |address: &str| faults.iter().filter(|known| known.address == address).count();
+        let most = faults.iter().map(|known| of(&known.address)).max().unwrap_or_default();
+        let last = faults.iter().rposition(|known| of(&known.address) == most);
+        if let Some(last) = last.filter(|_| of(&said.address).saturating_add(1) < most) {
+            faults.remove(last);
+            *left_out = left_out.saturating_add(1);
+        }
+    }
     let has_room = faults.len() < FAULTS_MAX;
     match faults.iter_mut().find(|known| known.address == said.address && known.fault == said.fault) {
         Some(known) if said.counts => known.count = known.count.saturating_add(1),
