@@ -27,12 +27,16 @@ use crate::{
     },
     vm::checkpoint,
 };
-use nix::{errno::Errno, fcntl::OFlag};
+use nix::{
+    errno::Errno,
+    fcntl::OFlag,
+    unistd::{getegid, geteuid},
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::OpenOptions,
+    fs::{self, OpenOptions, Permissions},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt, chown},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -457,11 +461,12 @@ impl Devices {
 
     /// Takes an input, and writes down what becomes of it before anything is done about it.
     async fn advance(self: &Arc<Self>, key: Address, input: Input) -> Result<Option<Action>, DevicesError> {
-        let (before, after, action, ended) = {
+        let (was, before, after, action, ended) = {
             let mut held = lock(&self.held);
             let refused = |refusal| DevicesError::Refused { device: key, refusal };
             let holding = held.get_mut(&key).ok_or_else(|| refused(Refusal::NotTaken))?;
-            let before = holding.life.clone();
+            let was = holding.clone();
+            let before = was.life.clone();
             let (life, action) = before.step(input).map_err(refused)?;
             if life == before {
                 return Ok(None);
@@ -472,7 +477,7 @@ impl Devices {
             holding.life = life;
             let Holding { life, lease, look, reset_ms, since, .. } = holding;
             let ended = certificate::follow(lease, &before.state, &life.state, look, *reset_ms, *since);
-            (before, holding.clone(), action, ended)
+            (was, before, holding.clone(), action, ended)
         };
         if let Err(error) = self.keep(key).await {
             match after.life.state {
@@ -481,7 +486,7 @@ impl Devices {
                     if before.state != after.life.state =>
                 {
                     if let Some(holding) = lock(&self.held).get_mut(&key) {
-                        holding.life = before;
+                        *holding = was;
                     }
                     return Err(error);
                 }
@@ -581,6 +586,8 @@ impl Devices {
             }
             Action::Reset => {
                 self.looked(key, vec![]);
+                // Before it is looked who has them open: a hypervisor that lives on, after a card was taken out of it, opens them no more.
+                self.own_nodes(&holding).await?;
                 self.await_closed(&holding).await?;
                 let began = Instant::now();
                 self.reset(key, &holding).await?;
@@ -709,6 +716,33 @@ impl Devices {
                 outcome => return outcome,
             }
         }
+    }
+
+    /// Takes the nodes of the groups from the VM that had them.
+    async fn own_nodes(&self, holding: &Holding) -> Result<(), Reason> {
+        // Nobody else could have given them away.
+        if !geteuid().is_root() {
+            return Ok(());
+        }
+        let nodes: Vec<_> = holding.groups().into_iter().map(|group| self.node(group)).collect();
+        in_time(move || {
+            for node in nodes {
+                let (user, group) = (geteuid().as_raw(), getegid().as_raw());
+                let taken = chown(&node, Some(user), Some(group))
+                    .and_then(|()| fs::set_permissions(&node, Permissions::from_mode(0o600)));
+                match taken {
+                    // One that is gone is nobody's.
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        let error =
+                            format!("{} cannot be taken from the VM that had it: {error}", node.display());
+                        return Err(Reason::Host { error });
+                    }
+                    _ => {}
+                }
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Waits until no process has the devices open: a group can be opened once only.

@@ -123,7 +123,7 @@ pub enum Reason {
         why: String,
     },
     /// Somebody has it open.
-    #[error("IOMMU group {group} is still in use by a process {seconds} s after its VM has ended")]
+    #[error("IOMMU group {group} is still open in a process {seconds} s after its VM gave it back")]
     Open {
         /// The group.
         group: u32,
@@ -274,6 +274,8 @@ impl Life {
                 (to(Returning), Some(Action::Return))
             }
             (Probed { .. } | Bound { .. } | Resetting | Returning, Input::Failed(reason)) => {
+                // What failed first is the cause.
+                let reason = self.blame.clone().unwrap_or(reason);
                 (Self { state: Quarantined { reason }, clean: false, blame: None, ..self.clone() }, None)
             }
             // Nobody has used it. What is clean stays where it is.
@@ -526,6 +528,9 @@ mod tests {
         let (life, action) = resetting.step(Input::Done).unwrap();
         assert_eq!((life.state, action), (State::Quarantined { reason: faulty("first") }, None));
         assert_eq!(life.blame, None);
+        // Also where the reset fails as well.
+        let (life, _) = resetting.step(Input::Failed(faulty("the reset"))).unwrap();
+        assert_eq!((life.state, life.blame), (State::Quarantined { reason: faulty("first") }, None));
         // Nobody is blamed for what no VM has.
         let free = Life { state: State::Free, clean: true, last: None, blame: None };
         assert_eq!(free.step(Input::Blame(faulty("late"))).unwrap(), (free, None));

@@ -82,9 +82,17 @@ async fn a_device_is_bound_reset_leased_reset_free_and_given_back() {
     1 > devices/0000:01:00.0/reset
     ");
     assert_eq!(host.kernel.device(DISK), "vfio-pci vfio-pci 0");
+    // Its hypervisor's, as a start makes it.
+    let is_root = nix::unistd::geteuid().is_root();
+    if is_root {
+        std::os::unix::fs::chown(&given[0].nodes[0], Some(70_001), Some(70_000)).unwrap();
+    }
 
     devices.release("a").await;
     assert_eq!(state(&devices, DISK), State::Free);
+    // A hypervisor that lives on can open it no more.
+    let node = std::fs::metadata(&given[0].nodes[0]).unwrap();
+    assert_eq!(std::os::unix::fs::MetadataExt::uid(&node), nix::unistd::geteuid().as_raw());
     assert_eq!(host.kernel.writes(), ["1 > devices/0000:01:00.0/reset"]);
     // It stays with VFIO, and is clean: nothing has to be done for the next one.
     devices.acquire("b", &[at(DISK)]).await.unwrap();
