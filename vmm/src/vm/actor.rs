@@ -223,7 +223,7 @@ impl Actor {
                 }
                 // A clean-up removes the record.
                 () = self.started.notified() => if !self.cleans() { self.record_or_warn().await },
-                () = self.plugging.freed() => self.follow_devices(),
+                () = self.plugging.may_come_about() => self.follow_devices(),
                 Ok(()) = self.fleet.changed() => self.follow_fleet(),
                 Some(mail) = self.mailbox.recv() => self.receive(mail).await,
             }

@@ -233,17 +233,7 @@ impl Job {
     async fn limit(&self, plan: &Plan) -> Result<(), StepError> {
         let Some(cgroup) = self.context.cgroup() else { return Ok(()) };
         cgroup.kill().await?;
-        let values = limits::values(plan);
-        let device = match &values.io {
-            None => None,
-            Some(_) => {
-                cgroup::backing(&plan.dirs.state).map_err(|e| StepError::Read(plan.dirs.state.clone(), e))?
-            }
-        };
-        if values.io.is_some() && device.is_none() {
-            tracing::warn!(vm = plan.name, "{}", limits::unlimited(plan));
-        }
-        cgroup.create(&values, device)?;
+        write_limits(&cgroup, plan)?;
         self.running.watch_cgroup(cgroup, &self.context.host.happened);
         Ok(())
     }
@@ -476,6 +466,21 @@ impl Job {
 /// What decides how much room a VM has for devices.
 pub(super) fn guest(host: &Host, vm: &Vm) -> Guest {
     Guest { memory: vm.memory, engine: host.engine, host_bits: host.address_bits }
+}
+
+/// Makes a VM's cgroup have the plan's limits.
+fn write_limits(cgroup: &VmCgroup, plan: &Plan) -> Result<(), StepError> {
+    let values = limits::values(plan);
+    let device = match &values.io {
+        None => None,
+        Some(_) => {
+            cgroup::backing(&plan.dirs.state).map_err(|e| StepError::Read(plan.dirs.state.clone(), e))?
+        }
+    };
+    if values.io.is_some() && device.is_none() {
+        tracing::warn!(vm = plan.name, "{}", limits::unlimited(plan));
+    }
+    Ok(cgroup.create(&values, device)?)
 }
 
 /// How long a hypervisor may take longer to start: with devices it first pins all of its guest's memory, at some GiB a second.

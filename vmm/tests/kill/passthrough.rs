@@ -225,6 +225,47 @@ fn vf10_two_vms_that_run_exchange_a_device_and_one_that_cannot_have_it_says_so()
 }
 
 #[test]
+fn vf10_two_vms_that_run_swap_their_devices() {
+    let mut host = Host::new();
+    host.kernel = Some(Kernel::new());
+    host.fleet(&[("a", WITH_DISK), ("b", WITH_GPU)]);
+    host.laird(None);
+    for vm in ["a", "b"] {
+        host.start(vm).unwrap();
+    }
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+    // Each has what the other is to have.
+    host.fleet(&[("a", WITH_GPU), ("b", WITH_DISK)]);
+    host.apply().unwrap();
+    until(|| host.plugged("a").iter().all(|name| name.contains("0000.02.00")).then_some(()));
+    until(|| (host.plugged("a").len() == 2 && host.plugged("b").len() == 1).then_some(()));
+    assert!(host.plugged("b")[0].ends_with("0000.01.00.0"), "{:?}", host.plugged("b"));
+    until(|| {
+        host.status().unwrap().values().all(|vm| vm.degraded.is_empty() && !vm.pending_restart).then_some(())
+    });
+    host.settled(&[("a", "ready"), ("b", "ready")]).unwrap();
+}
+
+#[test]
+fn hv11_what_did_not_come_about_is_told_and_comes_about_later_by_itself() {
+    let mut host = Host::new();
+    host.with_devices("autostart = false");
+    host.start("a").unwrap();
+    host.settled(&[("a", "ready")]).unwrap();
+    let refuses = host.dirs().run.join("vms/a/hypervisor/refuses");
+    fs::write(&refuses, "").unwrap();
+    host.fleet(&[("a", WITH_DISK)]);
+    host.apply().unwrap();
+    let fault = until(|| host.status().unwrap()["a"].degraded.first().cloned());
+    assert!(fault.ends_with("QEMU refused device_add: not now"), "{fault}");
+    // Nobody has it meanwhile.
+    until(|| host.devices()[0].contains("\"free\"").then_some(()));
+    fs::remove_file(&refuses).unwrap();
+    until(|| (host.plugged("a") == ["port1-0000.01.00.0"]).then_some(()));
+    until(|| host.status().unwrap()["a"].degraded.is_empty().then_some(()));
+}
+
+#[test]
 fn vf10_vf14_a_device_goes_from_one_vm_to_another_and_both_are_recorded() {
     let mut host = Host::new();
     host.kernel = Some(Kernel::new());

@@ -99,8 +99,15 @@ impl Devices {
                 return names.iter().map(|name| serde_json::json!({ "name": name })).collect();
             }
             "device_add" => self.change(|names| assert!(names.insert(id()), "it is there")),
-            // Its guest lets go at once.
-            "device_del" => self.change(|names| assert!(names.remove(&id()), "it is not there")),
+            // Its guest lets go of all that is in the port, a moment later.
+            "device_del" => {
+                let (port, names) = (id().split_once('-').unwrap().0.to_owned() + "-", self.clone());
+                assert!(self.0.lock().unwrap().contains(&id()), "it is not there");
+                tokio::spawn(async move {
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                    names.change(|names| names.retain(|name| !name.starts_with(&port)));
+                });
+            }
             other => panic!("{other}"),
         }
         serde_json::json!({})
@@ -172,6 +179,13 @@ async fn serve_qmp(stream: UnixStream, guest: watch::Sender<Guest>, devices: Dev
                     "cont" => drop(guest.send_replace(Guest::Up)),
                     "system_powerdown" | "quit" => drop(guest.send_replace(Guest::Off)),
                     "qmp_capabilities" | "query-status" => {}
+                    // As long as a test says so.
+                    "device_add" if devices.1.with_file_name("refuses").exists() => {
+                        let error = serde_json::json!({ "class": "GenericError", "desc": "not now" });
+                        let answer = format!("{}\n", serde_json::json!({ "error": error, "id": command["id"] }));
+                        let _ = writer.write_all(answer.as_bytes()).await;
+                        continue;
+                    }
                     _ => answer = devices.answer(&command),
                 }
                 let answer = format!("{}\n", serde_json::json!({ "return": answer, "id": command["id"] }));

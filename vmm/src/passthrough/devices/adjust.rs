@@ -33,6 +33,18 @@ impl Devices {
         }
     }
 
+    /// What a VM has and nothing that it asks for means.
+    pub async fn unwanted(&self, vm: &str, wants: &[Gpu]) -> Result<BTreeSet<Address>, DevicesError> {
+        let inventory = self.inventory().await?;
+        let mut held = self.held();
+        held.retain(|_, holding| {
+            let mut devices = holding.functions.iter().filter_map(|f| inventory.devices.get(&f.address));
+            let wanted = devices.any(|device| wants.iter().any(|want| want.means(device)));
+            holding.life.state == (State::Leased { vm: vm.into() }) && !wanted
+        });
+        Ok(held.values().flat_map(|holding| &holding.functions).map(|function| function.address).collect())
+    }
+
     /// Whether a VM has any device, or is getting one.
     pub fn has_any(&self, vm: &str) -> bool {
         lock(&self.held).values().any(|holding| holding.life.state.vm() == Some(vm))

@@ -7,8 +7,15 @@ use crate::{
     passthrough::{DevicesError, Told, What},
     vm::{handle::Mail, machine::State, plan::Plan, steps::StepError},
 };
-use std::sync::Arc;
-use tokio::{sync::broadcast, task::JoinHandle};
+use std::{sync::Arc, time::Duration};
+use tokio::{
+    sync::broadcast,
+    task::JoinHandle,
+    time::{Instant, sleep_until},
+};
+
+/// How long after a fault it is tried again; twice as long after each more, up to the other.
+const RETRY: [Duration; 2] = [Duration::from_secs(5), Duration::from_secs(3600)];
 
 /// What is known of the devices of a VM that runs.
 #[derive(Debug)]
@@ -19,6 +26,8 @@ pub(super) struct Plugging {
     follows: Option<Vec<Gpu>>,
     /// Why they are not as the fleet file says.
     fault: Option<Fault>,
+    /// When it is tried again where there is a fault, and how long that was after the last time.
+    again: (Instant, Duration),
     /// What happens to all devices.
     told: broadcast::Receiver<Told>,
 }
@@ -34,7 +43,7 @@ pub(in crate::vm) struct Fault {
 
 impl Plugging {
     pub(super) fn new(told: broadcast::Receiver<Told>) -> Self {
-        Self { task: None, follows: None, fault: None, told }
+        Self { task: None, follows: None, fault: None, again: (Instant::now(), Duration::ZERO), told }
     }
 
     /// It is being started with what the fleet file says now.
@@ -55,18 +64,34 @@ impl Plugging {
         Some(format!("its devices are not what the fleet file says: {}", fault.reason))
     }
 
-    /// Waits until a device that is waited for may be free.
-    pub(super) async fn freed(&mut self) {
-        if self.task.is_some() || !self.fault.as_ref().is_some_and(|fault| fault.waits) {
+    /// Waits until it may come about: a device that is waited for may be free, or some time has gone by. A guest may have let go of a card too
+    /// late, or a disk have been full.
+    pub(super) async fn may_come_about(&mut self) {
+        let Some(fault) = self.fault.as_ref().filter(|_| self.task.is_none()) else {
             return std::future::pending().await;
+        };
+        tokio::select! {
+            () = freed(&mut self.told), if fault.waits => {}
+            () = sleep_until(self.again.0) => {}
         }
-        loop {
-            match self.told.recv().await {
-                Ok(Told { what: What::State { state: "free" | "host", .. }, .. })
-                | Err(broadcast::error::RecvError::Lagged(_)) => return,
-                Ok(_) => {}
-                Err(broadcast::error::RecvError::Closed) => return std::future::pending().await,
-            }
+    }
+
+    /// Notes why it has not come about.
+    fn failed(&mut self, fault: Fault) {
+        let [first, longest] = RETRY;
+        let pause = self.again.1.saturating_mul(2).clamp(first, longest);
+        (self.fault, self.again) = (Some(fault), (Instant::now() + pause, pause));
+    }
+}
+
+/// Waits until any device is free.
+async fn freed(told: &mut broadcast::Receiver<Told>) {
+    loop {
+        match told.recv().await {
+            Ok(Told { what: What::State { state: "free" | "host", .. }, .. })
+            | Err(broadcast::error::RecvError::Lagged(_)) => return,
+            Ok(_) => {}
+            Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
         }
     }
 }
@@ -118,18 +143,19 @@ impl Actor {
                 (after.machine.cards, after.vm.gpus) = (plan.machine.cards, wants.clone());
                 self.running.set_plan(Arc::new(after));
                 (self.plugging.follows, self.plugging.fault) = (Some(wants), None);
+                self.plugging.again.1 = Duration::ZERO;
                 self.record_or_warn().await;
                 self.publish();
                 self.follow_devices();
             }
-            // The next apply tries again; where another VM has the device, so does its end.
+            // Time tries again, and the next apply; where another VM has the device, so does its end.
             Err(fault) => {
                 tracing::warn!(
                     vm = now.name,
                     reason = fault.reason,
                     "its devices do not follow the fleet file"
                 );
-                self.plugging.fault = Some(fault);
+                self.plugging.failed(fault);
                 self.publish();
                 let wanted = self.fleet.borrow().vms.get(&self.context.name).map(|vm| vm.gpus.clone());
                 if wanted.is_some_and(|wanted| wanted != wants) {

@@ -1,14 +1,13 @@
 //! The devices of a VM that runs, as the fleet file asks for them now.
 
-use super::{Job, StepError, guest, pinning};
+use super::{Job, StepError, guest, pinning, write_limits};
 use crate::{
-    cgroup,
     fleet::{gpus::Gpu, limits::Need, schema::Vm},
     host::confine,
     hypervisor::{ports::Ports, qemu::qmp::Qmp},
-    passthrough::{Given, window},
+    passthrough::{DevicesError, Given, window},
     vm::{
-        checkpoint, limits,
+        checkpoint,
         machine::Part,
         plan::Plan,
         users::{self, Users},
@@ -36,15 +35,26 @@ impl Job {
         if after.sum() > before.sum() {
             self.context.budget.admit(&plan.name, after)?;
         }
-        let outcome = self.change_devices(&qmp, &plan, &vm).await;
+        let outcome = match self.change_devices(&qmp, &plan, &vm).await {
+            // Somebody may wait for what it is to have no more, and have what it waits for.
+            Err(error @ StepError::Devices(DevicesError::Unmet(_))) => {
+                self.let_go(&qmp, &plan.name, wants).await.and(Err(error))
+            }
+            outcome => outcome,
+        };
         // One without ports was started by a `laird` that gave its devices other names.
-        if let Ok(ports) = qmp.ports().await
-            && ports != Ports::default()
-        {
+        let ports = qmp.ports().await.unwrap_or_default();
+        if ports != Ports::default() {
             checkpoint::reach("devices: before those are released that went");
             self.context.host.devices.release_all_but(&plan.name, &ports.functions()).await;
         }
-        let now = outcome.as_ref().unwrap_or(&plan);
+        // Of what did not come about, a part may have.
+        let half = Plan { vm: vm.clone(), ..Plan::clone(&plan) };
+        let now = match &outcome {
+            Ok(now) => now,
+            Err(_) if after.sum() > before.sum() && !ports.functions().is_empty() => &half,
+            Err(_) => &plan,
+        };
         self.context.budget.adopt(&plan.name, Need::of(&now.vm));
         let limited = self.limit_again(now);
         let now = outcome?;
@@ -76,6 +86,17 @@ impl Job {
         Ok(after)
     }
 
+    /// Takes out what the VM is not to have any more.
+    async fn let_go(&self, qmp: &Qmp, vm: &str, wants: &[Gpu]) -> Result<(), StepError> {
+        let unwanted = self.context.host.devices.unwanted(vm, wants).await?;
+        for (port, card) in qmp.ports().await?.0 {
+            if !card.is_empty() && card.is_subset(&unwanted) {
+                qmp.unplug(port, &card, LET_GO).await?;
+            }
+        }
+        Ok(())
+    }
+
     /// Lets the hypervisor open the devices, lock the guest's memory, and have what the IOMMU needs.
     async fn permit(&self, plan: &Plan, given: Vec<Given>) -> Result<(), StepError> {
         let users = Users::of(self.context.host.ids.as_deref(), &self.context.name)?;
@@ -91,14 +112,6 @@ impl Job {
 
     /// Sets the limits of the VM's cgroup, in which it runs, anew.
     fn limit_again(&self, plan: &Plan) -> Result<(), StepError> {
-        let Some(cgroup) = self.context.cgroup() else { return Ok(()) };
-        let values = limits::values(plan);
-        let device = match &values.io {
-            None => None,
-            Some(_) => {
-                cgroup::backing(&plan.dirs.state).map_err(|e| StepError::Read(plan.dirs.state.clone(), e))?
-            }
-        };
-        Ok(cgroup.create(&values, device)?)
+        self.context.cgroup().map_or(Ok(()), |cgroup| write_limits(&cgroup, plan))
     }
 }
