@@ -430,9 +430,16 @@ mod tests {
         }
         stats.forget("gone");
         stats.ready(3.5);
-        let mut lease = Certificate::begin("a", &[], None, jiff::Timestamp::UNIX_EPOCH);
+        let mut lease = Certificate::begin("a", &[], None, None, jiff::Timestamp::UNIX_EPOCH);
         let fault = Fault::Xid { number: 31 };
-        lease.note(Said { boot: "b", address: "0000:41:00.0".parse().unwrap(), fault, count: 7, text: "" });
+        lease.note(Said {
+            boot: "b",
+            place: "p",
+            address: "0000:41:00.0".parse().unwrap(),
+            fault,
+            count: 7,
+            text: "",
+        });
         let own = Own { allowed: 5, refused: 6, unwritten: 1, connections: 2, ..Own::default() };
         let seen = Seen {
             usage: vec![

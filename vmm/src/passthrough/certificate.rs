@@ -52,9 +52,34 @@ pub struct Certificate {
     /// Why nobody gets them.
     #[serde(default)]
     pub reason: Option<String>,
-    /// The boot of the guest in which messages were counted last.
+    /// The boot of the guest that told of its devices last. None where no guest did: then nobody knows what its kernel said.
     #[serde(default)]
     pub guest_boot: Option<String>,
+    /// What a guest that ran already had said before the lease began: it tells sums, and what was in the same place before may have been another
+    /// device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub earlier: Option<Sums>,
+}
+
+/// What a guest has said since it booted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Sums {
+    /// The boot.
+    pub boot: String,
+    /// How often, of each place and kind.
+    pub counts: Vec<Sum>,
+}
+
+/// How often a guest has said one thing of one place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Sum {
+    /// The address in the guest.
+    pub place: String,
+    /// What.
+    #[serde(flatten)]
+    pub fault: Fault,
+    /// How often.
+    pub count: u64,
 }
 
 /// One function of a device over a lease.
@@ -135,6 +160,8 @@ impl fmt::Display for Verdict {
 pub struct Said<'a> {
     /// The boot in which it was counted.
     pub boot: &'a str,
+    /// Where that is in the guest.
+    pub place: &'a str,
     /// The function of the host's.
     pub address: Address,
     /// What.
@@ -163,6 +190,7 @@ impl Certificate {
         vm: &str,
         functions: &[(Address, Measure)],
         reset_ms: Option<u64>,
+        earlier: Option<Sums>,
         now: jiff::Timestamp,
     ) -> Self {
         let function = |(address, before): &(Address, Measure)| FunctionHealth {
@@ -182,6 +210,7 @@ impl Certificate {
             verdict: None,
             reason: None,
             guest_boot: None,
+            earlier,
         }
     }
 
@@ -190,15 +219,27 @@ impl Certificate {
         self.returned.is_none()
     }
 
-    /// Takes what a guest says; whether it was not said before in this lease. A guest tells sums of its boot, so that it may say the same
-    /// thing again; sums of earlier boots stay.
-    pub fn note(&mut self, said: Said<'_>) -> bool {
-        if self.guest_boot.as_deref() != Some(said.boot) {
-            self.guest_boot = Some(said.boot.into());
+    /// A guest tells of its devices; whether it is the first time in this lease.
+    pub fn hear(&mut self, boot: &str) -> bool {
+        let is_first = self.guest_boot.is_none();
+        if self.guest_boot.as_deref() != Some(boot) {
+            self.guest_boot = Some(boot.into());
             self.faults.iter_mut().for_each(|known| known.in_this_boot = 0);
         }
+        is_first
+    }
+
+    /// Takes what a guest says; whether it was not said before in this lease. A guest tells sums of its boot, so that it may say the same
+    /// thing again; sums of earlier boots stay, and what was said before the lease is none of its.
+    pub fn note(&mut self, said: Said<'_>) -> bool {
+        self.hear(said.boot);
+        let earlier = self.earlier.iter().filter(|sums| sums.boot == said.boot).flat_map(|sums| &sums.counts);
+        let mut same = earlier.filter(|sum| sum.place == said.place && sum.fault == said.fault);
         // At least one, where only a port has told of it.
-        let count = said.count.max(1);
+        let count = said.count.max(1).saturating_sub(same.next().map_or(0, |sum| sum.count.max(1)));
+        if count == 0 {
+            return false;
+        }
         let same = |known: &&mut FaultCount| known.address == said.address && known.fault == said.fault;
         if let Some(known) = self.faults.iter_mut().find(same) {
             let more = count.saturating_sub(known.in_this_boot);
@@ -323,12 +364,20 @@ impl Certificate {
             findings => findings.join("; "),
         };
         format!(
-            "{verdict} after {seconds} s{reason}; resets {} before, {} after; {} Xids, {} PCIe errors; {findings}",
+            "{verdict} after {seconds} s{reason}; resets {} before, {} after; {}; {findings}",
             reset(self.reset_before_ms),
             reset(self.reset_after_ms),
-            self.xids(),
-            self.aer_errors(),
+            self.errors(),
         )
+    }
+
+    /// How many errors there were, in words.
+    pub fn errors(&self) -> String {
+        let xids = match self.guest_boot {
+            Some(_) => format!("{} Xids", self.xids()),
+            None => "no word from the guest".into(),
+        };
+        format!("{xids}, {} PCIe errors", self.aer_errors())
     }
 }
 
@@ -346,11 +395,12 @@ pub fn follow(
     after: &State,
     look: &[(Address, Measure)],
     reset_ms: Option<u64>,
+    earlier: impl FnOnce(&str) -> Option<Sums>,
     now: jiff::Timestamp,
 ) -> Option<Certificate> {
     match (before, after) {
         (State::Bound { .. }, State::Leased { vm }) => {
-            *lease = Some(Certificate::begin(vm, look, reset_ms, now));
+            *lease = Some(Certificate::begin(vm, look, reset_ms, earlier(vm), now));
             None
         }
         (State::Resetting, State::Free | State::Quarantined { .. }) => {
@@ -400,12 +450,19 @@ mod tests {
     }
 
     fn begun() -> Certificate {
-        Certificate::begin("builder", &whole(256 << 20, 16, 3), Some(120), at(1000))
+        Certificate::begin("builder", &whole(256 << 20, 16, 3), Some(120), None, at(1000))
     }
 
     fn xid(number: u32, count: u64) -> Said<'static> {
         let text = "NVRM: Xid";
-        Said { boot: "one", address: address(GPU), fault: Fault::Xid { number }, count, text }
+        Said {
+            boot: "one",
+            place: "0000:05:00.0",
+            address: address(GPU),
+            fault: Fault::Xid { number },
+            count,
+            text,
+        }
     }
 
     #[test]
@@ -416,6 +473,8 @@ mod tests {
         let mut after = whole(256 << 20, 16, 3);
         after[0].1.speed = Speed::parse("2.5 GT/s PCIe");
         assert_eq!(lease.lost_window(&after), None);
+        assert!(lease.summary().contains("no word from the guest, 0 PCIe errors"));
+        assert!(lease.hear("one") && !lease.hear("one"));
         lease.end(&after, Some(130), None, at(1600));
         assert_eq!(lease.verdict, Some(Verdict::Healthy));
         insta::assert_snapshot!(lease.summary(), @"healthy after 600 s; resets 120 ms before, 130 ms after; 0 Xids, 0 PCIe errors; windows and link as before");
@@ -469,7 +528,7 @@ mod tests {
         let vm = || "a".to_owned();
         let (mut lease, look) = (None, whole(1, 16, 0));
         let mut step = |before: State, after: State, look: &[(Address, Measure)]| {
-            let told = follow(&mut lease, &before, &after, look, Some(7), at(5));
+            let told = follow(&mut lease, &before, &after, look, Some(7), |_| None, at(5));
             (told.and_then(|lease| lease.verdict), lease.clone())
         };
         assert_eq!(step(State::Host, State::Probed { vm: vm() }, &look), (None, None));

@@ -5,7 +5,7 @@
 
 use super::{
     binding::{self, Function, Goal, Seen},
-    certificate::{self, Certificate, Measure},
+    certificate::{self, Certificate, Measure, Sums},
     fault::Fault,
     machine::{Action, Input, Life, Reason, Refusal, State},
     record::{self, Holding},
@@ -152,6 +152,8 @@ pub struct Devices {
     disk: Mutex<()>,
     /// What the VMs of the fleet ask for.
     wanted: Mutex<Vec<Gpu>>,
+    /// What the guest of each VM has said since it booted.
+    heard: Mutex<BTreeMap<String, Sums>>,
     told: broadcast::Sender<Told>,
     /// Hears all from the beginning.
     first: Mutex<broadcast::Receiver<Told>>,
@@ -177,6 +179,7 @@ impl Devices {
             turns: Mutex::default(),
             disk: Mutex::default(),
             wanted: Mutex::default(),
+            heard: Mutex::default(),
             told,
             first: Mutex::new(first),
         })
@@ -476,7 +479,9 @@ impl Devices {
             }
             holding.life = life;
             let Holding { life, lease, look, reset_ms, since, .. } = holding;
-            let ended = certificate::follow(lease, &before.state, &life.state, look, *reset_ms, *since);
+            let earlier = |vm: &str| lock(&self.heard).get(vm).cloned();
+            let ended =
+                certificate::follow(lease, &before.state, &life.state, look, *reset_ms, earlier, *since);
             (was, before, holding.clone(), action, ended)
         };
         if let Err(error) = self.keep(key).await {

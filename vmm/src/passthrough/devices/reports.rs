@@ -8,6 +8,8 @@
 //! tenant: nobody but its driver, in the guest, learns of that. What was said is in the certificate of the lease and in the audit log, with the VM
 //! that said it.
 //!
+//! A guest tells sums of its boot. What it had said before a device came to it is not said against that one: [`Sums`] of before are in its certificate.
+//!
 //! How often a guest can make `laird` do something is bounded by its devices: what is said again is counted, and told and written down only when
 //! something new is said, of which there are at most [`FAULTS_MAX`](crate::passthrough::certificate::FAULTS_MAX) in a lease.
 
@@ -15,7 +17,7 @@ use super::{Devices, Fault, Function, State, Told, What, lock};
 use crate::{
     error::chain,
     host::pci::{Address, Id},
-    passthrough::certificate::Said,
+    passthrough::certificate::{Said, Sum, Sums},
     shim::protocol::GuestDevices,
 };
 use lair_guest::wire::message::GuestDevice;
@@ -39,6 +41,19 @@ pub fn places<'a>(guest: &'a [GuestDevice], functions: &[Function]) -> BTreeMap<
     places
 }
 
+/// What a guest has said since it booted.
+fn sums(said: &GuestDevices) -> Sums {
+    let faults = said.report.faults.iter().filter_map(|theirs| {
+        let fault = Fault::of(theirs.fault)?;
+        Some(Sum { place: theirs.address.clone(), fault, count: theirs.count })
+    });
+    let errors = said.report.gpus.iter().take(DEVICES_MAX).filter_map(|gpu| {
+        let count = gpu.ecc_volatile.uncorrected.filter(|count| *count > 0)?;
+        Some(Sum { place: gpu.address.clone(), fault: Fault::Ecc, count })
+    });
+    Sums { boot: said.boot_id.clone(), counts: faults.chain(errors).collect() }
+}
+
 impl Devices {
     /// All functions that a VM has, by address.
     pub fn functions_of(&self, vm: &str) -> Vec<Function> {
@@ -51,12 +66,13 @@ impl Devices {
     pub async fn reported(self: &Arc<Self>, vm: &str, said: &GuestDevices) -> bool {
         let functions = self.functions_of(vm);
         let places = places(&said.report.devices, &functions);
-        let mut news = false;
+        let mut news = self.first_word(vm, &said.boot_id).await;
         for theirs in &said.report.faults {
             let Some(fault) = Fault::of(theirs.fault) else { continue };
             for address in places.get(theirs.address.as_str()).into_iter().flatten() {
                 let said = Said {
                     boot: &said.boot_id,
+                    place: &theirs.address,
                     address: *address,
                     fault,
                     count: theirs.count,
@@ -69,10 +85,30 @@ impl Devices {
             let Some(count) = gpu.ecc_volatile.uncorrected.filter(|count| *count > 0) else { continue };
             for address in places.get(gpu.address.as_str()).into_iter().flatten() {
                 let (boot, text) = (&said.boot_id, "counted by the GPU since its driver was loaded");
-                news |= self.hear(vm, Said { boot, address: *address, fault: Fault::Ecc, count, text }).await;
+                let (place, address, fault) = (&gpu.address, *address, Fault::Ecc);
+                news |= self.hear(vm, Said { boot, place, address, fault, count, text }).await;
             }
         }
+        lock(&self.heard).insert(vm.into(), sums(said));
         news
+    }
+
+    /// Notes in the certificates of what a VM has that its guest tells of it; whether it did not before.
+    async fn first_word(self: &Arc<Self>, vm: &str, boot: &str) -> bool {
+        let mut firsts = Vec::new();
+        for (key, holding) in lock(&self.held).iter_mut() {
+            let its = holding.life.state == State::Leased { vm: vm.into() };
+            let lease = holding.lease.as_mut().filter(|lease| its && lease.is_open());
+            if lease.is_some_and(|lease| lease.hear(boot)) {
+                firsts.push(*key);
+            }
+        }
+        for key in &firsts {
+            if let Err(error) = self.keep(*key).await {
+                tracing::error!(device = %key, error = chain(&error), "cannot write down that a guest tells of it");
+            }
+        }
+        !firsts.is_empty()
     }
 
     async fn hear(self: &Arc<Self>, vm: &str, said: Said<'_>) -> bool {

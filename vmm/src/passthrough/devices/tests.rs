@@ -317,6 +317,36 @@ fn lease(devices: &Devices, text: &str) -> Certificate {
     devices.held()[&address(text)].lease.clone().unwrap()
 }
 
+/// The guest's kernel has said it, and nobody takes that back.
+#[tokio::test]
+async fn vf11_what_was_said_of_a_device_is_not_said_of_the_one_that_comes_in_its_place() {
+    let host = Host::new();
+    let devices = host.devices();
+    devices.acquire("a", &[at(CARD)]).await.unwrap();
+    assert_eq!(lease(&devices, CARD).errors(), "no word from the guest, 0 PCIe errors");
+    assert!(
+        devices.reported("a", &said("one", &[])).await && !devices.reported("a", &said("one", &[])).await
+    );
+    assert_eq!(lease(&devices, CARD).errors(), "0 Xids, 0 PCIe errors");
+    assert!(devices.reported("a", &said("one", &[(31, 2), (79, 1)])).await);
+    // It is taken out; an operator has looked at it and gives it to the guest again, which runs on.
+    devices.release_all_but("a", &BTreeSet::new()).await;
+    assert!(matches!(state(&devices, CARD), State::Quarantined { .. }));
+    devices.give_back(address(CARD)).await.unwrap();
+    devices.adjust("a", &[at(CARD)]).await.unwrap();
+    devices.reported("a", &said("one", &[(31, 2), (79, 1)])).await;
+    assert_eq!((lease(&devices, CARD).xids(), devices.faults("a")), (0, vec![]));
+    // A later laird knows it as well.
+    let devices = host.devices();
+    devices.reported("a", &said("one", &[(31, 2), (79, 1)])).await;
+    assert_eq!((lease(&devices, CARD).xids(), devices.faults("a")), (0, vec![]));
+    // What is said more is said of this one.
+    assert!(devices.reported("a", &said("one", &[(31, 5), (79, 1)])).await);
+    assert_eq!((lease(&devices, CARD).xids(), devices.faults("a")), (3, vec![]));
+    assert!(devices.reported("a", &said("one", &[(31, 5), (79, 2)])).await);
+    assert_eq!(devices.faults("a").len(), 1);
+}
+
 #[tokio::test]
 async fn vf11_what_a_guest_says_against_its_device_is_in_the_certificate_and_quarantines_it_if_it_is_fatal() {
     let host = Host::new();
@@ -349,6 +379,7 @@ async fn vf11_what_a_guest_says_against_its_device_is_in_the_certificate_and_qua
     assert!(!devices.reported("a", &said("one", &[(31, 9)])).await);
 
     // What others say of the same device is nothing, also if theirs looks the same to them.
+    devices.reported("b", &said("one", &[])).await;
     let before = devices.held();
     assert!(!devices.reported("b", &said("one", &[(79, 1)])).await);
     assert!(!devices.reported("nobody", &said("one", &[(79, 1)])).await);

@@ -120,7 +120,7 @@ fn certificate(lease: &Certificate, address: Address) -> Vec<(&'static str, Stri
         facts.extend(links(before, after.as_ref()).map(|link| ("its link", link)));
         facts.extend(windows(before, after.as_ref()).map(|windows| ("its windows", windows)));
     }
-    facts.push(("its errors", format!("{} Xids, {} PCIe errors", lease.xids(), lease.aer_errors())));
+    facts.push(("its errors", lease.errors()));
     for fault in &lease.faults {
         let times = if fault.count > 1 { format!(", {} times", fault.count) } else { String::new() };
         facts.push(("", format!("{}: {}{times}", fault.address, fault.fault)));

@@ -72,9 +72,15 @@ fn leased(returned: bool) -> GpuStatus {
     let at = |second: i64| jiff::Timestamp::from_second(1_764_400_000 + second).unwrap();
     let aer = |corrected| Some(AerCounts { corrected, ..AerCounts::default() });
     let look = |aer| vec![(gpu, Measure::of(&inventory.devices[&gpu], aer))];
-    let mut lease = Certificate::begin("cuda-builder", &look(aer(2)), Some(120), at(0));
-    let said =
-        |number, count, text| Said { boot: "boot", address: gpu, fault: Fault::Xid { number }, count, text };
+    let mut lease = Certificate::begin("cuda-builder", &look(aer(2)), Some(120), None, at(0));
+    let said = |number, count, text| Said {
+        boot: "boot",
+        place: "0000:05:00.0",
+        address: gpu,
+        fault: Fault::Xid { number },
+        count,
+        text,
+    };
     lease.note(said(31, 3, "NVRM: Xid (PCI:0000:01:00): 31, pid=7, name=\x1b[2J, MMU Fault"));
     let mut state = State::Leased { vm: "cuda-builder".into() };
     if returned {
