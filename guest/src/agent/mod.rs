@@ -137,7 +137,7 @@ impl Agent {
             journal_source,
             journal_lost: AtomicU64::new(0),
             boot_id,
-            devices: Devices::new(root, environment.clone()),
+            devices: Devices::new(root, environment.clone(), log.clone()),
             environment,
             own_init: config.init.is_some(),
             links: Mutex::new(links::Links::new(log.clone())),

@@ -136,6 +136,8 @@ mod tests {
             ("NVRM: Xid (0000:03:00): 14, Channel 00000001", "0000:03:00.0 Xid 14"),
             ("NVRM: Xid (PCI:0000:01:00.0): 154, GPU recovery action changed", "0000:01:00.0 Xid 154"),
             ("NVRM: Xid (PCI:0000:01:00): 79", "0000:01:00.0 Xid 79"),
+            ("NVRM: Xid (PCI:0000:01:00 GPU-I:05): 94, pid=7, Contained", "0000:01:00.0 Xid 94"),
+            ("NVRM: Xid (PCI:0000:01:00 GPU-I:05 GPU-CI:02): 13, pid=7", "0000:01:00.0 Xid 13"),
             ("NVRM: Xid (PCI:0000:01:00): GPU has fallen off the bus.", "-"),
             ("NVRM: Xid (43, pid: 5678): ROBUST_CHANNEL", "-"),
             ("NVRM: Xid (PCI:0000:01:00): 99999999999, too much", "-"),
@@ -206,6 +208,26 @@ mod tests {
         // A report of the worst is a message that the host takes: 32 of these, with devices and GPUs.
         faults[1].text = "\"".repeat(TEXT_MAX);
         assert!(serde_json::to_vec(&vec![faults[1].clone(); FAULTS_MAX]).unwrap().len() < 20 << 10);
+    }
+
+    #[test]
+    fn vs5_the_last_word_of_a_gpu_is_not_lost_for_what_others_have_said() {
+        let (mut faults, mut left_out) = (Vec::new(), 0);
+        let mut add = |gpu: u32, xid: u32| {
+            let said =
+                parse(format!("3,1,2,-;NVRM: Xid (PCI:0000:{gpu:02x}:00): {xid}, x").as_bytes()).unwrap();
+            super::add(&mut faults, &mut left_out, said)
+        };
+        for (gpu, xid) in (1..9).flat_map(|gpu| [13, 31, 43, 45].map(|xid| (gpu, xid))) {
+            add(gpu, xid);
+        }
+        add(9, 79);
+        add(9, 79);
+        add(10, 48);
+        let count = |gpu: u32| faults.iter().filter(|f| f.address == format!("0000:{gpu:02x}:00.0")).count();
+        assert_eq!((faults.len(), count(9), count(10), left_out), (FAULTS_MAX, 1, 1, 2));
+        assert!((1..9).all(|gpu| count(gpu) >= 3), "{faults:?}");
+        assert_eq!(faults.iter().find(|f| f.address == "0000:09:00.0").unwrap().count, 2);
     }
 
     proptest! {

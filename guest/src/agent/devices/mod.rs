@@ -10,9 +10,10 @@ mod kmsg;
 mod nvidia;
 mod pci;
 
-use super::environment::Environment;
+use super::{environment::Environment, log::Log};
 use lair_guest::wire::message::{DeviceReport, NvidiaDriver};
 use std::{
+    collections::BTreeSet,
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
@@ -32,22 +33,27 @@ const REPORT_EVERY: Duration = Duration::from_secs(1);
 pub(super) struct Devices {
     root: PathBuf,
     environment: Environment,
+    log: Log,
     report: watch::Sender<DeviceReport>,
     /// Whether the kernel's log is followed.
     follows: AtomicBool,
     /// When NVIDIA's tool was started last, and whether it runs still.
     asked: Mutex<(Option<Instant>, bool)>,
+    /// Why it had nothing to tell the last time.
+    silent: Mutex<Option<String>>,
 }
 
 impl Devices {
     /// Of the guest whose files are below `root`.
-    pub(super) fn new(root: impl Into<PathBuf>, environment: Environment) -> Arc<Self> {
+    pub(super) fn new(root: impl Into<PathBuf>, environment: Environment, log: Log) -> Arc<Self> {
         Arc::new(Self {
             root: root.into(),
             environment,
+            log,
             report: watch::Sender::new(DeviceReport::default()),
             follows: AtomicBool::new(false),
             asked: Mutex::default(),
+            silent: Mutex::default(),
         })
     }
 
@@ -63,6 +69,11 @@ impl Devices {
         let is_loaded = matches!(nvidia, NvidiaDriver::Loaded { .. });
         self.report.send_if_modified(|report| {
             let changed = report.devices != devices || report.nvidia != nvidia;
+            // Figures of a GPU that is gone, or of a driver that is, are those of nothing.
+            if changed {
+                let there: BTreeSet<_> = devices.iter().map(|device| &device.address).collect();
+                report.gpus.retain(|gpu| is_loaded && there.contains(&gpu.address));
+            }
             (report.devices, report.nvidia) = (devices, nvidia);
             changed
         });
@@ -71,7 +82,11 @@ impl Devices {
             tokio::spawn(async move {
                 let path = devices.root.join("dev/kmsg");
                 // A kernel without it, or a container: then there are no messages.
-                let _ = kmsg::follow(&path, |line| devices.said(line)).await;
+                if let Err(error) = kmsg::follow(&path, |line| devices.said(line)).await {
+                    devices.log.say(&format!(
+                        "the kernel's log cannot be read, so nothing is told of devices' errors: {error}"
+                    ));
+                }
             });
         }
         if is_loaded {
@@ -102,16 +117,35 @@ impl Devices {
         }
         let devices = Arc::clone(self);
         tokio::spawn(async move {
+            let (figures, process) = nvidia::figures(nvidia::PROGRAM.as_ref(), &devices.environment).await;
+            let why = figures
+                .as_ref()
+                .err()
+                .map(|error| format!("{} tells nothing of GPUs: {error}", nvidia::PROGRAM));
+            if let Some(news) = devices.news_of_silence(why) {
+                devices.log.say(&news);
+            }
             // Old figures would be taken for new ones.
-            let gpus =
-                nvidia::figures(nvidia::PROGRAM.as_ref(), &devices.environment).await.unwrap_or_default();
+            let gpus = figures.unwrap_or_default();
             devices.report.send_if_modified(|report| {
                 let changed = report.gpus != gpus;
                 report.gpus = gpus;
                 changed
             });
+            // It may be one that does not end when it is killed: the next one would hang as well.
+            if let Some(mut process) = process {
+                let _ = process.wait().await;
+            }
             devices.asked.lock().unwrap_or_else(PoisonError::into_inner).1 = false;
         });
+    }
+
+    /// Why the tool tells nothing, if that is not why it told nothing the last time.
+    fn news_of_silence(&self, why: Option<String>) -> Option<String> {
+        let mut silent = self.silent.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_news = *silent != why;
+        silent.clone_from(&why);
+        why.filter(|_| is_news)
     }
 
     #[cfg(test)]
@@ -163,6 +197,15 @@ mod tests {
         path::Path,
     };
     use tokio::time::timeout;
+
+    /// Writes a program by a process of its own: what this one has open for writing, a child of another test may have for a moment as well, and
+    /// then it cannot be executed.
+    pub(super) fn write_program(path: &Path, text: &str) {
+        let draft = path.with_extension("draft");
+        fs::write(&draft, text).unwrap();
+        assert!(std::process::Command::new("cp").args([&draft, path]).status().unwrap().success());
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+    }
 
     /// A guest's `/sys`.
     pub(super) struct Sys(tempfile::TempDir);
@@ -223,7 +266,7 @@ mod tests {
         fn devices(&self) -> Arc<Devices> {
             let path =
                 format!("{}:{}", self.root.path().join("bin").display(), std::env::var("PATH").unwrap());
-            Devices::new(self.root.path(), vec![("PATH".into(), path)])
+            Devices::new(self.root.path(), vec![("PATH".into(), path)], Log::start().unwrap())
         }
 
         fn add_gpu(&self) {
@@ -237,8 +280,7 @@ mod tests {
 
         fn tool(&self, script: &str) {
             let tool = self.root.path().join("bin/nvidia-smi");
-            fs::write(&tool, format!("#!/bin/sh\necho run >>\"$0.runs\"\n{script}\n")).unwrap();
-            fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
+            write_program(&tool, &format!("#!/bin/sh\necho run >>\"$0.runs\"\n{script}\n"));
         }
 
         fn runs(&self) -> usize {
@@ -335,7 +377,7 @@ mod tests {
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert_eq!(guest.runs(), 1);
         assert!(devices.asked.lock().unwrap().1);
-        // Killed, it has no figures.
+        // Nobody takes old figures for new ones, also while it has not ended.
         tokio::time::pause();
         while !reports.next().await.gpus.is_empty() {}
     }

@@ -51,33 +51,44 @@ fn version_in(text: &str) -> Option<String> {
     line.split_ascii_whitespace().find(is_version).map(|version| cut(version, 64))
 }
 
-/// Asks the tool. It returns only when the process has ended, also one that does not end when it is killed: the next one would hang as well.
-pub(super) async fn figures(program: &Path, environment: &Environment) -> io::Result<Vec<GpuFigures>> {
+/// Asks the tool. What it tells, and the process, which was killed if it took too long but need not have ended.
+pub(super) async fn figures(
+    program: &Path,
+    environment: &Environment,
+) -> (io::Result<Vec<GpuFigures>>, Option<Child>) {
     let mut command = Command::new(program);
     command.arg(format!("--query-gpu={FIELDS}")).arg("--format=csv,noheader,nounits");
     command.env_clear().envs(environment.iter().cloned());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
     sys::isolate(&mut command, None);
-    let mut child = command.spawn()?;
-    let output = timeout(PATIENCE, output(&mut child)).await;
+    let mut child = match command.spawn() {
+        Ok(child) => child,
+        Err(error) => return (Err(error), None),
+    };
+    let told = match timeout(PATIENCE, output(&mut child)).await {
+        Ok(told) => told,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {PATIENCE:?}"))),
+    };
     let _ = child.start_kill();
-    let status = child.wait().await?;
-    match output {
-        Ok(Ok(text)) if status.success() => Ok(parse(&text)),
-        Ok(Ok(_)) => Err(io::Error::other(format!("it ended with {status}"))),
-        Ok(Err(error)) => Err(error),
-        Err(_) => Err(io::ErrorKind::TimedOut.into()),
-    }
+    (told, Some(child))
 }
 
-/// All that it says, until its end.
-async fn output(child: &mut Child) -> io::Result<String> {
+/// What it tells until its end. Of several GPUs one may be lost: then it fails, and tells of the others all the same.
+async fn output(child: &mut Child) -> io::Result<Vec<GpuFigures>> {
     let mut bytes = Vec::new();
     if let Some(stdout) = child.stdout.take() {
         stdout.take(OUTPUT_MAX).read_to_end(&mut bytes).await?;
     }
-    child.wait().await?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    let status = child.wait().await?;
+    if bytes.len() as u64 == OUTPUT_MAX {
+        return Err(io::Error::other(format!("it said {OUTPUT_MAX} bytes and more")));
+    }
+    match parse(&String::from_utf8_lossy(&bytes)) {
+        figures if figures.is_empty() && !status.success() => {
+            Err(io::Error::other(format!("it ended with {status}")))
+        }
+        figures => Ok(figures),
+    }
 }
 
 /// Reads a line for each GPU.
@@ -121,7 +132,7 @@ fn thousandths(text: &str) -> Option<u64> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf};
+    use std::{fs, path::PathBuf};
 
     #[test]
     fn each_driver_tells_its_version_in_its_own_way_and_none_is_a_state() {
@@ -189,8 +200,7 @@ mod tests {
 
     fn program(directory: &Path, script: &str) -> PathBuf {
         let path = directory.join("tool");
-        fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        super::super::tests::write_program(&path, &format!("#!/bin/sh\n{script}\n"));
         path
     }
 
@@ -198,7 +208,7 @@ mod tests {
     async fn the_tool_is_asked_with_the_guests_environment_and_no_longer_than_it_may_take() {
         let directory = tempfile::tempdir().unwrap();
         let environment = vec![("PATH".to_owned(), std::env::var("PATH").unwrap())];
-        let asked = async |script: &str| figures(&program(directory.path(), script), &environment).await;
+        let asked = async |script: &str| figures(&program(directory.path(), script), &environment).await.0;
         let told = asked("echo \"$*\" >\"$0.said\"; echo '00000000:01:00.0, 41'").await.unwrap();
         assert_eq!(told[0].temperature, Some(41));
         let said = fs::read_to_string(directory.path().join("tool.said")).unwrap();
@@ -209,9 +219,14 @@ mod tests {
         );
         let error = asked("echo 'Field \"x\" is not a valid field to query.'; exit 2").await.unwrap_err();
         assert!(error.to_string().contains("exit status: 2"), "{error}");
+        // One of three is lost.
+        let told = asked(
+            "echo '00000000:01:00.0, 41'; echo 'Unable to determine the device handle'; echo '00000000:03:00.0, 43'; exit 15",
+        );
+        assert_eq!(told.await.unwrap().len(), 2);
         // More than is read: it gets SIGPIPE, and nothing is taken from it.
         assert!(asked("while :; do echo '00000000:01:00.0, 41'; done").await.is_err());
-        let missing = figures(Path::new("/nonexistent/tool"), &environment).await.unwrap_err();
+        let missing = figures(Path::new("/nonexistent/tool"), &environment).await.0.unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }
 
@@ -219,7 +234,7 @@ mod tests {
     async fn a_tool_that_hangs_is_killed() {
         let directory = tempfile::tempdir().unwrap();
         let environment = vec![("PATH".to_owned(), std::env::var("PATH").unwrap())];
-        let error = figures(&program(directory.path(), "exec sleep 600"), &environment).await.unwrap_err();
+        let error = figures(&program(directory.path(), "exec sleep 600"), &environment).await.0.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
     }
 }
