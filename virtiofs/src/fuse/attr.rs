@@ -18,6 +18,7 @@ const DIRECTORY: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
 const SYMLINK: u32 = 0o120_000;
 
+#[inline(always)]
 pub(super) fn attr(node: &Node<'_>) -> Attr {
     let (mode, size, nlink, time) = match node {
         Node::Root(tree) => (DIRECTORY | 0o555, 0, tree.root_links(), tree.changes().saturating_add(1)),
@@ -45,10 +46,12 @@ pub(super) fn attr(node: &Node<'_>) -> Attr {
     }
 }
 
+#[inline(always)]
 pub(super) fn attr_out(node: &Node<'_>) -> AttrOut {
     AttrOut { attr_valid: attr_valid(node), attr: attr(node), ..AttrOut::default() }
 }
 
+#[inline(always)]
 pub(super) fn entry_out(node: &Node<'_>) -> EntryOut {
     EntryOut {
         nodeid: node.id().to_wire(),

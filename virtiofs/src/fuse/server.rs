@@ -240,7 +240,12 @@ impl Server {
         }
         let node = || NodeId::from_wire(call.node).and_then(|id| tree.node(id)).ok_or(Errno::ESTALE);
         match opcode {
-            Opcode::Lookup => body(self.lookup(tree, &node()?, call.body)?, reply),
+            Opcode::Lookup => match lookup(tree, &node()?, call.body)? {
+                Found::Node(node) => body(entry_out(&node), reply),
+                Found::NotYet(name) => self.denied_lookup(name, reply),
+                // The guest may remember that.
+                Found::Never => body(EntryOut { entry_valid: FOREVER, ..EntryOut::default() }, reply),
+            },
             Opcode::Getattr => body(attr_out(&node()?), reply),
             Opcode::Readlink => readlink(&node()?, reply),
             Opcode::Read => read(&node()?, &call),
@@ -271,52 +276,58 @@ impl Server {
         }
     }
 
-    fn lookup(&self, tree: &Tree, parent: &Node<'_>, name: &[u8]) -> Result<EntryOut, Errno> {
-        let Some((0, name)) = name.split_last() else {
-            return Err(if name.len() > NAME_MAX { Errno::ENAMETOOLONG } else { Errno::EINVAL });
-        };
-        if name.is_empty() {
-            return Err(Errno::EINVAL);
-        }
-        if name.len() > NAME_MAX {
-            // What is no name at all is told first.
-            return check_name(name).and(Err(Errno::ENAMETOOLONG));
-        }
-        if name == b"." {
-            // Also of files: it is how the kernel finds an inode again by its id.
-            return Ok(entry_out(parent));
-        }
-        if !parent.is_directory() {
-            return check_name(name).and(Err(Errno::ENOTDIR));
-        }
-        if name == b".." {
-            return tree.parent(parent).map(|node| entry_out(&node)).ok_or(Errno::ESTALE);
-        }
-        match parent {
-            Node::Root(_) => self.lookup_in_root(tree, name),
-            Node::Inode { entry, inode, .. } => match entry.manifest.lookup(inode, name) {
-                Ok(Some((number, inode))) => Ok(entry_out(&Node::Inode { entry, number, inode })),
-                // It is missing for good, and the guest may remember that.
-                Ok(None) => {
-                    check_name(name).map(|()| EntryOut { entry_valid: FOREVER, ..EntryOut::default() })
-                }
-                Err(_) => Err(Errno::EIO),
-            },
-        }
-    }
-
-    fn lookup_in_root(&self, tree: &Tree, name: &[u8]) -> Result<EntryOut, Errno> {
-        if let Some(node) = tree.lookup(name) {
-            return Ok(entry_out(&node));
-        }
+    /// Answers a LOOKUP of what the view does not have.
+    #[cold]
+    fn denied_lookup(&self, name: &[u8], reply: &mut Vec<u8>) -> Result<Answer, Errno> {
         check_name(name)?;
         if self.denied.note(name)
             && let Some(node) = self.tree.load().lookup(name)
         {
-            return Ok(entry_out(&node));
+            return body(entry_out(&node), reply);
         }
         // The view may grow, so the guest must ask again.
         Err(Errno::ENOENT)
+    }
+}
+
+/// What a LOOKUP finds.
+enum Found<'a> {
+    Node(Node<'a>),
+    /// Nothing of this name in the root, so far.
+    NotYet(&'a [u8]),
+    /// Nothing, for good.
+    Never,
+}
+
+#[inline(always)]
+fn lookup<'a>(tree: &'a Tree, parent: &Node<'a>, name: &'a [u8]) -> Result<Found<'a>, Errno> {
+    let Some((0, name)) = name.split_last() else {
+        return Err(if name.len() > NAME_MAX { Errno::ENAMETOOLONG } else { Errno::EINVAL });
+    };
+    if name.is_empty() {
+        return Err(Errno::EINVAL);
+    }
+    if name.len() > NAME_MAX {
+        // What is no name at all is told first.
+        return check_name(name).and(Err(Errno::ENAMETOOLONG));
+    }
+    if name == b"." {
+        // Also of files: it is how the kernel finds an inode again by its id.
+        return Ok(Found::Node(*parent));
+    }
+    if !parent.is_directory() {
+        return check_name(name).and(Err(Errno::ENOTDIR));
+    }
+    if name == b".." {
+        return tree.parent(parent).map(Found::Node).ok_or(Errno::ESTALE);
+    }
+    match parent {
+        Node::Root(_) => Ok(tree.lookup(name).map_or(Found::NotYet(name), Found::Node)),
+        Node::Inode { entry, inode, .. } => match entry.manifest.lookup(inode, name) {
+            Ok(Some((number, inode))) => Ok(Found::Node(Node::Inode { entry, number, inode })),
+            Ok(None) => check_name(name).map(|()| Found::Never),
+            Err(_) => Err(Errno::EIO),
+        },
     }
 }
 

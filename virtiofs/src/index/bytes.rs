@@ -37,7 +37,7 @@ impl Deref for Map {
 #[derive(Debug, Clone)]
 pub(super) enum Bytes {
     /// In words, so that they are aligned.
-    Private(Box<[u64]>),
+    Private(Arc<[u64]>),
     /// Part of a file. Mappings begin at pages, so they are aligned as they are in the file.
     Mapped(Part),
 }

@@ -8,6 +8,7 @@
 
 use super::{
     bytes::Bytes,
+    held::Held,
     inode::{Inode, Kind},
     table,
 };
@@ -80,6 +81,7 @@ impl<'a> Sections<'a> {
         range(self.names, inode.name, u64::from(inode.name_len)).unwrap_or_default()
     }
 
+    #[inline]
     fn inode(&self, number: u32) -> Option<&'a Inode> {
         self.inodes.get(usize::try_from(number).ok()?)
     }
@@ -155,7 +157,7 @@ impl<'a> Sections<'a> {
         bytes.get_mut(..HEADER)?.copy_from_slice(header.as_bytes());
         header.checksum = checksum(bytes);
         bytes.get_mut(..HEADER)?.copy_from_slice(header.as_bytes());
-        Some(Manifest { bytes: Bytes::Private(words), header, layout })
+        Manifest::of(header, Bytes::Private(words.into()))
     }
 }
 
@@ -217,6 +219,17 @@ impl Header {
     }
 }
 
+impl Layout {
+    fn sections(self, manifest: &[u8]) -> Option<Sections<'_>> {
+        Some(Sections {
+            inodes: <[Inode]>::ref_from_bytes(manifest.get(HEADER..self.tables.start)?).ok()?,
+            tables: <[u32]>::ref_from_bytes(manifest.get(self.tables)?).ok()?,
+            names: manifest.get(self.names)?,
+            targets: manifest.get(self.targets)?,
+        })
+    }
+}
+
 /// The checksum of a whole manifest.
 fn checksum(manifest: &[u8]) -> u64 {
     XxHash3_64::oneshot(manifest.get(CHECKED..).unwrap_or_default())
@@ -225,14 +238,13 @@ fn checksum(manifest: &[u8]) -> u64 {
 /// The metadata of one store path.
 #[derive(Debug, Clone)]
 pub struct Manifest {
-    bytes: Bytes,
     header: Header,
-    layout: Layout,
+    held: Held,
 }
 
 impl PartialEq for Manifest {
     fn eq(&self, other: &Self) -> bool {
-        *self.bytes == *other.bytes
+        self.as_bytes() == other.as_bytes()
     }
 }
 
@@ -249,14 +261,19 @@ impl Manifest {
             return Err(ManifestError::Version(header.version));
         }
         let wrong = ManifestError::Length(bytes.len());
-        let layout = header.layout().filter(|layout| layout.end == bytes.len()).ok_or(wrong)?;
-        if header.inodes == 0 {
+        let fits = header.layout().is_some_and(|layout| layout.end == bytes.len());
+        if !fits || header.inodes == 0 {
             return Err(wrong);
         }
         if checksum(&bytes) != header.checksum {
             return Err(ManifestError::Checksum);
         }
-        Ok(Self { bytes, header, layout })
+        Self::of(header, bytes).ok_or(wrong)
+    }
+
+    /// The manifest that begins with this header.
+    fn of(header: Header, bytes: Bytes) -> Option<Self> {
+        Held::new(bytes, |bytes| header.layout()?.sections(bytes)).map(|held| Self { header, held })
     }
 
     /// The manifest in memory of this process, from its bytes. For tests and fuzzers.
@@ -265,12 +282,12 @@ impl Manifest {
         let Ok(()) = bytes.write_to(words.as_mut_bytes()) else {
             return Err(ManifestError::Length(bytes.len()));
         };
-        Self::parse(Bytes::Private(words))
+        Self::parse(Bytes::Private(words.into()))
     }
 
     /// All of it.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.bytes
+        self.held.bytes()
     }
 
     /// What tells it from another one.
@@ -295,18 +312,11 @@ impl Manifest {
 
     #[inline]
     fn sections(&self) -> Sections<'_> {
-        let bytes: &[u8] = &self.bytes;
-        let inodes = bytes.get(HEADER..self.layout.tables.start).unwrap_or_default();
-        let tables = bytes.get(self.layout.tables.clone()).unwrap_or_default();
-        Sections {
-            inodes: <[Inode]>::ref_from_bytes(inodes).unwrap_or_default(),
-            tables: <[u32]>::ref_from_bytes(tables).unwrap_or_default(),
-            names: bytes.get(self.layout.names.clone()).unwrap_or_default(),
-            targets: bytes.get(self.layout.targets.clone()).unwrap_or_default(),
-        }
+        self.held.sections()
     }
 
     /// The record with this number, which may be an alias.
+    #[inline]
     pub fn inode(&self, number: u32) -> Option<&Inode> {
         self.sections().inode(number)
     }

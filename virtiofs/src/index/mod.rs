@@ -14,6 +14,7 @@ mod bytes;
 mod directory;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
+mod held;
 mod inode;
 mod load;
 mod manifest;

@@ -43,9 +43,14 @@ pub(super) fn make(hashes: &[u64]) -> Option<Vec<u32>> {
 
 /// The position of the child with this hash for which `is` is true.
 pub(super) fn find(table: &[u32], hash: u64, is: impl Fn(usize) -> bool) -> Option<usize> {
-    places(hash, table.len())
-        .map_while(|place| usize::try_from(*table.get(place)?).ok()?.checked_sub(1))
-        .find(|&position| is(position))
+    // A loop, since the compiler puts what is chained into a function of its own.
+    for place in places(hash, table.len()) {
+        let position = usize::try_from(*table.get(place)?).ok()?.checked_sub(1)?;
+        if is(position) {
+            return Some(position);
+        }
+    }
+    None
 }
 
 /// Where to look. What is made and what is found do not differ in that, so nothing is missed: a child is put at the first free

@@ -39,6 +39,7 @@ impl NodeId {
     }
 
     /// `None` for a number that was never given out for any view.
+    #[inline]
     pub fn from_wire(wire: u64) -> Option<Self> {
         if wire == Self::ROOT {
             return Some(Self::Root);
@@ -234,6 +235,7 @@ impl Tree {
     }
 
     /// What an id stands for; `None` if it is outside the view.
+    #[inline(always)]
     pub fn node(&self, id: NodeId) -> Option<Node<'_>> {
         match id {
             NodeId::Root => Some(Node::Root(self)),
