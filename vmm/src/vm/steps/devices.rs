@@ -1,6 +1,6 @@
 //! The devices of a VM that runs, as the fleet file asks for them now.
 
-use super::{Job, StepError, guest, pinning, write_limits};
+use super::{Job, StepError, guest, write_limits};
 use crate::{
     fleet::{gpus::Gpu, limits::Need, schema::Vm},
     host::confine,
@@ -71,7 +71,7 @@ impl Job {
         self.permit(&after, given).await?;
         let vacated = |port| change.unplug.iter().any(|(other, _)| *other == port);
         let (later, now): (Vec<_>, Vec<_>) = change.plug.iter().partition(|(port, _)| vacated(*port));
-        let patience = OPEN + pinning(&after);
+        let patience = OPEN + self.context.pinning(&after);
         for (port, card) in now {
             qmp.plug(*port, card, patience).await?;
             checkpoint::reach("devices: one is plugged in");
