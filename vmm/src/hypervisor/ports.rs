@@ -46,20 +46,31 @@ pub struct Change {
 
 /// A machine has fewer ports than cards.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "it was started with {ports} ports for cards, and is to have {cards} cards; it gets them with `vmctl restart`"
-)]
-pub struct NoPort {
-    /// Its ports.
-    pub ports: usize,
-    /// The cards.
-    pub cards: usize,
+pub enum NoPort {
+    /// It has some.
+    #[error(
+        "it was started with {ports} ports for cards, and is to have {cards} cards; it gets them with `vmctl restart`"
+    )]
+    TooFew {
+        /// Its ports.
+        ports: usize,
+        /// The cards.
+        cards: usize,
+    },
+    /// It has none at all.
+    #[error(
+        "it was started by an earlier release of laird, which gave it no ports for cards; it gets them with `vmctl restart`"
+    )]
+    None,
 }
 
 impl Ports {
     /// What brings the machine to `wanted`.
     pub fn change(&self, wanted: &[Card]) -> Result<Change, NoPort> {
-        let no_port = || NoPort { ports: self.0.len(), cards: wanted.len() };
+        let no_port = || match self.0.len() {
+            0 => NoPort::None,
+            ports => NoPort::TooFew { ports, cards: wanted.len() },
+        };
         let holds = |card: &Card, there: &BTreeSet<Address>| {
             !there.is_empty() && there.iter().all(|address| card.functions.contains(address))
         };
@@ -142,7 +153,8 @@ mod tests {
         insta::assert_snapshot!(error, @"it was started with 1 ports for cards, and is to have 2 cards; it gets them with `vmctl restart`");
         // One comes for another.
         assert_eq!(there.change(&[card(&GPU)]).unwrap().plug, [(Port(1), card(&GPU))]);
-        assert!(Ports::default().change(&[card(&GPU)]).is_err());
+        let error = Ports::default().change(&[card(&GPU)]).unwrap_err();
+        insta::assert_snapshot!(error, @"it was started by an earlier release of laird, which gave it no ports for cards; it gets them with `vmctl restart`");
     }
 
     #[test]
