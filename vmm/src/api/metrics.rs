@@ -8,7 +8,10 @@ use super::{
 };
 use crate::{
     host::pci::Address,
-    passthrough::{binding::Function, certificate::Certificate, reports},
+    passthrough::{
+        certificate::Certificate,
+        reports::{self, Lent},
+    },
     shim::protocol::LinkCounters,
     state::dirs::Dirs,
     vm::machine::State,
@@ -140,7 +143,7 @@ pub(super) struct Gpu {
 
 /// The GPUs that a VM has, of those that its guest tells of: of those that could be the same devices of the host's no more than there are of
 /// these. None of a guest that is not up: how a GPU was when its agent was heard last is not how it is.
-pub(super) fn gpus_of(vm: &VmStatus, functions: &[Function]) -> Vec<Gpu> {
+pub(super) fn gpus_of(vm: &VmStatus, functions: &[Lent]) -> Vec<Gpu> {
     let Some(said) = vm.devices.as_ref().filter(|_| vm.state == State::Ready.word()) else { return vec![] };
     let mut numbers: BTreeMap<Vec<Address>, usize> = BTreeMap::new();
     let mut places = reports::places(&said.report.devices, functions);
@@ -376,7 +379,7 @@ mod tests {
             schema::{Limits, Role, Users},
             units::Size,
         },
-        host::facts::Engine,
+        host::{facts::Engine, pci::Id},
         passthrough::{certificate::Said, fault::Fault},
         shim::protocol::GuestDevices,
         vm::machine::Wanted,
@@ -495,9 +498,8 @@ mod tests {
         insta::assert_snapshot!(families.concat().join("\n"));
     }
 
-    fn function(address: &str, device: &str) -> Function {
-        let function = serde_json::json!({ "address": address, "vendor": "10de", "device": device });
-        serde_json::from_value(function).unwrap()
+    fn function(address: &str, device: u16) -> Lent {
+        Lent { address: address.parse().unwrap(), vendor: Id(0x10de), device: Id(device), place: None }
     }
 
     /// A VM whose guest tells of these devices, and figures of GPUs at these addresses.
@@ -508,6 +510,7 @@ mod tests {
             device: *device,
             class: 0x03_00_00,
             driver: None,
+            port: None,
         };
         let gpu = |address: &&str| GpuFigures {
             address: (*address).into(),
@@ -529,7 +532,7 @@ mod tests {
             &[("0000:01:00.0", 0x2684), ("0000:02:00.0", 0x1b80)],
             &["0000:01:00.0", "0000:02:00.0", "0000:01:00.0", "\u{1b}"],
         );
-        let functions = [function("0000:41:00.0", "2684")];
+        let functions = [function("0000:41:00.0", 0x2684)];
         let gpus = gpus_of(&vm, &functions);
         let told: Vec<_> = gpus.iter().map(|gpu| (gpu.figures.address.as_str(), gpu.number)).collect();
         assert_eq!(told, [("0000:01:00.0", 1)]);
@@ -541,7 +544,7 @@ mod tests {
 
     #[test]
     fn vs5_a_guest_that_tells_of_ever_more_gpus_has_no_more_series_than_cards() {
-        let functions = [function("0000:41:00.0", "2684"), function("0000:42:00.0", "2684")];
+        let functions = [function("0000:41:00.0", 0x2684), function("0000:42:00.0", 0x2684)];
         let series = |places: &[&str]| {
             let devices: Vec<_> = places.iter().map(|place| (*place, 0x2684)).collect();
             let gpus = gpus_of(&telling(&devices, places), &functions);

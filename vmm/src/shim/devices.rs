@@ -70,6 +70,7 @@ fn cleaned(mut report: DeviceReport) -> DeviceReport {
     for device in &mut report.devices {
         device.address = name(&device.address);
         device.driver = device.driver.as_deref().map(name);
+        device.port = device.port.as_deref().map(name);
     }
     if let NvidiaDriver::Loaded { version: Some(version) } = &mut report.nvidia {
         *version = name(version);
@@ -141,8 +142,14 @@ mod tests {
     #[test]
     fn vs5_a_report_is_cut_and_escaped() {
         let wild = "\u{1b}[2J".repeat(1000);
-        let device =
-            GuestDevice { address: wild.clone(), vendor: 1, device: 2, class: 3, driver: Some(wild.clone()) };
+        let device = GuestDevice {
+            address: wild.clone(),
+            vendor: 1,
+            device: 2,
+            class: 3,
+            driver: Some(wild.clone()),
+            port: Some(wild.clone()),
+        };
         let fault = DeviceFault { address: wild.clone(), text: wild.clone(), ..xid(1, u64::MAX) };
         let report = DeviceReport {
             devices: vec![device; 1000],
@@ -153,7 +160,8 @@ mod tests {
         };
         let report = cleaned(report);
         let device = &report.devices[0];
-        for name in [&device.address, device.driver.as_ref().unwrap(), &report.faults[0].address] {
+        let others = [&device.driver, &device.port].map(|name| name.as_ref().unwrap());
+        for name in [&device.address, &report.faults[0].address].into_iter().chain(others) {
             assert_eq!(name.chars().count(), limits::DEVICE_NAME);
         }
         let text = serde_json::to_string(&report).unwrap();

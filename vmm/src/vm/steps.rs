@@ -33,6 +33,7 @@ use crate::{
     },
     hypervisor::{
         Heard,
+        ports::{self, Port},
         qemu::{command, qmp::Qmp},
     },
     passthrough::window::{self, Guest},
@@ -182,7 +183,11 @@ impl Job {
                 self.blocking(move || Ok(users.own_nodes(&nodes)?)).await?;
                 let windows: Vec<_> = given.iter().flat_map(|given| given.windows.clone()).collect();
                 let hole = window::hole(&windows, &guest(&self.context.host, &plan.vm))?;
-                self.running.set_plan(Arc::new(plan.with_devices(&given, hole)));
+                let plan = plan.with_devices(&given, hole);
+                let cards = (1..).map(Port).zip(&plan.machine.cards);
+                let places = ports::places(plan.machine.ports(), cards);
+                self.context.host.devices.place(&plan.name, &places).await?;
+                self.running.set_plan(Arc::new(plan));
                 Ok(())
             }
             Step::StoreBackend => {

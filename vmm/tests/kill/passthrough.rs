@@ -327,7 +327,8 @@ fn vf10_vf14_a_device_goes_from_one_vm_to_another_and_both_are_recorded() {
 /// What a guest says that sees one device, with messages of its kernel about it.
 fn said(vendor: u16, device: u16, faults: &[Fault]) -> GuestDevices {
     let address = || "0000:05:00.0".to_owned();
-    let seen = GuestDevice { address: address(), vendor, device, class: 0x03_00_00, driver: None };
+    let seen =
+        GuestDevice { address: address(), vendor, device, class: 0x03_00_00, driver: None, port: None };
     let fault = |fault: &Fault| DeviceFault {
         address: address(),
         fault: *fault,

@@ -208,6 +208,7 @@ mod tests {
             device,
             class: 0x03_00_00,
             driver: driver.map(Into::into),
+            port: None,
         };
         let fault = |number, count, text: &str| DeviceFault {
             address: "0000:01:00.0".into(),
