@@ -128,7 +128,8 @@ impl<'a> Bench<'a> {
 
     fn handle(&self, bytes: &[u8], reply: &mut Vec<u8>) {
         let request = Request { bytes, total: bytes.len() as u64 };
-        let outcome = self.server.handle(&self.session, &self.stats, request, ROOM, reply);
+        let outcome =
+            self.server.handle(&self.server.tree(), &self.session, &self.stats, request, ROOM, reply);
         assert!(matches!(outcome, Outcome::Reply));
         black_box(&reply);
     }

@@ -17,5 +17,5 @@ pub mod wire;
 
 pub use denied::{DENIED_MAX, Denied};
 pub use opcode::{Opcode, Treatment};
-pub use server::{FileRead, Outcome, Request, Server};
+pub use server::{FileRead, Outcome, Request, Server, TreeCache};
 pub use session::Session;

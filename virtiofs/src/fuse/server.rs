@@ -14,7 +14,7 @@ use crate::{
     index::{Kind, Node, NodeId, Tree},
     stats::Requests,
 };
-use arc_swap::{ArcSwap, Guard};
+use arc_swap::{ArcSwap, Cache, Guard};
 use nix::errno::Errno;
 use std::sync::{Arc, Mutex, PoisonError};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -81,10 +81,13 @@ impl FileRead {
     }
 }
 
+/// The tree that is served, for one who asks for it all the time: who has this has the last one that was asked for.
+pub type TreeCache = Cache<Arc<ArcSwap<Tree>>, Arc<Tree>>;
+
 /// Answers requests, each about one tree: the one that is served when the request is taken.
 #[derive(Debug)]
 pub struct Server {
-    tree: ArcSwap<Tree>,
+    tree: Arc<ArcSwap<Tree>>,
     /// Locked while a new tree is made.
     replacing: Mutex<()>,
     denied: Denied,
@@ -107,12 +110,18 @@ struct Call<'a> {
 impl Server {
     /// A server of `tree`.
     pub fn new(tree: Tree) -> Self {
-        Self { tree: ArcSwap::from_pointee(tree), replacing: Mutex::default(), denied: Denied::default() }
+        let tree = Arc::new(ArcSwap::from_pointee(tree));
+        Self { tree, replacing: Mutex::default(), denied: Denied::default() }
     }
 
     /// What is served now.
     pub fn tree(&self) -> Guard<Arc<Tree>> {
         self.tree.load()
+    }
+
+    /// The same, for many requests.
+    pub fn cache(&self) -> TreeCache {
+        Cache::new(self.tree.clone())
     }
 
     /// Serves another tree from now on, made from the one before. If that fails, all stays as it was.
@@ -128,10 +137,11 @@ impl Server {
         &self.denied
     }
 
-    /// Answers one request, and counts it in `stats`. `room` is the length of the guest's buffer for the reply, which is left in `reply`.
+    /// Answers one request about `tree`, and counts it in `stats`. `room` is the length of the guest's buffer for the reply, which is left in `reply`.
     /// A guest that leaves no room for a header gets no reply.
     pub fn handle(
         &self,
+        tree: &Tree,
         session: &Session,
         stats: &Requests,
         request: Request<'_>,
@@ -149,11 +159,11 @@ impl Server {
         if opcode.map(Opcode::treatment) == Some(Treatment::Silent) {
             return Outcome::Silent;
         }
-        reply.resize(OUT_HEADER, 0);
+        reply.extend_from_slice(&[0; OUT_HEADER]);
         let answer = if u64::from(header.len) == request.total {
             let call = Call { node: header.nodeid, body, room: room.saturating_sub(OUT_HEADER) };
             let complete = u64::try_from(request.bytes.len()) == Ok(request.total);
-            self.dispatch(session, &self.tree.load(), opcode, call, complete, reply)
+            self.dispatch(session, tree, opcode, call, complete, reply)
         } else {
             stats.malformed.add(1);
             Err(Errno::EINVAL)
@@ -369,13 +379,13 @@ fn parse<T: FromBytes>(call: &Call<'_>) -> Result<T, Errno> {
 }
 
 fn body<T: IntoBytes + Immutable>(value: T, reply: &mut Vec<u8>) -> Result<Answer, Errno> {
-    reply.extend(value.as_bytes());
+    reply.extend_from_slice(value.as_bytes());
     Ok(Answer::Body)
 }
 
 fn put_header(header: OutHeader, reply: &mut [u8]) {
-    for (to, from) in reply.iter_mut().zip(header.as_bytes()) {
-        *to = *from;
+    if let Some(place) = reply.first_chunk_mut::<OUT_HEADER>() {
+        *place = zerocopy::transmute!(header);
     }
 }
 

@@ -55,7 +55,7 @@ fn answer(session: &Session, stats: &Requests, request: &[u8], room: usize) -> O
     let service = &World::get().service;
     let mut reply = Vec::new();
     let whole = Request { bytes: request, total: request.len() as u64 };
-    match service.server.handle(session, stats, whole, room, &mut reply) {
+    match service.server.handle(&service.server.tree(), session, stats, whole, room, &mut reply) {
         Outcome::Silent => None,
         Outcome::Reply => Some(reply),
         Outcome::Read(read) => {

@@ -138,6 +138,7 @@ impl Guest {
         let (total, room) = (bytes.len() as u64, 64 << 10);
         let mut answer = Vec::new();
         match self.server.handle(
+            &self.server.tree(),
             &self.session,
             &self.stats,
             Request { bytes: &bytes, total },

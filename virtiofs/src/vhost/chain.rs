@@ -1,12 +1,11 @@
 //! Walking a descriptor chain. The library's own iterator ends at the first mistake as if the chain ended there; here a
 //! mistake is an error, so that a request is either whole or refused.
 
+use super::{QUEUE_SIZE_MAX, regions::Regions};
 use smallvec::SmallVec;
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
-
-use super::QUEUE_SIZE_MAX;
+use vm_memory::{GuestAddress, VolatileMemory, VolatileSlice};
 
 /// Buffers of the guest. Those of a READ of 128 KiB fit on the stack.
 pub(super) type Buffers<'a> = SmallVec<[VolatileSlice<'a>; 36]>;
@@ -65,17 +64,18 @@ impl<'a> Table<'a> {
         if index >= self.size {
             return Err(ChainError::Index(self.size));
         }
-        self.slice.read_obj(usize::from(index).saturating_mul(Self::ENTRY)).map_err(|_| ChainError::Table)
+        let place = self.slice.get_ref(usize::from(index).saturating_mul(Self::ENTRY));
+        place.map(|place| place.load()).map_err(|_| ChainError::Table)
     }
 
-    fn indirect(&self, mem: &'a GuestMemoryMmap, desc: &Descriptor) -> Result<Self, ChainError> {
+    fn indirect(&self, regions: &Regions<'a>, desc: &Descriptor) -> Result<Self, ChainError> {
         let wrong = ChainError::Indirect(desc.len());
         let length = usize::try_from(desc.len()).map_err(|_| wrong)?;
         if self.indirect || desc.has_next() || length == 0 || !length.is_multiple_of(Self::ENTRY) {
             return Err(wrong);
         }
         let size = length.checked_div(Self::ENTRY).and_then(|n| u16::try_from(n).ok()).ok_or(wrong)?;
-        let slice = mem.get_slice(desc.addr(), length).map_err(|_| ChainError::Table)?;
+        let slice = regions.one(desc.addr(), length).ok_or(ChainError::Table)?;
         Ok(Self { slice, size, indirect: true })
     }
 }
@@ -100,7 +100,7 @@ impl<'a> Chain<'a> {
     /// would cost more than all else here.
     pub(super) fn walk(
         &mut self,
-        mem: &'a GuestMemoryMmap,
+        regions: &Regions<'a>,
         table: Table<'a>,
         head: u16,
     ) -> Result<(), ChainError> {
@@ -110,7 +110,7 @@ impl<'a> Chain<'a> {
         for _ in 0..QUEUE_SIZE_MAX {
             let mut desc = table.get(index)?;
             if desc.refers_to_indirect_table() {
-                table = table.indirect(mem, &desc)?;
+                table = table.indirect(regions, &desc)?;
                 self.indirect = Some(table.slice);
                 desc = table.get(0)?;
                 if desc.refers_to_indirect_table() {
@@ -122,11 +122,11 @@ impl<'a> Chain<'a> {
             if run.write == desc.is_write_only() && run.at.checked_add(run.length) == Some(desc.addr().0) {
                 run.length = run.length.saturating_add(length);
             } else {
-                self.add(mem, &run)?;
+                self.add(regions, &run)?;
                 run = Run { at: desc.addr().0, length, write: desc.is_write_only() };
             }
             if !desc.has_next() {
-                return self.add(mem, &run);
+                return self.add(regions, &run);
             }
             index = desc.next();
         }
@@ -144,17 +144,11 @@ impl<'a> Chain<'a> {
         Ok(())
     }
 
-    fn add(&mut self, mem: &'a GuestMemoryMmap, run: &Run) -> Result<(), ChainError> {
+    fn add(&mut self, regions: &Regions<'a>, run: &Run) -> Result<(), ChainError> {
         let length = usize::try_from(run.length).map_err(|_| ChainError::Bytes)?;
-        for slice in mem.get_slices(GuestAddress(run.at), length) {
-            let slice = slice.map_err(|_| ChainError::Buffer)?;
-            if run.write {
-                self.writable.push(slice);
-            } else {
-                self.readable.push(slice);
-            }
-        }
-        Ok(())
+        let (readable, writable) = (&mut self.readable, &mut self.writable);
+        let add = |slice| if run.write { writable.push(slice) } else { readable.push(slice) };
+        if regions.each(GuestAddress(run.at), length, add) { Ok(()) } else { Err(ChainError::Buffer) }
     }
 }
 
@@ -166,6 +160,7 @@ mod tests {
         VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
     };
     use virtio_queue::desc::RawDescriptor;
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap};
 
     const NEXT: u16 = VRING_DESC_F_NEXT as u16;
     const WRITE: u16 = VRING_DESC_F_WRITE as u16;
@@ -193,7 +188,7 @@ mod tests {
     fn whole(mem: &GuestMemoryMmap, at: u64, head: u16) -> Result<Chain<'_>, ChainError> {
         let slice = mem.get_slice(GuestAddress(at), usize::from(SIZE) * Table::ENTRY).unwrap();
         let mut chain = Chain::default();
-        chain.walk(mem, Table::new(slice, SIZE), head).map(|()| chain)
+        chain.walk(&Regions::new(mem), Table::new(slice, SIZE), head).map(|()| chain)
     }
 
     #[test]

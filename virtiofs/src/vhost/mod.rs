@@ -13,6 +13,7 @@ mod device;
 #[allow(clippy::expect_used)] // As in the fuzzers.
 pub(crate) mod fuzzing;
 mod queue;
+mod regions;
 mod ring;
 mod serve;
 mod spin;

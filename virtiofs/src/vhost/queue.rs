@@ -18,7 +18,8 @@ use super::{
 use crate::{
     buffers,
     files::Read,
-    fuse::{FileRead, Opcode, Outcome, Request, Session},
+    fuse::{FileRead, Opcode, Outcome, Request, Session, TreeCache},
+    index::Tree,
     stats::Requests,
 };
 use nix::errno::Errno;
@@ -214,8 +215,9 @@ impl Queue {
     /// Serves until nothing is left, or the ring is no longer the queue's. Whether it is the latter.
     fn serve_ring(self: &Arc<Self>, vring: &Vring, ring: &Ring<'_>) -> Result<bool, Broken> {
         let mut found = false;
+        let mut tree = self.service.server.cache();
         loop {
-            match self.burst(vring, ring, found)? {
+            match self.burst(vring, ring, &mut tree, found)? {
                 Burst::More => found = false,
                 Burst::Moved => return Ok(true),
                 Burst::Stopped => return Ok(false),
@@ -262,7 +264,13 @@ impl Queue {
     }
 
     /// Serves what is available or, by polling, soon becomes so, up to a limit, and tells the guest. `found`: polling found it.
-    fn burst(self: &Arc<Self>, vring: &Vring, ring: &Ring<'_>, found: bool) -> Result<Burst, Broken> {
+    fn burst(
+        self: &Arc<Self>,
+        vring: &Vring,
+        ring: &Ring<'_>,
+        tree: &mut TreeCache,
+        found: bool,
+    ) -> Result<Burst, Broken> {
         let mut guard = self.lock();
         let state = &mut *guard;
         if state.phase != Phase::Running || self.stopping.load(Ordering::Relaxed) {
@@ -319,7 +327,7 @@ impl Queue {
             let since = state.is_timed().then(Instant::now);
             chain.clear();
             last = Some(head);
-            let (opcode, answer) = self.answer(&mut state.scratch, ring, head, &mut chain);
+            let (opcode, answer) = self.answer(&mut state.scratch, ring, tree.load(), head, &mut chain);
             match answer {
                 Answer::Used(length) => {
                     if state.pending.is_empty() {
@@ -387,7 +395,7 @@ impl Queue {
         let answer = match ring.walk(head, &mut chain) {
             Ok(()) => {
                 read.header(&mut state.scratch.reply);
-                self.read(&mut state.scratch.reply, &chain, &read, true)
+                self.read(&self.service.server.tree(), &mut state.scratch.reply, &chain, &read, true)
             }
             Err(error) => self.bad_chain(&error),
         };
@@ -466,6 +474,7 @@ impl Queue {
         &self,
         scratch: &mut Scratch,
         ring: &Ring<'m>,
+        tree: &Tree,
         head: u16,
         chain: &mut Chain<'m>,
     ) -> (Option<Opcode>, Answer) {
@@ -476,11 +485,11 @@ impl Queue {
         let count = buffers::copy_in(&chain.readable, request);
         let bytes = request.get(..count).unwrap_or_default();
         let request = Request { bytes, total: u64::from(chain.request) };
-        let answer = match self.service.server.handle(&self.session, &self.stats, request, room(chain), reply)
-        {
+        let server = &self.service.server;
+        let answer = match server.handle(tree, &self.session, &self.stats, request, room(chain), reply) {
             Outcome::Silent => Answer::Used(0),
             Outcome::Reply => reply_with(chain, reply),
-            Outcome::Read(read) => self.read(reply, chain, &read, false),
+            Outcome::Read(read) => self.read(tree, reply, chain, &read, false),
         };
         (request.opcode(), answer)
     }
@@ -494,9 +503,16 @@ impl Queue {
     }
 
     /// Replies with what is in a file. `reply` begins with the header for that.
-    fn read(&self, reply: &mut Vec<u8>, chain: &Chain<'_>, read: &FileRead, wait: bool) -> Answer {
+    fn read(
+        &self,
+        tree: &Tree,
+        reply: &mut Vec<u8>,
+        chain: &Chain<'_>,
+        read: &FileRead,
+        wait: bool,
+    ) -> Answer {
         let Service { server, files, trouble, .. } = &*self.service;
-        match self.read_into(chain, read, reply.len(), wait) {
+        match self.read_into(tree, chain, read, reply.len(), wait) {
             Ok(Read::WouldWait) => Answer::Waits(*read, Instant::now()),
             Ok(Read::Done) => match reply_with(chain, reply) {
                 Answer::Used(header) => Answer::Used(header.saturating_add(read.length)),
@@ -505,7 +521,7 @@ impl Queue {
             Err(errno) => {
                 self.stats.read_failures.add(1);
                 if let Some(skipped) = trouble.admit() {
-                    let path = files.describe(&server.tree(), read.node);
+                    let path = files.describe(tree, read.node);
                     warn!(path, errno = %errno, skipped, "Cannot read a file of the store");
                 }
                 server.error(errno, read.unique, room(chain), reply);
@@ -516,16 +532,17 @@ impl Queue {
 
     fn read_into(
         &self,
+        tree: &Tree,
         chain: &Chain<'_>,
         read: &FileRead,
         header: usize,
         wait: bool,
     ) -> Result<Read, Errno> {
-        let Service { server, files, .. } = &*self.service;
+        let files = &self.service.files;
         let length = usize::try_from(read.length).map_err(|_| Errno::EINVAL)?;
         let mut pieces = buffers::Pieces::new();
         buffers::pieces(&chain.writable, header, length, &mut pieces)?;
-        match files.get(&server.tree(), read.node, wait)? {
+        match files.get(tree, read.node, wait)? {
             Some(file) => file.read(read.offset, &pieces, wait),
             None => Ok(Read::WouldWait),
         }

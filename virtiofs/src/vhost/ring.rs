@@ -3,7 +3,10 @@
 //! A [`Ring`] is made for a burst of requests: its addresses are resolved once, so that a request costs a few loads and
 //! stores. Everything read from it may change at any time.
 
-use super::chain::{Chain, ChainError, Table};
+use super::{
+    chain::{Chain, ChainError, Table},
+    regions::Regions,
+};
 use std::sync::atomic::{Ordering, fence};
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
@@ -39,7 +42,7 @@ pub(super) enum RingError {
 
 /// A virtqueue in the guest's memory.
 pub(super) struct Ring<'m> {
-    mem: &'m GuestMemoryMmap,
+    regions: Regions<'m>,
     descriptors: VolatileSlice<'m>,
     available: VolatileSlice<'m>,
     used: VolatileSlice<'m>,
@@ -77,7 +80,7 @@ impl<'m> Ring<'m> {
             }
         }
         Ok(Self {
-            mem,
+            regions: Regions::new(mem),
             descriptors,
             available,
             used,
@@ -89,7 +92,7 @@ impl<'m> Ring<'m> {
 
     /// Whether it still is the ring of `queue` in `mem`.
     pub(super) fn is_of(&self, mem: &GuestMemoryMmap, queue: &Queue) -> bool {
-        std::ptr::eq(self.mem, mem)
+        std::ptr::eq(self.regions.memory(), mem)
             && self.size == queue.size()
             && self.places == places(queue)
             && self.event_idx == queue.state().event_idx_enabled
@@ -118,7 +121,7 @@ impl<'m> Ring<'m> {
 
     /// Walks the chain that begins at `head`, into an empty one.
     pub(super) fn walk(&self, head: u16, chain: &mut Chain<'m>) -> Result<(), ChainError> {
-        chain.walk(self.mem, Table::new(self.descriptors, self.size), head)
+        chain.walk(&self.regions, Table::new(self.descriptors, self.size), head)
     }
 
     /// Publishes that chain `head` was used as number `index`, with `length` bytes written to it.

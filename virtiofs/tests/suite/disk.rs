@@ -162,7 +162,14 @@ fn answer(driver: &Driver, state: &State, mut device: File) {
         let request = &bytes[..count];
         let mut reply = Vec::new();
         let whole = Request { bytes: request, total: count as u64 };
-        match driver.server.handle(&driver.session, &driver.stats, whole, 8 << 20, &mut reply) {
+        match driver.server.handle(
+            &driver.server.tree(),
+            &driver.session,
+            &driver.stats,
+            whole,
+            8 << 20,
+            &mut reply,
+        ) {
             Outcome::Silent => continue,
             Outcome::Reply => {}
             Outcome::Read(read) => {

@@ -117,7 +117,7 @@ impl Driver {
     pub(crate) fn raw(&self, request: &[u8], room: usize) -> Option<Vec<u8>> {
         let mut reply = Vec::new();
         let whole = Request { bytes: request, total: request.len() as u64 };
-        match self.server.handle(&self.session, &self.stats, whole, room, &mut reply) {
+        match self.server.handle(&self.server.tree(), &self.session, &self.stats, whole, room, &mut reply) {
             Outcome::Silent => return None,
             Outcome::Reply => {}
             Outcome::Read(read) => {

@@ -225,7 +225,14 @@ fn fu1_header_short_or_lying() {
         let bytes = request(*opcode as u32, ROOT, &vec![b'n'; 2 << 20]);
         let whole = Request { bytes: &bytes[..8192], total: bytes.len() as u64 };
         let mut reply = Vec::new();
-        let outcome = driver.server.handle(&driver.session, &driver.stats, whole, ROOM, &mut reply);
+        let outcome = driver.server.handle(
+            &driver.server.tree(),
+            &driver.session,
+            &driver.stats,
+            whole,
+            ROOM,
+            &mut reply,
+        );
         match opcode.treatment() {
             Treatment::Silent => assert_eq!(outcome, Outcome::Silent, "{opcode:?}"),
             treatment => {
@@ -242,7 +249,7 @@ fn fu1_header_short_or_lying() {
         }
         // One that lies about it is told so.
         let whole = Request { total: bytes.len() as u64 - 1, ..whole };
-        driver.server.handle(&driver.session, &driver.stats, whole, ROOM, &mut reply);
+        driver.server.handle(&driver.server.tree(), &driver.session, &driver.stats, whole, ROOM, &mut reply);
         assert!(reply.is_empty() || parse(&bytes, &reply) == Err(Errno::EINVAL), "{opcode:?}");
     }
 }
