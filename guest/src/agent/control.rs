@@ -325,6 +325,7 @@ mod tests {
             device: 0x2684,
             class: 0x03_00_00,
             driver: None,
+            port: None,
         });
         let (mut old, _task) = open(&agent, VERSION);
         welcome(&mut old).await;

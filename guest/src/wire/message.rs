@@ -266,6 +266,9 @@ pub struct GuestDevice {
     /// The driver that has it.
     #[serde(default)]
     pub driver: Option<String>,
+    /// The port that it is in, by the port's address in the guest: `0000:00:1a.0`. None of one on the root bus.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<String>,
 }
 
 /// NVIDIA's driver in a guest.

@@ -298,8 +298,7 @@ pub(super) async fn metrics_text(api: &Api) -> String {
         processes.into_iter().filter_map(usage).collect()
     });
     let devices = &api.supervisor.host().devices;
-    let gpus = host.vms.iter().filter_map(|vm| Some((vm, vm.devices.as_ref()?)));
-    let gpus = gpus.flat_map(|(vm, said)| metrics::gpus_of(&vm.name, said, &devices.functions_of(&vm.name)));
+    let gpus = host.vms.iter().flat_map(|vm| metrics::gpus_of(vm, &devices.functions_of(&vm.name)));
     let leases = devices.held().into_iter().filter_map(|(key, holding)| Some((key, holding.lease?)));
     let seen = Seen {
         usage: usage.await.unwrap_or_default(),

@@ -1,15 +1,20 @@
-//! Counters in Prometheus' text format (OpenMetrics). The number of series is bounded by that of VMs and links.
+//! Counters in Prometheus' text format (OpenMetrics). The number of series is bounded by that of VMs, links and devices; no text of a guest is in a
+//! label.
 
 use super::{
     limits::{COUNTERS, STORE_STATS},
-    types::HostStatus,
+    types::{HostStatus, VmStatus},
     usage::Usage,
 };
 use crate::{
     host::pci::Address,
-    passthrough::{binding::Function, certificate::Certificate, reports},
-    shim::protocol::{GuestDevices, LinkCounters},
+    passthrough::{
+        certificate::Certificate,
+        reports::{self, Lent},
+    },
+    shim::protocol::LinkCounters,
     state::dirs::Dirs,
+    vm::machine::State,
 };
 use lair_guest::wire::message::GpuFigures;
 use prometheus_client::{
@@ -23,7 +28,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::atomic::{AtomicI64, AtomicU64},
 };
@@ -131,21 +136,31 @@ pub(super) struct Gpu {
     pub(super) vm: String,
     /// The host's device; several where the guest's could be any of them.
     pub(super) devices: Vec<Address>,
+    /// Which of the guest's it is, among those that could be the same of the host's, from 1.
+    pub(super) number: usize,
     pub(super) figures: GpuFigures,
 }
 
-/// The GPUs that a VM has, of those that its guest tells of.
-pub(super) fn gpus_of(vm: &str, said: &GuestDevices, functions: &[Function]) -> Vec<Gpu> {
-    let places = reports::places(&said.report.devices, functions);
-    // What is named twice would be two samples of one series.
-    let mut named = BTreeSet::new();
-    let gpus = said.report.gpus.iter().filter(|figures| named.insert(&figures.address));
-    let gpu = |figures: &GpuFigures| Gpu {
-        vm: vm.into(),
-        devices: places.get(figures.address.as_str()).cloned().unwrap_or_default(),
-        figures: figures.clone(),
+/// The GPUs that a VM has, of those that its guest tells of: of those that could be the same devices of the host's no more than there are of
+/// these. None of a guest that is not up: how a GPU was when its agent was heard last is not how it is.
+pub(super) fn gpus_of(vm: &VmStatus, functions: &[Lent]) -> Vec<Gpu> {
+    let Some(said) = vm.devices.as_ref().filter(|_| vm.state == State::Ready.word()) else { return vec![] };
+    let mut numbers: BTreeMap<Vec<Address>, usize> = BTreeMap::new();
+    let mut places = reports::places(&said.report.devices, functions);
+    let mut numbered = BTreeMap::new();
+    while let Some((place, devices)) = places.pop_first() {
+        let number = numbers.entry(devices.clone()).or_default();
+        if *number < devices.len() {
+            *number += 1;
+            numbered.insert(place, (*number, devices));
+        }
+    }
+    let gpu = |figures: &GpuFigures| {
+        // What is named twice would be two samples of one series.
+        let (number, devices) = numbered.remove(figures.address.as_str())?;
+        Some(Gpu { vm: vm.name.clone(), devices, number, figures: figures.clone() })
     };
-    gpus.map(gpu).filter(|gpu| !gpu.devices.is_empty()).collect()
+    said.report.gpus.iter().filter_map(gpu).collect()
 }
 
 /// All metrics as text.
@@ -245,13 +260,10 @@ fn of_gpus(gpus: &[Gpu], registry: &mut Registry) {
     let (temperature, power, utilization) = (Gauges::default(), Fractions::default(), Fractions::default());
     let (used, total, errors) = (Gauges::default(), Gauges::default(), Gauges::default());
     let whole = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-    for Gpu { vm, devices, figures } in gpus {
+    for Gpu { vm, devices, number, figures } in gpus {
         let devices: Vec<_> = devices.iter().map(ToString::to_string).collect();
-        let labels = vec![
-            ("vm", vm.clone()),
-            ("device", devices.join(" or ")),
-            ("guest_device", figures.address.clone()),
-        ];
+        let labels =
+            vec![("vm", vm.clone()), ("device", devices.join(" or ")), ("number", number.to_string())];
         let set = |family: &Gauges, number: Option<u64>| {
             if let Some(number) = number {
                 family.get_or_create(&labels).set(whole(number));
@@ -363,31 +375,19 @@ fn sum(text: &str) -> u64 {
 mod tests {
     use super::*;
     use crate::{
-        api::types::VmStatus,
         fleet::{
             schema::{Limits, Role, Users},
             units::Size,
         },
-        host::facts::Engine,
+        host::{facts::Engine, pci::Id},
         passthrough::{certificate::Said, fault::Fault},
+        shim::protocol::GuestDevices,
         vm::machine::Wanted,
     };
     use lair_guest::wire::message::{DeviceReport, EccCounts, GuestDevice};
-    use std::collections::BTreeMap;
 
-    #[test]
-    fn every_metric_has_its_type_its_help_and_bounded_labels() {
-        let link = LinkCounters {
-            link: "web".into(),
-            from: "host".into(),
-            to: "/run/a\"b\\c\nd.sock".into(),
-            connections: 3,
-            open: 1,
-            refused: 2,
-            bytes_out: 40,
-            bytes_in: 50,
-        };
-        let vm = VmStatus {
+    fn vm(counters: Vec<LinkCounters>) -> VmStatus {
+        VmStatus {
             name: "a".into(),
             role: Role::Plain,
             state: "ready".into(),
@@ -406,14 +406,17 @@ mod tests {
             pending_restart: true,
             processes: BTreeMap::new(),
             links: vec![],
-            counters: vec![link],
+            counters,
             trace: vec![],
             guest: None,
             agent_silent_since: None,
             devices: None,
             degraded: vec![],
-        };
-        let host = HostStatus {
+        }
+    }
+
+    fn host(vms: Vec<VmStatus>) -> HostStatus {
+        HostStatus {
             version: "0.0.0".into(),
             fleet_file: "/f".into(),
             applied: None,
@@ -421,7 +424,21 @@ mod tests {
             root: false,
             users: Users::Shared,
             limits: Limits::None,
-            vms: vec![vm],
+            vms,
+        }
+    }
+
+    #[test]
+    fn every_metric_has_its_type_its_help_and_bounded_labels() {
+        let link = LinkCounters {
+            link: "web".into(),
+            from: "host".into(),
+            to: "/run/a\"b\\c\nd.sock".into(),
+            connections: 3,
+            open: 1,
+            refused: 2,
+            bytes_out: 40,
+            bytes_in: 50,
         };
         let stats = Stats::default();
         for vm in ["a", "gone"] {
@@ -450,6 +467,7 @@ mod tests {
             gpus: vec![Gpu {
                 vm: "a".into(),
                 devices: vec!["0000:41:00.0".parse().unwrap()],
+                number: 1,
                 figures: GpuFigures {
                     address: "0000:01:00.0".into(),
                     temperature: Some(41),
@@ -464,7 +482,7 @@ mod tests {
             leases: vec![("0000:41:00.0".parse().unwrap(), lease)],
         };
         // A family's samples come in no order.
-        let text = text(&host, &stats, &own, &seen);
+        let text = text(&host(vec![vm(vec![link])]), &stats, &own, &seen);
         let mut families: Vec<Vec<&str>> = vec![];
         for line in text.lines() {
             if line.starts_with("# HELP") || line == "# EOF" {
@@ -480,30 +498,65 @@ mod tests {
         insta::assert_snapshot!(families.concat().join("\n"));
     }
 
-    #[test]
-    fn vs3_a_guest_has_figures_of_its_own_gpus_only_and_each_once() {
-        let function: Function = serde_json::from_value(serde_json::json!({
-            "address": "0000:41:00.0", "vendor": "10de", "device": "2684",
-        }))
-        .unwrap();
-        let seen = |address: &str, device| GuestDevice {
-            address: address.into(),
+    fn function(address: &str, device: u16) -> Lent {
+        Lent { address: address.parse().unwrap(), vendor: Id(0x10de), device: Id(device), place: None }
+    }
+
+    /// A VM whose guest tells of these devices, and figures of GPUs at these addresses.
+    fn telling(devices: &[(&str, u16)], gpus: &[&str]) -> VmStatus {
+        let device = |(address, device): &(&str, u16)| GuestDevice {
+            address: (*address).into(),
             vendor: 0x10de,
-            device,
+            device: *device,
             class: 0x03_00_00,
             driver: None,
+            port: None,
         };
-        let gpu = |address: &str| GpuFigures { address: address.into(), ..GpuFigures::default() };
+        let gpu = |address: &&str| GpuFigures {
+            address: (*address).into(),
+            temperature: Some(41),
+            ..GpuFigures::default()
+        };
         let report = DeviceReport {
-            devices: vec![seen("0000:01:00.0", 0x2684), seen("0000:02:00.0", 0x1b80)],
-            gpus: ["0000:01:00.0", "0000:02:00.0", "0000:01:00.0", "\u{1b}"].map(gpu).into(),
+            devices: devices.iter().map(device).collect(),
+            gpus: gpus.iter().map(gpu).collect(),
             ..DeviceReport::default()
         };
         let said = GuestDevices { boot_id: "b".into(), report };
-        let gpus = gpus_of("a", &said, &[function]);
-        let told: Vec<_> = gpus.iter().map(|gpu| gpu.figures.address.as_str()).collect();
-        assert_eq!(told, ["0000:01:00.0"]);
-        assert!(gpus_of("a", &said, &[]).is_empty());
+        VmStatus { devices: Some(Box::new(said)), ..vm(vec![]) }
+    }
+
+    #[test]
+    fn vs3_a_guest_has_figures_of_its_own_gpus_only_and_each_once() {
+        let vm = telling(
+            &[("0000:01:00.0", 0x2684), ("0000:02:00.0", 0x1b80)],
+            &["0000:01:00.0", "0000:02:00.0", "0000:01:00.0", "\u{1b}"],
+        );
+        let functions = [function("0000:41:00.0", 0x2684)];
+        let gpus = gpus_of(&vm, &functions);
+        let told: Vec<_> = gpus.iter().map(|gpu| (gpu.figures.address.as_str(), gpu.number)).collect();
+        assert_eq!(told, [("0000:01:00.0", 1)]);
+        assert!(gpus_of(&vm, &[]).is_empty());
+        // Its agent was lost, or its services are not up.
+        let lost = VmStatus { state: "booting".into(), ..vm };
+        assert!(gpus_of(&lost, &functions).is_empty());
+    }
+
+    #[test]
+    fn vs5_a_guest_that_tells_of_ever_more_gpus_has_no_more_series_than_cards() {
+        let functions = [function("0000:41:00.0", 0x2684), function("0000:42:00.0", 0x2684)];
+        let series = |places: &[&str]| {
+            let devices: Vec<_> = places.iter().map(|place| (*place, 0x2684)).collect();
+            let gpus = gpus_of(&telling(&devices, places), &functions);
+            let seen = Seen { gpus, ..Seen::default() };
+            let text = text(&host(vec![]), &Stats::default(), &Own::default(), &seen);
+            let lines = text.lines().filter(|line| line.starts_with("lair_gpu_"));
+            lines.map(str::to_owned).collect::<BTreeSet<_>>()
+        };
+        let first = series(&["a", "b", "c", "d", "e"]);
+        assert_eq!(first.len(), 2, "{first:?}");
+        // What the guest calls them is in no label, so other names are no other series.
+        assert_eq!(series(&["v", "w", "x", "y", "z"]), first);
     }
 
     #[test]

@@ -277,8 +277,6 @@ pub struct ApplyReply {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
-    /// It was tried and failed.
-    Failed,
     /// The request or the configuration in it is wrong.
     Invalid,
     /// The caller may not do that.
@@ -291,6 +289,9 @@ pub enum ErrorKind {
     Version,
     /// The caller has too many connections, or all together have.
     Busy,
+    /// It was tried and failed. Also what a later `laird` has its own word for.
+    #[serde(other)]
+    Failed,
 }
 
 /// An error as the API says it.
@@ -487,6 +488,10 @@ pub enum EventKind {
         /// How many.
         count: u64,
     },
+    /// What a later `laird` has to say.
+    #[serde(other)]
+    #[schemars(skip)]
+    Unknown,
 }
 
 /// Which records of the audit logs to tell.
@@ -513,4 +518,26 @@ pub struct AuditRecord {
     /// What the record says.
     #[serde(flatten)]
     pub fields: serde_json::Map<String, serde_json::Value>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::passthrough::certificate::FaultCount;
+
+    #[test]
+    fn cl11_what_a_later_laird_has_words_for_is_read_as_what_is_not_known() {
+        let error = r#"{ "kind": "overheated", "message": "The host is too hot", "hint": "wait" }"#;
+        let error: ApiError = serde_json::from_str(error).unwrap();
+        assert_eq!(error, ApiError::new(ErrorKind::Failed, "The host is too hot").hint("wait"));
+        let fault =
+            r#"{ "address": "0000:01:00.0", "kind": "row_remap", "rows": 3, "count": 2, "text": "x" }"#;
+        let fault: FaultCount = serde_json::from_str(fault).unwrap();
+        assert_eq!(fault.fault.to_string(), "something that this release does not know");
+        assert!(!fault.fault.is_fatal() && fault.count == 2);
+        let event =
+            r#"{ "id": 7, "time": "1970-01-01T00:00:00Z", "event": "migrated", "vm": { "name": "a" } }"#;
+        assert_eq!(serde_json::from_str::<Event>(event).unwrap().kind, EventKind::Unknown);
+        assert!(serde_json::from_str::<Event>(&event.replace("migrated", "state")).is_err());
+    }
 }

@@ -51,6 +51,13 @@ pub struct Machine {
     pub control_socket: PathBuf,
 }
 
+impl Machine {
+    /// How many ports for cards it is started with.
+    pub fn ports(&self) -> usize {
+        self.cards.len().saturating_add(ports::SPARE_PORTS)
+    }
+}
+
 /// A virtio-blk device on a raw image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

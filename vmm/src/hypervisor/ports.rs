@@ -2,6 +2,7 @@
 
 use super::Card;
 use crate::host::pci::Address;
+use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
@@ -31,6 +32,41 @@ impl FromStr for Port {
     }
 }
 
+/// The last slot of a guest's root bus that is free; the one behind it is the machine's own.
+const LAST_SLOT: usize = 30;
+
+impl Port {
+    /// Its slot on the root bus of a guest that has so many ports: they are the last there, in their order, and what else a machine is given comes
+    /// from the first slot on. None where there is no room for as many.
+    pub fn slot(self, ports: usize) -> Option<u8> {
+        let behind = ports.checked_sub(self.0.into())?;
+        u8::try_from(LAST_SLOT.checked_sub(behind)?).ok().filter(|slot| *slot > 0)
+    }
+}
+
+/// Where a guest sees a function of a card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Place {
+    /// The address that the port has in the guest.
+    pub port: Address,
+    /// The function's number there.
+    pub function: u8,
+}
+
+/// Where a guest that has so many ports sees each function of these cards.
+pub fn places<'a>(
+    ports: usize,
+    cards: impl IntoIterator<Item = (Port, &'a Card)>,
+) -> BTreeMap<Address, Place> {
+    let in_port = |(port, card): (Port, &'a Card)| {
+        let port = port.slot(ports).and_then(Address::on_the_first_bus);
+        let numbered = (0..).zip(&card.functions);
+        numbered.filter_map(move |(function, address)| Some((*address, Place { port: port?, function })))
+    };
+    cards.into_iter().flat_map(in_port).collect()
+}
+
 /// The ports of a machine, as its hypervisor tells, each with the functions of the host's that are in it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Ports(pub BTreeMap<Port, BTreeSet<Address>>);
@@ -46,20 +82,31 @@ pub struct Change {
 
 /// A machine has fewer ports than cards.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "it was started with {ports} ports for cards, and is to have {cards} cards; it gets them with `vmctl restart`"
-)]
-pub struct NoPort {
-    /// Its ports.
-    pub ports: usize,
-    /// The cards.
-    pub cards: usize,
+pub enum NoPort {
+    /// It has some.
+    #[error(
+        "it was started with {ports} ports for cards, and is to have {cards} cards; it gets them with `vmctl restart`"
+    )]
+    TooFew {
+        /// Its ports.
+        ports: usize,
+        /// The cards.
+        cards: usize,
+    },
+    /// It has none at all.
+    #[error(
+        "it was started by an earlier release of laird, which gave it no ports for cards; it gets them with `vmctl restart`"
+    )]
+    None,
 }
 
 impl Ports {
     /// What brings the machine to `wanted`.
     pub fn change(&self, wanted: &[Card]) -> Result<Change, NoPort> {
-        let no_port = || NoPort { ports: self.0.len(), cards: wanted.len() };
+        let no_port = || match self.0.len() {
+            0 => NoPort::None,
+            ports => NoPort::TooFew { ports, cards: wanted.len() },
+        };
         let holds = |card: &Card, there: &BTreeSet<Address>| {
             !there.is_empty() && there.iter().all(|address| card.functions.contains(address))
         };
@@ -142,7 +189,29 @@ mod tests {
         insta::assert_snapshot!(error, @"it was started with 1 ports for cards, and is to have 2 cards; it gets them with `vmctl restart`");
         // One comes for another.
         assert_eq!(there.change(&[card(&GPU)]).unwrap().plug, [(Port(1), card(&GPU))]);
-        assert!(Ports::default().change(&[card(&GPU)]).is_err());
+        let error = Ports::default().change(&[card(&GPU)]).unwrap_err();
+        insta::assert_snapshot!(error, @"it was started by an earlier release of laird, which gave it no ports for cards; it gets them with `vmctl restart`");
+    }
+
+    #[test]
+    fn ports_are_the_last_on_the_bus_in_their_order() {
+        let slots = |ports: u16| (1..=ports).map(|port| Port(port).slot(ports.into())).collect::<Vec<_>>();
+        assert_eq!(slots(4), [27, 28, 29, 30].map(Some));
+        assert_eq!(slots(30), (1..=30).map(Some).collect::<Vec<_>>());
+        assert_eq!(slots(31)[..2], [None, Some(1)]);
+        assert_eq!((Port(2).slot(1), Port(u16::MAX).slot(0), Port(0).slot(30)), (None, None, None));
+        let cards = [(Port(2), &card(&GPU)), (Port(3), &card(&[DISK]))];
+        let places = places(5, cards);
+        let told =
+            places.iter().map(|(address, place)| format!("{address} is {}.{}", place.port, place.function));
+        assert_eq!(
+            told.collect::<Vec<_>>(),
+            [
+                "0000:01:00.0 is 0000:00:1c.0.0",
+                "0000:02:00.0 is 0000:00:1b.0.0",
+                "0000:02:00.1 is 0000:00:1b.0.1"
+            ]
+        );
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::{
         pci::{Address, AerCounts, Bridge, Device, DeviceError, Inventory, InventoryError, Sysfs},
         thread,
     },
+    hypervisor::ports::Place,
     state::{
         dirs::{self, Dirs},
         file::WriteError,
@@ -310,8 +311,32 @@ impl Devices {
             let refused = |refusal| DevicesError::Refused { device: chosen.key, refusal };
             let (life, _) = holding.life.step(Input::Take(vm.into())).map_err(refused)?;
             (holding.life, holding.since) = (life, jiff::Timestamp::now());
+            holding.places.clear();
         }
         Ok(chosen)
+    }
+
+    /// Notes where the guest of `vm` will see functions that it has. Before it sees them: what it says of one is held against no other.
+    pub async fn place(
+        self: &Arc<Self>,
+        vm: &str,
+        places: &BTreeMap<Address, Place>,
+    ) -> Result<(), DevicesError> {
+        let mut news = Vec::new();
+        for (key, holding) in lock(&self.held).iter_mut() {
+            if holding.life.state == (State::Leased { vm: vm.into() }) {
+                let mut all = holding.places.clone();
+                all.extend(places.iter().filter(|(address, _)| holding.has(**address)));
+                if all != holding.places {
+                    holding.places = all;
+                    news.push(*key);
+                }
+            }
+        }
+        for key in news {
+            self.keep(key).await?;
+        }
+        Ok(())
     }
 
     fn forget_taken(&self, key: &Address, vm: &str) {

@@ -21,6 +21,10 @@ pub enum Fault {
     },
     /// Errors in a GPU's memory that could not be corrected (ECC). Those that matter to the next VM have a message of the driver's as well.
     Ecc,
+    /// What a later `laird` has written down or says.
+    #[serde(other)]
+    #[schemars(skip)]
+    Unknown,
 }
 
 /// How bad an error of PCI Express is.
@@ -104,7 +108,7 @@ impl Fault {
                 XIDS.iter().any(|(known, weight, _)| *known == number && *weight == Weight::Fatal)
             }
             Self::Aer { severity } => severity == AerSeverity::Fatal,
-            Self::Ecc => false,
+            Self::Ecc | Self::Unknown => false,
         }
     }
 }
@@ -125,6 +129,7 @@ impl fmt::Display for Fault {
                 AerSeverity::Fatal => "fatal PCIe error (AER)",
             }),
             Self::Ecc => f.write_str("uncorrected memory error (ECC)"),
+            Self::Unknown => f.write_str("something that this release does not know"),
         }
     }
 }

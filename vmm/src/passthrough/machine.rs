@@ -64,6 +64,18 @@ pub enum Reason {
         /// How long it was waited for.
         seconds: u64,
     },
+    /// A reset by VFIO has not returned: the device hangs.
+    #[error(
+        "the hot reset of {address} by {path} has not returned within {seconds} s, and is not tried again"
+    )]
+    StuckReset {
+        /// The function that it was begun with.
+        address: String,
+        /// The node of its IOMMU group.
+        path: PathBuf,
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// The kernel refused a write.
     #[error("the kernel refused {text:?} for {path}: {error}")]
     Refused {
@@ -162,6 +174,7 @@ impl Reason {
             | Self::Open { .. }
             | Self::Host { .. } => true,
             Self::Stuck { .. }
+            | Self::StuckReset { .. }
             | Self::Gone { .. }
             | Self::Dead { .. }
             | Self::Width { .. }
@@ -370,6 +383,7 @@ mod tests {
     fn reason() -> impl Strategy<Value = Reason> {
         prop::sample::select(vec![
             Reason::Stuck { path: "/p".into(), text: "x".into(), seconds: 30 },
+            Reason::StuckReset { address: "a".into(), path: "/p".into(), seconds: 30 },
             Reason::Refused { path: "/p".into(), text: "x".into(), error: "no".into() },
             Reason::Gone { address: "a".into() },
             Reason::Dead { address: "a".into() },

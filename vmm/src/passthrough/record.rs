@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     host::pci::Address,
+    hypervisor::ports::Place,
     state::file::{self, WriteError},
 };
 use serde::{Deserialize, Serialize};
@@ -42,6 +43,9 @@ pub struct Holding {
     /// The lease that a VM has, or the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<Certificate>,
+    /// Where the guest of the VM that has them sees them. None of those that it does not see, or that an earlier `laird` gave it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub places: BTreeMap<Address, Place>,
     /// How they were when they were looked at last, after a reset. A lease begins and ends with that.
     #[serde(skip)]
     pub look: Vec<(Address, Measure)>,
@@ -59,6 +63,7 @@ impl Holding {
             since: jiff::Timestamp::now(),
             reset_ms: None,
             lease: None,
+            places: BTreeMap::new(),
             look: vec![],
         }
     }

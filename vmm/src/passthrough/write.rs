@@ -53,35 +53,36 @@ impl Writer {
     /// Writes `text` to `path`, once no other write holds `lock`.
     pub async fn write(&self, lock: &Path, path: &Path, text: &str) -> Result<(), Reason> {
         let arguments = vec![WORD.into(), path.to_string_lossy().into_owned(), text.into()];
-        self.execute(lock, arguments, path, text).await
+        let (path, text) = (path.to_owned(), text.trim_end().to_owned());
+        let stuck =
+            Reason::Stuck { path: path.clone(), text: text.clone(), seconds: self.patience.as_secs() };
+        self.execute(lock, arguments, stuck, |error| Reason::Refused { path, text, error }).await
     }
 
     /// Has VFIO reset all that is on a function's bus, of which `groups` are the nodes, its own first.
     pub async fn hot_reset(&self, lock: &Path, function: Address, groups: &[PathBuf]) -> Result<(), Reason> {
         let words = [hot_reset::WORD.into(), function.to_string()].into_iter();
         let nodes = groups.iter().map(|node| node.to_string_lossy().into_owned());
-        let own = groups.first().map(PathBuf::as_path).unwrap_or(Path::new(""));
-        self.execute(lock, words.chain(nodes).collect(), own, hot_reset::WORD).await
+        let path = groups.first().cloned().unwrap_or_default();
+        let (address, seconds) = (function.to_string(), self.patience.as_secs());
+        let stuck = Reason::StuckReset { address, path: path.clone(), seconds };
+        let refused = |error| Reason::Refused { path, text: hot_reset::WORD.into(), error };
+        self.execute(lock, words.chain(nodes).collect(), stuck, refused).await
     }
 
-    /// Has a process of its own do what `arguments` say, which is to write `text` to `path` or is told so.
+    /// Has a process of its own do what `arguments` say. Where it is not done in time, it is `stuck`; what the process says against it is `refused`.
     async fn execute(
         &self,
         lock: &Path,
         arguments: Vec<String>,
-        path: &Path,
-        text: &str,
+        stuck: Reason,
+        refused: impl FnOnce(String) -> Reason,
     ) -> Result<(), Reason> {
         let end = Instant::now() + self.patience;
-        let stuck = || Reason::Stuck {
-            path: path.into(),
-            text: text.trim_end().into(),
-            seconds: self.patience.as_secs(),
-        };
         let host = |error: String| Reason::Host { error };
         let lock = match locked(lock, end).await {
             Ok(Some(lock)) => lock,
-            Ok(None) => return Err(stuck()),
+            Ok(None) => return Err(stuck),
             Err(error) => return Err(host(format!("cannot lock {}: {error}", lock.display()))),
         };
         let (reader, writer) = process::pipe().map_err(|error| host(error.to_string()))?;
@@ -101,12 +102,11 @@ impl Writer {
             if process.succeeded() { Ok(()) } else { Err((how, said(reader))) }
         });
         match timeout(end.saturating_duration_since(Instant::now()), ended).await {
-            Err(_) => Err(stuck()),
+            Err(_) => Err(stuck),
             Ok(Err(_)) => Err(host("Internal error: a task ended without a result".into())),
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err((how, said)))) => {
-                let error = if said.is_empty() { format!("the write {how}") } else { said };
-                Err(Reason::Refused { path: path.into(), text: text.trim_end().into(), error })
+                Err(refused(if said.is_empty() { format!("the process that does it {how}") } else { said }))
             }
         }
     }
@@ -215,6 +215,22 @@ mod tests {
         let patient = Writer { patience: Duration::from_secs(30), ..hasty };
         patient.write(&lock, &file, "y").await.unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "y");
+    }
+
+    #[tokio::test]
+    async fn vf5_a_hot_reset_that_does_not_return_is_told_as_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let hang = directory.path().join("hang");
+        fs::write(&hang, "").unwrap();
+        let script = format!("test $1 = hot-reset; while test -e {}; do sleep 0.05; done", hang.display());
+        let hasty = Writer { patience: Duration::from_millis(300), ..writer(directory.path(), &script) };
+        let (lock, function) = (directory.path().join("lock"), "0000:01:00.0".parse().unwrap());
+        let error = hasty.hot_reset(&lock, function, &["/dev/vfio/7".into()]).await.unwrap_err();
+        fs::remove_file(hang).unwrap();
+        insta::assert_snapshot!(error, @"the hot reset of 0000:01:00.0 by /dev/vfio/7 has not returned within 0 s, and is not tried again");
+        // A later laird reads it as it was written.
+        let text = serde_json::to_string(&error).unwrap();
+        assert_eq!(serde_json::from_str::<Reason>(&text).unwrap(), error);
     }
 
     #[test]

@@ -58,26 +58,33 @@ fn uncorrected(report: &DeviceReport) -> Vec<u64> {
     report.gpus.iter().filter_map(|gpu| gpu.ecc_volatile.uncorrected.filter(|count| *count > 0)).collect()
 }
 
+/// An address, a driver or a version as it can be passed on. None that is one is longer.
+fn name(text: &str) -> String {
+    let cut: String = text.chars().take(limits::DEVICE_NAME).collect();
+    foreign(&cut).chars().take(limits::DEVICE_NAME).collect()
+}
+
 /// A report as it can be passed on.
 fn cleaned(mut report: DeviceReport) -> DeviceReport {
     report.devices.truncate(limits::DEVICES);
     for device in &mut report.devices {
-        device.address = foreign(&device.address);
-        device.driver = device.driver.as_deref().map(foreign);
+        device.address = name(&device.address);
+        device.driver = device.driver.as_deref().map(name);
+        device.port = device.port.as_deref().map(name);
     }
     if let NvidiaDriver::Loaded { version: Some(version) } = &mut report.nvidia {
-        *version = foreign(version);
+        *version = name(version);
     }
     let more = report.faults.len().saturating_sub(limits::DEVICE_FAULTS);
     report.faults.truncate(limits::DEVICE_FAULTS);
     report.faults_left_out = report.faults_left_out.saturating_add(u64::try_from(more).unwrap_or(u64::MAX));
     for fault in &mut report.faults {
-        fault.address = foreign(&fault.address);
+        fault.address = name(&fault.address);
         fault.text = foreign(&fault.text);
     }
     report.gpus.truncate(limits::GPUS);
     for gpu in &mut report.gpus {
-        gpu.address = foreign(&gpu.address);
+        gpu.address = name(&gpu.address);
     }
     report
 }
@@ -135,8 +142,14 @@ mod tests {
     #[test]
     fn vs5_a_report_is_cut_and_escaped() {
         let wild = "\u{1b}[2J".repeat(1000);
-        let device =
-            GuestDevice { address: wild.clone(), vendor: 1, device: 2, class: 3, driver: Some(wild.clone()) };
+        let device = GuestDevice {
+            address: wild.clone(),
+            vendor: 1,
+            device: 2,
+            class: 3,
+            driver: Some(wild.clone()),
+            port: Some(wild.clone()),
+        };
         let fault = DeviceFault { address: wild.clone(), text: wild.clone(), ..xid(1, u64::MAX) };
         let report = DeviceReport {
             devices: vec![device; 1000],
@@ -145,9 +158,15 @@ mod tests {
             faults_left_out: u64::MAX,
             gpus: vec![GpuFigures { address: wild, ..GpuFigures::default() }; 1000],
         };
-        let text = serde_json::to_string(&cleaned(report)).unwrap();
+        let report = cleaned(report);
+        let device = &report.devices[0];
+        let others = [&device.driver, &device.port].map(|name| name.as_ref().unwrap());
+        for name in [&device.address, &report.faults[0].address].into_iter().chain(others) {
+            assert_eq!(name.chars().count(), limits::DEVICE_NAME);
+        }
+        let text = serde_json::to_string(&report).unwrap();
         assert!(
-            text.len() < 256 << 10 && !text.contains('\u{1b}') && !text.contains("u001b"),
+            text.len() < 64 << 10 && !text.contains('\u{1b}') && !text.contains("u001b"),
             "{}",
             text.len()
         );

@@ -33,6 +33,7 @@ use crate::{
     },
     hypervisor::{
         Heard,
+        ports::{self, Port},
         qemu::{command, qmp::Qmp},
     },
     passthrough::window::{self, Guest},
@@ -92,6 +93,14 @@ impl Context {
     pub fn cgroup(&self) -> Option<VmCgroup> {
         Some(self.host.cgroups.as_ref()?.vm(&self.name))
     }
+
+    /// How much longer its hypervisor may be busy than others, and its guest stand still: before the first device is there, all of the guest's memory
+    /// is pinned, at some GiB a second. Also while it runs, and an earlier `laird` may have begun it.
+    pub fn pinning(&self, plan: &Plan) -> Duration {
+        let gib = plan.machine.memory.0 >> 30;
+        let seconds = if self.host.devices.has_any(&self.name) { gib.saturating_add(10) } else { 0 };
+        Duration::from_secs(seconds)
+    }
 }
 
 /// One effect on a VM: a step of its start, or a stage of its end.
@@ -114,7 +123,9 @@ impl Job {
     pub async fn perform(self, step: Step) -> Result<(), StepError> {
         let deadline = match step {
             Step::View | Step::Index | Step::Volumes | Step::Initramfs | Step::Devices => WORK,
-            Step::Hypervisor => STEP + self.running.plan().map_or(Duration::ZERO, |plan| pinning(&plan)),
+            Step::Hypervisor => {
+                STEP + self.running.plan().map_or(Duration::ZERO, |plan| self.context.pinning(&plan))
+            }
             _ => STEP,
         };
         let mut cancel = self.cancel.clone();
@@ -172,7 +183,11 @@ impl Job {
                 self.blocking(move || Ok(users.own_nodes(&nodes)?)).await?;
                 let windows: Vec<_> = given.iter().flat_map(|given| given.windows.clone()).collect();
                 let hole = window::hole(&windows, &guest(&self.context.host, &plan.vm))?;
-                self.running.set_plan(Arc::new(plan.with_devices(&given, hole)));
+                let plan = plan.with_devices(&given, hole);
+                let cards = (1..).map(Port).zip(&plan.machine.cards);
+                let places = ports::places(plan.machine.ports(), cards);
+                self.context.host.devices.place(&plan.name, &places).await?;
+                self.running.set_plan(Arc::new(plan));
                 Ok(())
             }
             Step::StoreBackend => {
@@ -367,7 +382,7 @@ impl Job {
         let plan = self.running.plan().ok_or(StepError::Lost)?;
         let (sender, heard) = watch::channel(Heard::default());
         let qemu = self.running.process(Part::Hypervisor).ok_or(StepError::Lost)?.id().pid;
-        let patience = PROMPT + pinning(&plan);
+        let patience = PROMPT + self.context.pinning(&plan);
         let connect = Qmp::connect(&plan.machine.control_socket, qemu, patience, sender);
         let reason = match self.unless_it_ends(Part::Hypervisor, &plan, patience * 2, connect).await? {
             Some(Ok(qmp)) => {
@@ -481,13 +496,6 @@ fn write_limits(cgroup: &VmCgroup, plan: &Plan) -> Result<(), StepError> {
         tracing::warn!(vm = plan.name, "{}", limits::unlimited(plan));
     }
     Ok(cgroup.create(&values, device)?)
-}
-
-/// How long a hypervisor may take longer to start: with devices it first pins all of its guest's memory, at some GiB a second.
-fn pinning(plan: &Plan) -> Duration {
-    let gib =
-        if plan.machine.cards.is_empty() { 0 } else { (plan.machine.memory.0 >> 30).saturating_add(10) };
-    Duration::from_secs(gib)
 }
 
 /// Waits before another look at a condition that has been waited for since `began`.

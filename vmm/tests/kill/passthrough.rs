@@ -95,6 +95,8 @@ fn vf7_start_with_a_card() {
         }
         let lease = host.gpu(CARD).held.unwrap().lease.unwrap();
         assert_eq!((lease.vm.as_str(), lease.functions.len(), lease.verdict), ("a", 2, None));
+        let places = [CARD, SOUND].map(|function| host.place(CARD, function));
+        assert_eq!(places, ["0000:00:1a.0 0", "0000:00:1a.0 1"].map(|place| Some(place.into())));
     });
 }
 
@@ -170,7 +172,9 @@ fn vf7_a_device_comes_to_a_vm_that_runs() {
         },
         after: &[("a", "ready")],
     };
-    operation.killed_at_every_step();
+    operation.killed_at_every_step_and(|host| {
+        assert_eq!(host.place(DISK, DISK).as_deref(), Some("0000:00:1b.0 0"));
+    });
 }
 
 #[test]
@@ -189,7 +193,34 @@ fn vf7_a_device_leaves_a_vm_that_runs_and_another_comes() {
         },
         after: &[("a", "ready")],
     };
-    operation.killed_at_every_step();
+    operation.killed_at_every_step_and(|host| {
+        assert_eq!(host.place(CARD, SOUND).as_deref(), Some("0000:00:1b.0 1"));
+    });
+}
+
+/// A hypervisor that pins a guest's memory answers nothing, and its guest stands still.
+#[test]
+fn hv4_a_vm_is_not_ended_for_the_silence_while_a_device_comes() {
+    let mut host = Host::new();
+    host.with_devices("autostart = false");
+    host.start("a").unwrap();
+    let before = host.settled(&[("a", "ready")]).unwrap();
+    let file = |name: &str| host.dirs().run.join("vms/a/hypervisor").join(name);
+    let (busy, at_work) = (file("busy"), file("at-work"));
+    fs::write(&busy, "").unwrap();
+    host.fleet(&[("a", WITH_DISK)]);
+    host.apply().unwrap();
+    until(|| at_work.exists().then_some(()));
+    signal(&before["a"], Part::Shim, Signal::SIGUSR1);
+    host.settled(&[("a", "booting")]).unwrap();
+    // Longer than any other answer of a hypervisor is waited for.
+    std::thread::sleep(Duration::from_secs(12));
+    let during = host.settled(&[("a", "booting")]).unwrap();
+    assert_eq!((&during["a"].processes, &during["a"].failure), (&before["a"].processes, &None));
+    fs::remove_file(&busy).unwrap();
+    until(|| (host.plugged("a") == ["port1-0000.01.00.0"]).then_some(()));
+    until(|| (!host.status().unwrap()["a"].pending_restart).then_some(()));
+    assert_eq!(host.status().unwrap()["a"].processes, before["a"].processes);
 }
 
 #[test]
@@ -327,7 +358,8 @@ fn vf10_vf14_a_device_goes_from_one_vm_to_another_and_both_are_recorded() {
 /// What a guest says that sees one device, with messages of its kernel about it.
 fn said(vendor: u16, device: u16, faults: &[Fault]) -> GuestDevices {
     let address = || "0000:05:00.0".to_owned();
-    let seen = GuestDevice { address: address(), vendor, device, class: 0x03_00_00, driver: None };
+    let seen =
+        GuestDevice { address: address(), vendor, device, class: 0x03_00_00, driver: None, port: None };
     let fault = |fault: &Fault| DeviceFault {
         address: address(),
         fault: *fault,
@@ -372,6 +404,14 @@ impl Host {
             Ok(told)
         })
         .unwrap()
+    }
+
+    /// In which port its guest sees a function, and as which of its functions.
+    fn place(&self, key: &str, function: &str) -> Option<String> {
+        let record = fs::read(self.dirs().state.join(format!("devices/{key}.json"))).ok()?;
+        let record: Holding = serde_json::from_slice(&record).unwrap();
+        let place = record.places.get(&function.parse().unwrap())?;
+        Some(format!("{} {}", place.port, place.function))
     }
 
     fn gpu(&mut self, address: &str) -> GpuStatus {

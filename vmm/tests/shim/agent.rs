@@ -466,6 +466,7 @@ fn xid_report(number: u32, count: u64) -> DeviceReport {
         device: 0x2684,
         class: 0x03_00_00,
         driver: Some("nvidia".into()),
+        port: Some("0000:00:1a.0".into()),
     };
     let fault = DeviceFault {
         address: address(),
@@ -487,6 +488,7 @@ async fn what_a_guest_says_of_its_devices_is_told_and_belongs_to_its_boot() {
     let told = within(watch.next()).await.unwrap().unwrap().devices.unwrap();
     assert_eq!((told.boot_id.as_str(), told.report.faults[0].fault), ("boot-1", Fault::Xid { number: 79 }));
     assert_eq!(told.report.faults[0].text, "NVRM: Xid\\u{1b}[2J");
+    assert_eq!(told.report.devices[0].port.as_deref(), Some("0000:00:1a.0"));
     // Figures are there for who asks, and wake nobody.
     let gpus = vec![GpuFigures { temperature: Some(70), ..GpuFigures::default() }];
     guest.say(&Event::Devices { report: DeviceReport { gpus, ..xid_report(79, 1) } }).await;

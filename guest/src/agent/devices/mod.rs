@@ -231,6 +231,16 @@ mod tests {
         ) {
             add_device(self.path(), address, (vendor, device, class), driver);
         }
+
+        /// A GPU in this place below `/sys/devices`.
+        pub(super) fn device_in(&self, place: &str, address: &str) {
+            add_device(self.path(), address, GPU, None);
+            let (known, there) =
+                (Path::new("bus/pci/devices").join(address), Path::new("devices").join(place));
+            fs::create_dir_all(self.path().join(&there)).unwrap();
+            fs::rename(self.path().join(&known), self.path().join(&there).join(address)).unwrap();
+            symlink(Path::new("../../..").join(there).join(address), self.path().join(known)).unwrap();
+        }
     }
 
     fn add_device(sys: &Path, address: &str, (vendor, device, class): (u16, u16, u32), driver: Option<&str>) {
@@ -405,7 +415,12 @@ mod tests {
         }
         let gpu =
             GpuFigures { address: "0000:01:00.0".into(), power: Some(u64::MAX), ..GpuFigures::default() };
-        devices.report.send_modify(|report| report.gpus = vec![gpu; nvidia::GPUS_MAX]);
+        devices.report.send_modify(|report| {
+            report.gpus = vec![gpu; nvidia::GPUS_MAX];
+            for device in &mut report.devices {
+                device.port = Some("ffffffff:ff:1f.7".into());
+            }
+        });
         let mut reports = devices.reports();
         let began = tokio::time::Instant::now();
         let report = reports.next().await;

@@ -51,7 +51,12 @@ fn device(directory: &Path, address: String) -> Option<GuestDevice> {
     }
     let driver = fs::read_link(directory.join("driver")).ok();
     let driver = driver.and_then(|driver| driver.file_name()?.to_str().map(|name| cut(name, NAME_MAX)));
-    Some(GuestDevice { address, vendor, device, class, driver })
+    Some(GuestDevice { address, vendor, device, class, driver, port: port(directory) })
+}
+
+/// The address of the port that a device is in: the kernel's directory of a device is in that of what is above it, and what is asked is a link to it.
+fn port(directory: &Path) -> Option<String> {
+    address(fs::read_link(directory).ok()?.parent()?.file_name()?.to_str()?)
 }
 
 /// A number as sysfs writes it: `0x10de`.
@@ -125,6 +130,35 @@ mod tests {
         fs::write(sys.path().join("bus/pci/devices/0000:01:00.0/class"), "none\n").unwrap();
         assert_eq!(list(sys.path()).len(), 1);
         assert_eq!(list(Path::new("/nonexistent")), []);
+    }
+
+    #[test]
+    fn a_device_is_told_with_the_port_that_it_is_in() {
+        let sys = Sys::new();
+        for (place, address) in [
+            ("pci0000:00/0000:00:1a.0", "0000:05:00.0"),
+            ("pci0000:00/0000:00:1a.0", "0000:05:00.1"),
+            ("pci0000:00/0000:00:1b.0/0000:06:00.0", "0000:07:00.0"),
+            ("pci0000:00", "0000:00:05.0"),
+            ("elsewhere", "0000:08:00.0"),
+        ] {
+            sys.device_in(place, address);
+        }
+        // As on no kernel: a directory itself.
+        sys.device("0000:09:00.0", 0x10de, 0x2684, 0x03_00_00, None);
+        let devices = list(sys.path());
+        let told = devices.iter().map(|device| (device.address.as_str(), device.port.as_deref()));
+        assert_eq!(
+            told.collect::<Vec<_>>(),
+            [
+                ("0000:00:05.0", None),
+                ("0000:05:00.0", Some("0000:00:1a.0")),
+                ("0000:05:00.1", Some("0000:00:1a.0")),
+                ("0000:07:00.0", Some("0000:06:00.0")),
+                ("0000:08:00.0", None),
+                ("0000:09:00.0", None),
+            ]
+        );
     }
 
     #[test]

@@ -73,6 +73,9 @@ fn line(event: &Event) -> String {
             (vm.as_str(), format!("device {device}: lease ended: {summary}"))
         }
         EventKind::Dropped { count } => ("-", format!("{count} events are missing here")),
+        EventKind::Unknown => {
+            ("-", "an event that this vmctl does not know; laird is of a later release".into())
+        }
     };
     format!("{}  {vm:12}  {what}", event.time.strftime("%F %T"))
 }
@@ -129,6 +132,7 @@ mod tests {
                 summary: "quarantined after 600 s; resets 120 ms before, none after".into(),
             },
             EventKind::Dropped { count: 7 },
+            serde_json::from_str(r#"{ "event": "migrated", "vm": "builder", "to": ["elsewhere"] }"#).unwrap(),
         ];
         let lines = kinds.map(|kind| line(&Event { id: 1, time: jiff::Timestamp::UNIX_EPOCH, kind }));
         insta::assert_snapshot!(lines.join("\n"));

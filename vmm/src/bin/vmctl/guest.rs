@@ -53,6 +53,12 @@ pub(crate) fn devices(said: &GuestDevices) -> Vec<(&'static str, String)> {
         };
         facts.push(("guest kernel", format!("{}{times}", harmless(&fault.text))));
     }
+    if report.faults_left_out > 0 {
+        facts.push((
+            "guest kernel",
+            format!("{} more messages, of which no text is kept", report.faults_left_out),
+        ));
+    }
     facts
 }
 
@@ -77,6 +83,9 @@ fn figures_of(gpu: &GpuFigures) -> String {
     }
     if let Some(errors) = gpu.ecc_aggregate.uncorrected {
         words.push(format!("{errors} uncorrected memory errors ever"));
+    }
+    if words.is_empty() {
+        words.push("tells nothing".into());
     }
     format!("{} {}", harmless(&gpu.address), words.join(", "))
 }
@@ -199,6 +208,7 @@ mod tests {
             device,
             class: 0x03_00_00,
             driver: driver.map(Into::into),
+            port: None,
         };
         let fault = |number, count, text: &str| DeviceFault {
             address: "0000:01:00.0".into(),
@@ -216,16 +226,19 @@ mod tests {
                 fault(31, 3, "NVRM: Xid (PCI:0000:01:00): 31, MMU Fault"),
                 fault(79, 1, "\x1b[2J NVRM: Xid (PCI:0000:01:00): 79, GPU has fallen off the bus."),
             ],
-            faults_left_out: 0,
-            gpus: vec![GpuFigures {
-                address: "0000:01:00.0".into(),
-                temperature: Some(41),
-                power: Some(70_250),
-                utilization: Some(98),
-                memory_used: Some(1 << 30),
-                memory_total: Some(8 << 30),
-                ..GpuFigures::default()
-            }],
+            faults_left_out: 17,
+            gpus: vec![
+                GpuFigures {
+                    address: "0000:01:00.0".into(),
+                    temperature: Some(41),
+                    power: Some(70_250),
+                    utilization: Some(98),
+                    memory_used: Some(1 << 30),
+                    memory_total: Some(8 << 30),
+                    ..GpuFigures::default()
+                },
+                GpuFigures { address: "0000:02:00.0".into(), ..GpuFigures::default() },
+            ],
         };
         let told = |report| {
             let facts = devices(&GuestDevices { boot_id: "b".into(), report });

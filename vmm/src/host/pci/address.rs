@@ -27,6 +27,16 @@ pub struct NotAnAddress {
 }
 
 impl Address {
+    /// That of function 0 of a device on a machine's first bus; none where no bus has so many.
+    pub fn on_the_first_bus(device: u8) -> Option<Self> {
+        (device < 32).then_some(Self { domain: 0, bus: 0, device, function: 0 })
+    }
+
+    /// The number of the function.
+    pub fn function(self) -> u8 {
+        self.function
+    }
+
     /// Whether both are functions of one card.
     pub fn same_card(self, other: Self) -> bool {
         (self.domain, self.bus, self.device) == (other.domain, other.bus, other.device)

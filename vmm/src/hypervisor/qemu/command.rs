@@ -66,8 +66,8 @@ pub fn arguments(machine: &Machine) -> Vec<String> {
         arguments.disk(index, disk);
     }
     let cards = machine.cards.iter().map(Some).chain([None; SPARE_PORTS]);
-    for (number, card) in (1..).zip(cards) {
-        arguments.port(number, card);
+    for (port, card) in (1..).map(Port).zip(cards) {
+        arguments.port(port, machine.ports(), card);
     }
     arguments.listen("qmp", &machine.control_socket);
     arguments.pair("-mon", "chardev=qmp,mode=control");
@@ -121,10 +121,14 @@ impl Arguments {
     }
 
     /// A port with a card, or with none yet. A card has a port of its own, as on a mainboard: drivers look for a link.
-    fn port(&mut self, number: u16, card: Option<&Card>) {
-        let port = Port(number);
-        let id = port.to_string();
-        self.device(json!({ "driver": "pcie-root-port", "id": id, "chassis": number, "slot": number }));
+    fn port(&mut self, port: Port, ports: usize, card: Option<&Card>) {
+        let (id, number) = (port.to_string(), port.0);
+        let mut device = json!({ "driver": "pcie-root-port", "id": id, "chassis": number, "slot": number });
+        // Where there is no room QEMU says so.
+        if let (Some(slot), Some(device)) = (port.slot(ports), device.as_object_mut()) {
+            device.insert("addr".into(), format!("{slot:x}").into());
+        }
+        self.device(device);
         for function in card.into_iter().flat_map(|card| functions(port, card)) {
             self.device(function);
         }

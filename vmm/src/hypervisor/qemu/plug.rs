@@ -101,8 +101,9 @@ fn function_of(name: &str) -> Option<(Port, Address)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hypervisor::{Heard, qemu::command};
+    use crate::hypervisor::{Heard, Machine, qemu::command};
     use std::{
+        collections::BTreeMap,
         process::{Child, Command, Stdio},
         sync::Arc,
     };
@@ -187,6 +188,30 @@ mod tests {
         assert!(began.elapsed() >= short, "it was given up at once");
         // It answers on, and the device is there.
         assert_eq!(qemu.qmp.ports().await.unwrap(), expected);
+    }
+
+    /// The guest sees each port where we say, whatever else there is.
+    #[tokio::test]
+    async fn vf11_ports_are_in_their_slots() {
+        let card = |address| Card { functions: vec![self::address(address)] };
+        let cards = vec![card("ffff:01:00.0"), card("ffff:02:00.0")];
+        let machine = Machine { cards, ..command::tests::machine() };
+        let is_in_place = |device: &Value| {
+            let driver = device["driver"].as_str();
+            driver.is_some_and(|driver| ["pcie-root-port", "virtio-rng-pci", "pvpanic-pci"].contains(&driver))
+        };
+        let devices =
+            command::arguments(&machine).into_iter().filter_map(|text| serde_json::from_str(&text).ok());
+        let devices: Vec<Value> = devices.filter(is_in_place).collect();
+        let Some(qemu) = qemu(&devices).await else { return };
+        let buses = qemu.qmp.execute("query-pci").await.unwrap();
+        let seen = buses[0]["devices"].as_array().unwrap().iter().filter_map(|device| {
+            let port: Port = device["qdev_id"].as_str()?.parse().ok()?;
+            Some((port, (device["slot"].as_u64()?, device["function"].as_u64()?)))
+        });
+        let expected =
+            (1..=6).map(|port| (Port(port), (Port(port).slot(machine.ports()).unwrap().into(), 0)));
+        assert_eq!(seen.collect::<BTreeMap<_, _>>(), expected.collect());
     }
 
     /// What QEMU is told is what it understands, but for the device, which is not there.

@@ -21,7 +21,7 @@ use tokio::{
     net::{UnixStream, unix::OwnedWriteHalf},
     sync::{oneshot, watch},
     task::JoinHandle,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 /// The longest line that is read, in bytes. The greeting and all answers that we ask for are below 1 KiB.
@@ -71,7 +71,8 @@ pub enum QmpError {
     Refused(&'static str, String),
 }
 
-type Waiting = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<Value, String>>>>>;
+/// Commands that are not answered, each with the moment until which its answer is waited for.
+type Waiting = Arc<Mutex<HashMap<u64, (Instant, oneshot::Sender<Result<Value, String>>)>>>;
 
 /// A connection to one QEMU.
 #[derive(Debug)]
@@ -173,7 +174,14 @@ impl Qmp {
     ) -> Result<Value, QmpError> {
         let id = self.next.fetch_add(1, Relaxed);
         let (sender, receiver) = oneshot::channel();
-        lock(&self.waiting).insert(id, sender);
+        // It takes one command after the other: behind one that may take long it is no sign of death that it says nothing.
+        let end = {
+            let mut waiting = lock(&self.waiting);
+            let begins = waiting.values().map(|(end, _)| *end).fold(Instant::now(), Instant::max);
+            let end = begins + patience;
+            waiting.insert(id, (end, sender));
+            end
+        };
         if let Some(request) = request.as_object_mut() {
             request.insert("id".into(), id.into());
         }
@@ -183,7 +191,7 @@ impl Qmp {
             self.writer.lock().await.write_all(line.as_bytes()).await?;
             receiver.await.map_err(|_| QmpError::Io(io::ErrorKind::ConnectionReset.into()))
         };
-        let answer = timeout(patience, answer).await;
+        let answer = timeout_at(end, answer).await;
         lock(&self.waiting).remove(&id);
         answer.map_err(|_| QmpError::Silent(command, patience))??.map_err(|e| QmpError::Refused(command, e))
     }
@@ -214,7 +222,7 @@ async fn read_lines(mut lines: impl AsyncBufRead + Unpin, waiting: Waiting, hear
         let Ok(line) = serde_json::from_slice::<Line>(&line) else { break };
         if let Some(event) = line.event {
             heard.send_modify(|heard| note(heard, &event, &line.data));
-        } else if let Some(sender) = line.id.and_then(|id| lock(&waiting).remove(&id)) {
+        } else if let Some((_, sender)) = line.id.and_then(|id| lock(&waiting).remove(&id)) {
             let answer = match line.error {
                 Some(refusal) => Err(refusal.desc),
                 None => Ok(line.answer.unwrap_or_default()),
@@ -297,6 +305,47 @@ mod tests {
         assert_eq!(*heard.borrow(), Heard { reboots: 1, ..Heard::default() });
         assert!(qmp.execute("quit").await.is_err());
         heard.wait_for(|heard| heard.lost).await.unwrap();
+    }
+
+    /// A device of a large guest is plugged in: QEMU pins memory for longer than any other command may take, and its guest's agent is silent.
+    #[tokio::test]
+    async fn hv4_a_hypervisor_that_is_at_work_is_not_silent() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("qmp");
+        let listener = UnixListener::bind(&socket).unwrap();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let (reader, mut writer) = stream.into_split();
+            let mut lines = BufReader::new(reader);
+            writer.write_all(GREETING.as_bytes()).await.unwrap();
+            for id in 0..4 {
+                let line = read_line(&mut lines).await.unwrap().unwrap();
+                if String::from_utf8(line).unwrap().contains("device_add") {
+                    sleep(Duration::from_millis(500)).await;
+                }
+                let answer = format!("{{\"return\": {{}}, \"id\": {id}}}\n");
+                writer.write_all(answer.as_bytes()).await.unwrap();
+            }
+            // Takes what comes then, and answers nothing.
+            while read_line(&mut lines).await.is_ok_and(|line| line.is_some()) {}
+        });
+        let (sender, _heard) = watch::channel(Heard::default());
+        let qmp = Qmp::connect(&socket, own(), Duration::from_secs(5), sender).await.unwrap();
+        let short = Duration::from_millis(100);
+        let plug = qmp.execute_within("device_add", json!({}), Duration::from_secs(30));
+        let look = async {
+            sleep(Duration::from_millis(10)).await;
+            tokio::join!(
+                qmp.execute_within("query-status", json!({}), short),
+                qmp.execute_within("query-status", json!({}), short)
+            )
+        };
+        let (plugged, (first, second)) = tokio::join!(plug, look);
+        plugged.and(first).and(second).unwrap();
+        // Behind no such command it has no longer than ever.
+        let silent = timeout(Duration::from_secs(20), qmp.execute_within("query-status", json!({}), short));
+        let error = silent.await.unwrap().unwrap_err();
+        assert!(matches!(error, QmpError::Silent("query-status", _)), "{error}");
     }
 
     #[test]

@@ -298,6 +298,7 @@ fn said(boot: &str, faults: &[(u32, u64)]) -> GuestDevices {
         device,
         class: 0x03_00_00,
         driver: None,
+        port: None,
     };
     let fault = |(number, count): &(u32, u64)| DeviceFault {
         address: "0000:05:00.0".into(),
@@ -431,6 +432,51 @@ async fn vf11_what_a_guest_says_against_its_device_is_in_the_certificate_and_qua
     assert!(!devices.reported("a", &said("two", &[(79, 1), (48, 1)])).await);
     // A later laird knows all of it.
     assert_eq!(lease(&host.devices(), CARD), lease(&devices, CARD));
+}
+
+#[tokio::test]
+async fn vf11_of_two_cards_that_are_alike_the_one_in_the_port_is_blamed_and_the_other_is_not() {
+    let host = Host::new();
+    for (name, text) in [("vendor", "0x10de\n"), ("device", "0x2684\n")] {
+        std::fs::write(host.kernel.file(DISK, name), text).unwrap();
+    }
+    host.kernel.answers(DISK);
+    let at_port = |slot: &str| Place { port: address(&format!("0000:00:{slot}.0")), function: 0 };
+    let places = BTreeMap::from([(address(DISK), at_port("1a")), (address(CARD), at_port("1b"))]);
+    // The guest has given the second card the lower address.
+    let said = |faults: &[(u32, u64)]| {
+        let mut said = said("one", faults);
+        let [first, second] = said.report.devices.as_mut_slice() else { panic!() };
+        first.port = Some("0000:00:1b.0".into());
+        *second = GuestDevice {
+            address: "0000:06:00.0".into(),
+            port: Some("0000:00:1a.0".into()),
+            ..first.clone()
+        };
+        said
+    };
+    let devices = host.devices();
+    devices.acquire("a", &[at(DISK), at(CARD)]).await.unwrap();
+    devices.place("a", &places).await.unwrap();
+    let before = devices.held();
+    // What others have is nobody else's to place.
+    devices.place("b", &BTreeMap::from([(address(DISK), at_port("1c"))])).await.unwrap();
+    assert_eq!(devices.held(), before);
+    // A later laird knows it, and it is all that there is.
+    let devices = host.devices();
+    assert!(devices.reported("a", &said(&[(31, 2), (79, 1)])).await);
+    assert_eq!((lease(&devices, CARD).xids(), lease(&devices, DISK).xids()), (3, 0));
+    assert_eq!(devices.faults("a").len(), 1);
+    devices.release("a").await;
+    assert!(matches!(state(&devices, CARD), State::Quarantined { .. }));
+    assert_eq!((state(&devices, DISK), lease(&devices, DISK).verdict), (State::Free, Some(Verdict::Healthy)));
+
+    // For the next one it is in no port, until that is known.
+    devices.give_back(address(CARD)).await.unwrap();
+    devices.acquire("a", &[at(DISK), at(CARD)]).await.unwrap();
+    assert!(devices.functions_of("a").iter().all(|function| function.place.is_none()));
+    devices.reported("a", &said(&[(31, 4), (79, 1)])).await;
+    assert_eq!((lease(&devices, CARD).xids(), lease(&devices, DISK).xids()), (2, 2));
 }
 
 #[tokio::test]

@@ -115,15 +115,35 @@ impl Actor {
 
     /// How long something may take. Emulation is many times slower, and this host may be busy with other guests.
     fn duration(&self, patience: Patience) -> Duration {
-        let engine = self.running.plan().map_or(self.context.host.engine, |plan| plan.machine.engine);
-        let seconds = match (patience, engine) {
-            (Patience::Boot, Engine::Kvm) => 60,
-            (Patience::Boot, Engine::Tcg) => 300,
-            (Patience::Stop(Stage::Agent), _) => 20,
-            (Patience::Stop(Stage::PowerButton), _) => 5,
-            (Patience::Stop(Stage::Terminate | Stage::Kill), _) => 10,
-            (Patience::Pause(seconds), _) => seconds,
-        };
-        Duration::from_secs(seconds)
+        let plan = self.running.plan();
+        let engine = plan.as_ref().map_or(self.context.host.engine, |plan| plan.machine.engine);
+        let pinning = plan.map_or(Duration::ZERO, |plan| self.context.pinning(&plan));
+        duration(patience, engine, pinning)
+    }
+}
+
+fn duration(patience: Patience, engine: Engine, pinning: Duration) -> Duration {
+    match (patience, engine) {
+        // A guest whose memory is being pinned stands still, and its agent is not heard.
+        (Patience::Boot, Engine::Kvm) => Duration::from_secs(60) + pinning,
+        (Patience::Boot, Engine::Tcg) => Duration::from_secs(300) + pinning,
+        (Patience::Stop(Stage::Agent), _) => Duration::from_secs(20),
+        (Patience::Stop(Stage::PowerButton), _) => Duration::from_secs(5),
+        (Patience::Stop(Stage::Terminate | Stage::Kill), _) => Duration::from_secs(10),
+        (Patience::Pause(seconds), _) => Duration::from_secs(seconds),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hv4_a_guest_may_be_silent_for_as_long_as_its_memory_is_pinned() {
+        let pinning = Duration::from_secs(1024);
+        let boot = |pinning| duration(Patience::Boot, Engine::Kvm, pinning);
+        assert_eq!(boot(pinning), boot(Duration::ZERO) + pinning);
+        let stop = Patience::Stop(Stage::Agent);
+        assert_eq!(duration(stop, Engine::Kvm, pinning), duration(stop, Engine::Kvm, Duration::ZERO));
     }
 }

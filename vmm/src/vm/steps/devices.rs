@@ -1,10 +1,13 @@
 //! The devices of a VM that runs, as the fleet file asks for them now.
 
-use super::{Job, StepError, guest, pinning, write_limits};
+use super::{Job, StepError, guest, write_limits};
 use crate::{
     fleet::{gpus::Gpu, limits::Need, schema::Vm},
     host::confine,
-    hypervisor::{ports::Ports, qemu::qmp::Qmp},
+    hypervisor::{
+        ports::{self, Ports},
+        qemu::qmp::Qmp,
+    },
     passthrough::{DevicesError, Given, window},
     vm::{
         checkpoint,
@@ -67,11 +70,15 @@ impl Job {
         let windows: Vec<_> = given.iter().flat_map(|given| given.windows.clone()).collect();
         window::suffices(&windows, &guest(&self.context.host, vm), plan.machine.hole)?;
         let after = Plan { vm: vm.clone(), ..plan.with_devices(&given, plan.machine.hole) };
-        let change = qmp.ports().await?.change(&after.machine.cards)?;
+        let there = qmp.ports().await?;
+        let change = there.change(&after.machine.cards)?;
+        let coming = change.plug.iter().map(|(port, card)| (*port, card));
+        let places = ports::places(there.0.len(), coming);
+        self.context.host.devices.place(&plan.name, &places).await?;
         self.permit(&after, given).await?;
         let vacated = |port| change.unplug.iter().any(|(other, _)| *other == port);
         let (later, now): (Vec<_>, Vec<_>) = change.plug.iter().partition(|(port, _)| vacated(*port));
-        let patience = OPEN + pinning(&after);
+        let patience = OPEN + self.context.pinning(&after);
         for (port, card) in now {
             qmp.plug(*port, card, patience).await?;
             checkpoint::reach("devices: one is plugged in");

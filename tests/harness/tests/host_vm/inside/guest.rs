@@ -120,6 +120,19 @@ fn has_disk(host: &Host, testbed: &Testbed) -> Result<()> {
     Ok(())
 }
 
+/// The guest sees the disk in the port that laird has put it into.
+fn sees_the_port(host: &Host) -> Result<()> {
+    let record = host.directory().join("state/devices").join(format!("{NVME}.json"));
+    let record: serde_json::Value = serde_json::from_str(&read(record)?)?;
+    let port = record["places"][NVME]["port"].as_str().context("laird knows no port of the disk")?;
+    // Its agent tells with its next sign of life.
+    host.wait_for("builder", PLUG, |vm| {
+        let mut devices = vm.devices.iter().flat_map(|said| &said.report.devices);
+        devices.any(|device| device.vendor == 0x1b36 && device.port.as_deref() == Some(port))
+    })?;
+    Ok(())
+}
+
 fn state(host: &Host) -> Result<String> {
     let shown: GpuStatus = serde_json::from_str(&host.run_vmctl(&["--json", "gpu", "show", NVME])?)?;
     Ok(shown.state)
@@ -142,6 +155,7 @@ fn vf7_a_guest_reads_the_disk_that_it_asked_for_by_need_twice_and_the_host_has_i
     for _ in 0..2 {
         start(&host)?;
         has_disk(&host, &testbed)?;
+        sees_the_port(&host)?;
         host.run_vmctl(&["stop", "--wait", "builder"])?;
         ensure!(state(&host)? == "free");
     }
@@ -165,6 +179,7 @@ fn hv11_a_disk_comes_to_a_guest_that_runs_and_leaves_it_by_apply() -> Result<()>
         ensure!(said.contains("its devices follow at once; it runs on"), "{said}");
         host.wait_for("builder", PLUG, |vm| !vm.pending_restart)?;
         has_disk(&host, &testbed)?;
+        sees_the_port(&host)?;
         ensure!(state(&host)? == "leased");
 
         write_fleet(&host, &testbed, vec![])?;

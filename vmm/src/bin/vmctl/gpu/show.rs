@@ -11,7 +11,7 @@ use comfy_table::Table;
 use lair_vmm::{
     api::gpus::GpuStatus,
     host::pci::{Address, Bar, Device, Link, Space, names},
-    passthrough::certificate::{Certificate, FunctionHealth, Measure},
+    passthrough::certificate::{Certificate, FAULTS_MAX, FunctionHealth, Measure},
 };
 
 #[derive(Debug, clap::Args)]
@@ -125,6 +125,9 @@ fn certificate(lease: &Certificate, address: Address) -> Vec<(&'static str, Stri
         let times = if fault.count > 1 { format!(", {} times", fault.count) } else { String::new() };
         facts.push(("", format!("{}: {}{times}", fault.address, fault.fault)));
         facts.push(("", format!("\"{}\"", harmless(&fault.text))));
+    }
+    if lease.more_faults {
+        facts.push(("", format!("more kinds of messages than the {FAULTS_MAX} that are kept")));
     }
     facts
 }

@@ -90,6 +90,7 @@ fn leased(returned: bool) -> GpuStatus {
         after[0].1.windows[1].size /= 2;
         let what = "Xid 79 (the GPU has fallen off the bus), as VM cuda-builder says".into();
         let reason = Reason::Faulty { address: gpu.to_string(), what };
+        lease.more_faults = true;
         lease.end(&after, Some(140), Some(&reason), at(60));
         state = State::Quarantined { reason };
     }
