@@ -5,7 +5,7 @@ use super::{QUEUE_SIZE_MAX, regions::Regions};
 use smallvec::SmallVec;
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{GuestAddress, VolatileMemory, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileMemory, VolatileSlice};
 
 /// Buffers of the guest. Those of a READ of 128 KiB fit on the stack.
 pub(super) type Buffers<'a> = SmallVec<[VolatileSlice<'a>; 36]>;
@@ -88,6 +88,13 @@ struct Run {
     write: bool,
 }
 
+impl Run {
+    /// Whether a buffer goes on where this ends.
+    fn goes_on_with(&self, desc: &Descriptor) -> bool {
+        self.write == desc.is_write_only() && self.at.checked_add(self.length) == Some(desc.addr().0)
+    }
+}
+
 impl<'a> Chain<'a> {
     /// Makes it empty.
     pub(super) fn clear(&mut self) {
@@ -106,6 +113,8 @@ impl<'a> Chain<'a> {
     ) -> Result<(), ChainError> {
         let mut table = table;
         let mut run = Run::default();
+        // Sums of as many as there may be at most fit.
+        let (mut request, mut room) = (0u64, 0u64);
         let mut index = head;
         for _ in 0..QUEUE_SIZE_MAX {
             let mut desc = table.get(index)?;
@@ -117,38 +126,56 @@ impl<'a> Chain<'a> {
                     return Err(ChainError::Indirect(desc.len()));
                 }
             }
-            self.count(&desc, run.write)?;
             let length = u64::from(desc.len());
-            if run.write == desc.is_write_only() && run.at.checked_add(run.length) == Some(desc.addr().0) {
-                run.length = run.length.saturating_add(length);
+            if desc.is_write_only() {
+                room = room.wrapping_add(length);
+            } else if run.write {
+                return Err(ChainError::Order);
+            } else {
+                request = request.wrapping_add(length);
+            }
+            if request.wrapping_add(room) > u64::from(u32::MAX) {
+                return Err(ChainError::Bytes);
+            }
+            if run.goes_on_with(&desc) {
+                run.length = run.length.wrapping_add(length);
             } else {
                 self.add(regions, &run)?;
                 run = Run { at: desc.addr().0, length, write: desc.is_write_only() };
             }
             if !desc.has_next() {
-                return self.add(regions, &run);
+                self.add(regions, &run)?;
+                self.request = u32::try_from(request).map_err(|_| ChainError::Bytes)?;
+                self.room = u32::try_from(room).map_err(|_| ChainError::Bytes)?;
+                return Ok(());
             }
             index = desc.next();
         }
         Err(ChainError::Length)
     }
 
-    fn count(&mut self, desc: &Descriptor, writing: bool) -> Result<(), ChainError> {
-        let total = match (writing, desc.is_write_only()) {
-            (_, true) => &mut self.room,
-            (false, false) => &mut self.request,
-            (true, false) => return Err(ChainError::Order),
-        };
-        *total = total.checked_add(desc.len()).ok_or(ChainError::Bytes)?;
-        self.request.checked_add(self.room).ok_or(ChainError::Bytes)?;
+    #[inline(always)]
+    fn add(&mut self, regions: &Regions<'a>, run: &Run) -> Result<(), ChainError> {
+        if run.length == 0 {
+            return Ok(());
+        }
+        let length = usize::try_from(run.length).map_err(|_| ChainError::Bytes)?;
+        match regions.one(GuestAddress(run.at), length) {
+            Some(slice) if run.write => self.writable.push(slice),
+            Some(slice) => self.readable.push(slice),
+            None => return self.add_across(regions, run, length),
+        }
         Ok(())
     }
 
-    fn add(&mut self, regions: &Regions<'a>, run: &Run) -> Result<(), ChainError> {
-        let length = usize::try_from(run.length).map_err(|_| ChainError::Bytes)?;
-        let (readable, writable) = (&mut self.readable, &mut self.writable);
-        let add = |slice| if run.write { writable.push(slice) } else { readable.push(slice) };
-        if regions.each(GuestAddress(run.at), length, add) { Ok(()) } else { Err(ChainError::Buffer) }
+    /// What goes from one region to the next, or is none of the guest's memory.
+    #[cold]
+    fn add_across(&mut self, regions: &Regions<'a>, run: &Run, length: usize) -> Result<(), ChainError> {
+        for slice in regions.memory().get_slices(GuestAddress(run.at), length) {
+            let slice = slice.map_err(|_| ChainError::Buffer)?;
+            if run.write { self.writable.push(slice) } else { self.readable.push(slice) }
+        }
+        Ok(())
     }
 }
 
@@ -160,7 +187,7 @@ mod tests {
         VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
     };
     use virtio_queue::desc::RawDescriptor;
-    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap};
+    use vm_memory::{Bytes, GuestMemoryMmap};
 
     const NEXT: u16 = VRING_DESC_F_NEXT as u16;
     const WRITE: u16 = VRING_DESC_F_WRITE as u16;

@@ -34,23 +34,4 @@ impl<'m> Regions<'m> {
             region.subslice(offset, length).ok()
         })
     }
-
-    /// Gives what is there piece by piece, each of which is within one region. Whether all of it is memory of the guest.
-    #[inline]
-    pub(super) fn each(
-        &self,
-        at: GuestAddress,
-        length: usize,
-        mut give: impl FnMut(VolatileSlice<'m>),
-    ) -> bool {
-        if length == 0 {
-            return true;
-        }
-        if let Some(slice) = self.one(at, length) {
-            give(slice);
-            return true;
-        }
-        // From one region to the next, which is rare.
-        self.mem.get_slices(at, length).all(|slice| slice.map(&mut give).is_ok())
-    }
 }
