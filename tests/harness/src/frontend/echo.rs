@@ -1,22 +1,21 @@
 //! Devices of no use, in a thread of this process, which show what no backend can be faster than.
 //!
-//! [`Device::Empty`] answers each request at once: what a round trip to it takes is what the frontend itself costs. [`Device::Canned`]
-//! also reads the request and fills the whole reply from memory of its own: what is left without looking at what was asked.
-//! [`Device::Late`] is an empty one that takes its time: so it is seen how long a frontend that goes to sleep is still awake.
+//! [`Device::Empty`] answers each request at once: what a round trip to it takes is what the frontend itself costs. [`Device::Knowing`]
+//! also looks up what was asked in tables that have each answer ready, and copies it: what is left without checking, counting or
+//! sharing anything. [`Device::Late`] is an empty one that takes its time: so it is seen how long a frontend that goes to sleep is
+//! still awake.
 
 use super::{
     connection::Guest,
     event::Event,
-    layout::{DESCRIPTOR, Layout, PAGE, Shape},
+    known::{KEY_MAX, Known, NODE},
+    layout::{DESCRIPTOR, Layout, Shape},
     memory::Memory,
     queue::{Descriptor, Queue, Used, Wait},
     request::Request,
 };
 use anyhow::{Context, Result, anyhow};
-use lair_virtiofs::fuse::{
-    Opcode,
-    wire::{InHeader, OutHeader, ReadIn},
-};
+use lair_virtiofs::fuse::wire::{InHeader, OutHeader};
 use std::{
     sync::{
         Arc,
@@ -25,35 +24,34 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
-use zerocopy::FromBytes;
+use zerocopy::IntoBytes;
 
 /// What the device does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Device {
+#[derive(Debug, Clone, Copy)]
+pub enum Device<'a> {
     /// Replies with a header.
     Empty,
-    /// Reads all of a request, and replies with as much as there is room for, out of this many bytes of its own: a READ gets
-    /// those at its offset.
-    Canned(usize),
+    /// Reads all of a request, and replies with what is known about that.
+    Knowing(&'a Known),
     /// Replies with a header, so much later.
     Late(Duration),
 }
 
-struct Echo {
+struct Echo<'a> {
     memory: Arc<Memory>,
     layout: Layout,
     call: Arc<Event>,
     /// The next entry of both rings.
     next: u16,
-    /// Whence replies are filled.
-    source: Option<Vec<u8>>,
+    /// What replies are filled with.
+    known: Option<&'a Known>,
     /// How long it waits before it replies.
     late: Duration,
     /// Where requests and the beginnings of replies are, which this frontend puts into the same place each time.
     places: [usize; 8],
 }
 
-impl Echo {
+impl Echo<'_> {
     /// Answers all that there is.
     fn run(&mut self) -> Result<()> {
         let available = self.memory.atomic(self.layout.available_index());
@@ -69,8 +67,8 @@ impl Echo {
                 let begin = Instant::now();
                 while begin.elapsed() < self.late {}
             }
-            let body = match &self.source {
-                Some(source) => self.fill(source, &table, &header)?,
+            let body = match self.known {
+                Some(known) => self.fill(known, &table, &header)?,
                 None => 0,
             };
             let length = size_of::<OutHeader>() as u32 + body;
@@ -92,31 +90,35 @@ impl Echo {
     }
 }
 
-impl Echo {
+impl Echo<'_> {
     /// Reads the arguments of the request whose indirect table this is, and fills its reply behind the header. How many bytes.
-    fn fill(&self, source: &[u8], table: &Descriptor, header: &InHeader) -> Result<u32> {
-        let mut arguments = [0; PAGE];
-        let mut offset = 0;
+    fn fill(&self, known: &Known, table: &Descriptor, header: &InHeader) -> Result<u32> {
+        let mut key = [0; KEY_MAX];
+        key[..NODE].copy_from_slice(header.nodeid.as_bytes());
+        let mut end = NODE;
+        // What is still to be copied, once all arguments are there.
+        let mut left: Option<&[u8]> = None;
         let mut filled = 0;
-        let mut seen = 0;
         for number in 1..table.length as usize / DESCRIPTOR {
             let at = usize::try_from(table.address)? + DESCRIPTOR * number;
             let part: Descriptor = self.memory.get(at);
             let (address, length) = (usize::try_from(part.address)?, part.length as usize);
-            if !part.is_written() {
-                let arguments = arguments.get_mut(..length).context("Arguments of more than a page")?;
-                self.memory.read(address, arguments);
-                if header.opcode == Opcode::Read as u32 {
-                    offset =
-                        usize::try_from(ReadIn::read_from_prefix(arguments).unwrap_or_default().0.offset)?;
+            match &mut left {
+                _ if !part.is_written() => {
+                    let place = key.get_mut(end..end + length).context("Arguments that are too long")?;
+                    self.memory.read(address, place);
+                    end += length;
                 }
-            } else if seen == 0 {
-                // The header's own.
-                seen = length;
-            } else {
-                let from = source.get(offset + filled..).and_then(|rest| rest.get(..length));
-                self.memory.write(address, from.context("A read of more than the device has")?);
-                filled += length;
+                // This one is the header's own.
+                None => {
+                    left = Some(known.answer(header, &key[..end]).context("Nothing is known about that")?)
+                }
+                Some(left) => {
+                    let now;
+                    (now, *left) = left.split_at(length.min(left.len()));
+                    self.memory.write(address, now);
+                    filled += now.len();
+                }
             }
         }
         Ok(u32::try_from(filled)?)
@@ -124,15 +126,11 @@ impl Echo {
 }
 
 /// Runs `work` on a queue behind which there is an echo.
-pub fn with_echo<T>(device: Device, work: impl FnOnce(&mut Queue) -> Result<T>) -> Result<T> {
+pub fn with_echo<T>(device: Device<'_>, work: impl FnOnce(&mut Queue) -> Result<T>) -> Result<T> {
     let shape = Shape { queues: 1, depth: 1, pages: 256 };
     let (guest, mut queues) = Guest::new(shape)?;
     let queue = queues.first_mut().ok_or_else(|| anyhow!("no queue"))?;
-    let source = match device {
-        Device::Empty | Device::Late(_) => None,
-        // Written to, so that it has memory of its own.
-        Device::Canned(length) => Some((0..length).map(|n| n as u8).collect()),
-    };
+    let known = if let Device::Knowing(known) = device { Some(known) } else { None };
     let late = if let Device::Late(late) = device { late } else { Duration::ZERO };
     let layout = shape.layout(1);
     let (indirect, body) = (layout.indirect(0), layout.body(0));
@@ -147,7 +145,7 @@ pub fn with_echo<T>(device: Device, work: impl FnOnce(&mut Queue) -> Result<T>) 
         body + 64,
     ];
     let mut echo =
-        Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, source, late, places };
+        Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, known, late, places };
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let device = scope.spawn(|| -> Result<()> {
@@ -165,7 +163,7 @@ pub fn with_echo<T>(device: Device, work: impl FnOnce(&mut Queue) -> Result<T>) 
 }
 
 /// What a round trip of these requests, in turn, costs with such a device: the median of this many, in nanoseconds.
-pub fn round_trip(device: Device, requests: &[Request], wait: Wait, count: usize) -> Result<u64> {
+pub fn round_trip(device: Device<'_>, requests: &[Request], wait: Wait, count: usize) -> Result<u64> {
     with_echo(device, |queue| {
         queue.set_wait(wait);
         let mut times = Vec::with_capacity(count);
@@ -184,8 +182,12 @@ pub fn round_trip(device: Device, requests: &[Request], wait: Wait, count: usize
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tree::{HOT, Scale, Tree, check_content};
     use anyhow::ensure;
-    use lair_virtiofs::fuse::wire::EntryOut;
+    use lair_virtiofs::fuse::{
+        Opcode,
+        wire::{AttrOut, EntryOut},
+    };
 
     /// More than the indexes count to, so that they and the rings have wrapped.
     #[test]
@@ -203,21 +205,36 @@ mod tests {
     }
 
     #[test]
-    fn a_canned_reply_is_whole_and_from_its_offset() {
-        with_echo(Device::Canned(256 << 10), |queue| {
+    fn what_is_known_is_answered_whole() {
+        let tree = Tree::new(Scale { store_paths: 3, large: 1 << 20 });
+        let directory = tempfile::tempdir().unwrap();
+        tree.write(directory.path()).unwrap();
+        let mut known = Known::new(&tree).unwrap();
+        let hot = known.map(directory.path(), &tree.hot).unwrap();
+        let (parent, name) = tree.hot.rsplit_once('/').unwrap();
+        let parent = known.node(parent).unwrap();
+        with_echo(Device::Knowing(&known), |queue| {
             for offset in [0_u32, 4096, 200 << 10] {
-                let request = Request::read(7, 0, offset.into(), 40 << 10);
+                let request = Request::read(hot, 0, offset.into(), 40 << 10);
                 queue.spoil(0, &request);
                 let header = queue.exchange(&request)?;
                 let payload = queue.payload(0, &request, &header);
                 ensure!(payload.len() == 40 << 10);
-                ensure!((offset..).zip(&payload).all(|(at, byte)| at as u8 == *byte), "{offset}");
+                check_content(&tree.hot, offset.into(), &payload)?;
             }
-            let header = queue.exchange(&Request::lookup(1, b"name"))?;
+            let header = queue.exchange(&Request::lookup(parent, name.as_bytes()))?;
             ensure!(header.len as usize == size_of::<OutHeader>() + size_of::<EntryOut>());
+            let entry: EntryOut = queue.body(0);
+            ensure!((entry.nodeid, entry.attr.size) == (hot, HOT));
+            let header = queue.exchange(&Request::getattr(hot))?;
+            ensure!(header.len as usize == size_of::<OutHeader>() + size_of::<AttrOut>());
+            ensure!(queue.body::<AttrOut>(0).attr == entry.attr);
             Ok(())
         })
         .unwrap();
+        let missing = [parent.as_bytes(), b"missing\0"].concat();
+        let header = InHeader { opcode: Opcode::Lookup as u32, nodeid: parent, ..InHeader::default() };
+        assert!(known.answer(&header, &missing).is_none());
     }
 
     #[test]

@@ -10,10 +10,12 @@
 //! | [`session`] | a mount, one request at a time |
 //! | [`connection`] | the hypervisor's side |
 //! | [`echo`] | devices that show what no backend can be faster than |
+//! | [`known`] | what one of them knows |
 
 pub mod connection;
 pub mod echo;
 mod event;
+pub mod known;
 pub mod layout;
 pub mod memory;
 pub mod queue;

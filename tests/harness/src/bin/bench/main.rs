@@ -140,7 +140,7 @@ fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()>
 
     (results.store_paths, results.inodes) = (tree.names.len(), tree.entries.len());
     let count = if effort.rounds < 3 { 20_000 } else { 50_000 };
-    let mut floors = Floors::default();
+    let mut floors = Floors::new(&tree, &store)?;
     let mut rounds: Vec<Vec<Round>> = backends.iter().map(|_| Vec::new()).collect();
     for number in 1..=effort.rounds {
         note(&format!("round {number} of {}: devices of no use", effort.rounds));

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use lair_harness::{
     frontend::{
+        known::Known,
         request::Request,
         session::{self, ROOT, Session},
     },
@@ -10,7 +11,7 @@ use lair_harness::{
 };
 use lair_virtiofs::fuse::wire::{EntryOut, OutHeader};
 use nix::errno::Errno;
-use std::collections::HashMap;
+use std::{collections::HashMap, path::Path};
 
 /// An operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -113,11 +114,9 @@ impl Work {
             Operation::Lookup | Operation::LookupMissing | Operation::Getattr => {
                 some(tree, 1000).try_for_each(|entry| work.add_entry(entry, session, nodes))
             }
-            Operation::Read4K => tree
-                .files(4096..=16384)
-                .step_by(97)
-                .take(64)
-                .try_for_each(|(file, _)| work.add_read(&file.path, 0, 4096, session, nodes)),
+            Operation::Read4K => {
+                small(tree).try_for_each(|file| work.add_read(&file.path, 0, 4096, session, nodes))
+            }
             Operation::Read128K | Operation::Read1M => {
                 let size = if operation == Operation::Read1M { 1 << 20 } else { 128 << 10 };
                 (0..HOT)
@@ -258,22 +257,40 @@ impl Work {
     }
 }
 
-/// Requests of the same shape as the operation's, for a device that has [`HOT`] bytes and knows nothing. `None` for what no gate is
-/// about.
-pub(crate) fn shaped(operation: Operation) -> Option<Vec<Request>> {
-    let reads = |count: u64, apart: u64, size| {
-        (0..count).map(|number| Request::read(7, 0, number * apart, size)).collect::<Vec<_>>()
+/// The operation's requests for a device that knows the tree; what they read is known afterwards. `None` for what no gate is about.
+pub(crate) fn known(
+    operation: Operation,
+    tree: &Tree,
+    store: &Path,
+    known: &mut Known,
+) -> Result<Option<Vec<Request>>> {
+    let hot = |known: &mut Known, size: u32| {
+        let node = known.map(store, &tree.hot)?;
+        Ok((0..HOT).step_by(size as usize).map(|offset| Request::read(node, 0, offset, size)).collect())
     };
-    Some(match operation {
-        Operation::Lookup => {
-            (0..1000).map(|number| Request::lookup(7, format!("some-name-{number}").as_bytes())).collect()
+    let requests: Result<Vec<_>> = match operation {
+        Operation::Lookup => some(tree, 1000)
+            .map(|entry| {
+                let (parent, name) = entry.split().context("A store path")?;
+                Ok(Request::lookup(known.node(parent)?, name.as_bytes()))
+            })
+            .collect(),
+        Operation::Getattr => {
+            some(tree, 1000).map(|entry| Ok(Request::getattr(known.node(&entry.path)?))).collect()
         }
-        Operation::Getattr => (0..1000).map(Request::getattr).collect(),
-        Operation::Read4K => reads(64, 16 << 10, 4 << 10),
-        Operation::Read128K => reads(8, 128 << 10, 128 << 10),
-        Operation::Read1M => reads(1, 0, 1 << 20),
-        _ => return None,
-    })
+        Operation::Read4K => {
+            small(tree).map(|file| Ok(Request::read(known.map(store, &file.path)?, 0, 0, 4096))).collect()
+        }
+        Operation::Read128K => hot(known, 128 << 10),
+        Operation::Read1M => hot(known, 1 << 20),
+        _ => return Ok(None),
+    };
+    requests.map(Some)
+}
+
+/// The files of which the first 4 KiB are read.
+fn small(tree: &Tree) -> impl Iterator<Item = &Entry> {
+    tree.files(4096..=16384).step_by(97).take(64).map(|(file, _)| file)
 }
 
 /// Entries from all over the tree that are no store paths.
