@@ -49,6 +49,8 @@ struct Inner {
     /// A program that a step runs and waits for.
     tool: Option<Arc<Process>>,
     qmp: Option<(Arc<Qmp>, watch::Receiver<Heard>)>,
+    /// What its hypervisor had to do before it could answer is done.
+    pinned: bool,
     /// What processes have said that no shim reads yet.
     unread: BTreeMap<Part, OwnedFd>,
     /// The task that watches its cgroup.
@@ -165,6 +167,17 @@ impl Running {
     /// Sets the connection to the hypervisor.
     pub fn set_qmp(&self, qmp: Qmp, heard: watch::Receiver<Heard>) {
         self.inner().qmp = Some((Arc::new(qmp), heard));
+    }
+
+    /// Whether its hypervisor may be pinning the guest's memory for what was begun before it was connected: its start, or a plug of an earlier
+    /// `laird`'s. It answers after that.
+    pub fn may_pin(&self) -> bool {
+        !self.inner().pinned
+    }
+
+    /// Its hypervisor has answered, or was waited for long enough.
+    pub fn has_pinned(&self) {
+        self.inner().pinned = true;
     }
 
     /// Keeps what a process says until there is a shim to read it.

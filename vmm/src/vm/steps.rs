@@ -94,8 +94,8 @@ impl Context {
         Some(self.host.cgroups.as_ref()?.vm(&self.name))
     }
 
-    /// How much longer its hypervisor may be busy than others, and its guest stand still: before the first device is there, all of the guest's memory
-    /// is pinned, at some GiB a second. Also while it runs, and an earlier `laird` may have begun it.
+    /// How much longer than others its hypervisor may be busy, and its guest stand still, while a device comes: before the first one is there, all of
+    /// the guest's memory is pinned, at some GiB a second.
     pub fn pinning(&self, plan: &Plan) -> Duration {
         let gib = plan.machine.memory.0 >> 30;
         let seconds = if self.host.devices.has_any(&self.name) { gib.saturating_add(10) } else { 0 };
@@ -382,9 +382,13 @@ impl Job {
         let plan = self.running.plan().ok_or(StepError::Lost)?;
         let (sender, heard) = watch::channel(Heard::default());
         let qemu = self.running.process(Part::Hypervisor).ok_or(StepError::Lost)?.id().pid;
-        let patience = PROMPT + self.context.pinning(&plan);
+        let pinning = if self.running.may_pin() { self.context.pinning(&plan) } else { Duration::ZERO };
+        let patience = PROMPT + pinning;
         let connect = Qmp::connect(&plan.machine.control_socket, qemu, patience, sender);
-        let reason = match self.unless_it_ends(Part::Hypervisor, &plan, patience * 2, connect).await? {
+        let connected = self.unless_it_ends(Part::Hypervisor, &plan, patience * 2, connect).await;
+        // Whatever came of it: that has had its time.
+        self.running.has_pinned();
+        let reason = match connected? {
             Some(Ok(qmp)) => {
                 self.running.set_qmp(qmp, heard);
                 return Ok(());

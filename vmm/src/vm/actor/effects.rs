@@ -1,11 +1,12 @@
 //! Performing what the machine says, in tasks of which there is one at a time.
 
-use super::{Actor, LET_GO, LOST, Work};
+use super::{Actor, LET_GO, LOST, Work, plug::Plugging};
 use crate::{
     error::chain,
     host::facts::Engine,
     vm::{
         machine::{Action, Input, Patience, Stage, Step},
+        running::Running,
         steps::Job,
     },
 };
@@ -118,15 +119,20 @@ impl Actor {
         let plan = self.running.plan();
         let engine = plan.as_ref().map_or(self.context.host.engine, |plan| plan.machine.engine);
         let pinning = plan.map_or(Duration::ZERO, |plan| self.context.pinning(&plan));
-        duration(patience, engine, pinning)
+        duration(patience, engine, standstill(&self.running, &self.plugging, pinning))
     }
 }
 
-fn duration(patience: Patience, engine: Engine, pinning: Duration) -> Duration {
+/// How long a guest may stand still: only while its memory may be being pinned. At all other times one that is silent hangs.
+fn standstill(running: &Running, plugging: &Plugging, pinning: Duration) -> Duration {
+    if plugging.is_under_way() || running.may_pin() { pinning } else { Duration::ZERO }
+}
+
+fn duration(patience: Patience, engine: Engine, standstill: Duration) -> Duration {
     match (patience, engine) {
-        // A guest whose memory is being pinned stands still, and its agent is not heard.
-        (Patience::Boot, Engine::Kvm) => Duration::from_secs(60) + pinning,
-        (Patience::Boot, Engine::Tcg) => Duration::from_secs(300) + pinning,
+        // The agent of one that stands still is not heard.
+        (Patience::Boot, Engine::Kvm) => Duration::from_secs(60) + standstill,
+        (Patience::Boot, Engine::Tcg) => Duration::from_secs(300) + standstill,
         (Patience::Stop(Stage::Agent), _) => Duration::from_secs(20),
         (Patience::Stop(Stage::PowerButton), _) => Duration::from_secs(5),
         (Patience::Stop(Stage::Terminate | Stage::Kill), _) => Duration::from_secs(10),
@@ -137,6 +143,25 @@ fn duration(patience: Patience, engine: Engine, pinning: Duration) -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vm::{plan, trace::Start};
+    use std::collections::BTreeMap;
+    use tokio::sync::broadcast;
+
+    #[tokio::test]
+    async fn hv4_a_guest_that_hangs_is_found_as_soon_as_others_once_its_devices_are_there() {
+        let pinning = Duration::from_secs(1024);
+        let running = Running::adopted(plan::example("a"), BTreeMap::new(), Start::default());
+        let mut plugging = Plugging::new(broadcast::channel(1).1);
+        // An earlier laird may have been about to plug one in.
+        assert_eq!(standstill(&running, &plugging, pinning), pinning);
+        running.has_pinned();
+        assert_eq!(standstill(&running, &plugging, pinning), Duration::ZERO);
+        plugging.begin(std::future::pending());
+        assert_eq!(standstill(&running, &plugging, pinning), pinning);
+        plugging.end();
+        assert_eq!(standstill(&running, &plugging, pinning), Duration::ZERO);
+        assert_eq!(standstill(&Running::default(), &plugging, pinning), pinning, "it is being started");
+    }
 
     #[test]
     fn hv4_a_guest_may_be_silent_for_as_long_as_its_memory_is_pinned() {

@@ -51,6 +51,16 @@ impl Plugging {
         self.follows = Some(gpus.to_vec());
     }
 
+    /// Changes them.
+    pub(super) fn begin(&mut self, change: impl Future<Output = ()> + Send + 'static) {
+        self.task = Some(tokio::spawn(change));
+    }
+
+    /// Whether they are being changed.
+    pub(super) fn is_under_way(&self) -> bool {
+        self.task.is_some()
+    }
+
     /// Forgets all of it, as the VM is ending. The task is to be waited for.
     pub(super) fn end(&mut self) -> Option<JoinHandle<()>> {
         (self.follows, self.fault) = (None, None);
@@ -67,7 +77,7 @@ impl Plugging {
     /// Waits until it may come about: a device that is waited for may be free, or some time has gone by. A guest may have let go of a card too
     /// late, or a disk have been full.
     pub(super) async fn may_come_about(&mut self) {
-        let Some(fault) = self.fault.as_ref().filter(|_| self.task.is_none()) else {
+        let Some(fault) = self.fault.as_ref().filter(|_| !self.is_under_way()) else {
             return std::future::pending().await;
         };
         tokio::select! {
@@ -106,7 +116,7 @@ impl Actor {
     /// Has the VM's devices follow the fleet file, once its guest is up.
     pub(super) fn follow_devices(&mut self) {
         // Its end looks again.
-        if self.plugging.task.is_some() || self.life.state != State::Ready {
+        if self.plugging.is_under_way() || self.life.state != State::Ready {
             return;
         }
         let fleet = Arc::clone(&self.fleet.borrow());
@@ -119,13 +129,13 @@ impl Actor {
         let (job, queue) = (self.job(tokio::sync::watch::channel(false).1), self.queue.clone());
         let wants = vm.gpus.clone();
         self.plugging.told = self.context.host.devices.subscribe();
-        self.plugging.task = Some(tokio::spawn(async move {
+        self.plugging.begin(async move {
             let outcome = job.follow_devices(&wants).await.map_err(|error| Fault {
                 reason: chain(&error),
                 waits: matches!(error, StepError::Devices(DevicesError::Unmet(_))),
             });
             let _ = queue.send(Mail::Plugged(wants, outcome.map(Box::new))).await;
-        }));
+        });
     }
 
     /// The VM has the devices of `wants`, or has not.
