@@ -175,13 +175,14 @@ impl Qmp {
         let id = self.next.fetch_add(1, Relaxed);
         let (sender, receiver) = oneshot::channel();
         // It takes one command after the other: behind one that may take long it is no sign of death that it says nothing.
+        let now = Instant::now();
         let end = {
             let mut waiting = lock(&self.waiting);
-            let begins = waiting.values().map(|(end, _)| *end).fold(Instant::now(), Instant::max);
-            let end = begins + patience;
+            let end = waiting.values().map(|(end, _)| *end).fold(now, Instant::max) + patience;
             waiting.insert(id, (end, sender));
             end
         };
+        let _waits = Waits { waiting: &self.waiting, id };
         if let Some(request) = request.as_object_mut() {
             request.insert("id".into(), id.into());
         }
@@ -192,8 +193,20 @@ impl Qmp {
             receiver.await.map_err(|_| QmpError::Io(io::ErrorKind::ConnectionReset.into()))
         };
         let answer = timeout_at(end, answer).await;
-        lock(&self.waiting).remove(&id);
-        answer.map_err(|_| QmpError::Silent(command, patience))??.map_err(|e| QmpError::Refused(command, e))
+        let waited = Duration::from_millis(u64::try_from((end - now).as_millis()).unwrap_or(u64::MAX));
+        answer.map_err(|_| QmpError::Silent(command, waited))??.map_err(|e| QmpError::Refused(command, e))
+    }
+}
+
+/// A command that is waited for, until this is dropped: what nobody waits for any more gives no others more time.
+struct Waits<'a> {
+    waiting: &'a Waiting,
+    id: u64,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        lock(self.waiting).remove(&self.id);
     }
 }
 
@@ -346,6 +359,42 @@ mod tests {
         let silent = timeout(Duration::from_secs(20), qmp.execute_within("query-status", json!({}), short));
         let error = silent.await.unwrap().unwrap_err();
         assert!(matches!(error, QmpError::Silent("query-status", _)), "{error}");
+    }
+
+    #[tokio::test]
+    async fn hv4_a_command_that_nobody_waits_for_gives_no_others_more_time() {
+        // Takes all that comes, and answers nothing.
+        let answers = [vec!["{\"return\": {}, \"id\": 0}\n"], vec![""; 9]].concat();
+        let (_directory, socket) = qemu(GREETING, answers).await;
+        let (sender, _heard) = watch::channel(Heard::default());
+        let qmp = Arc::new(Qmp::connect(&socket, own(), Duration::from_secs(5), sender).await.unwrap());
+        let (long, short) = (Duration::from_secs(2), Duration::from_millis(50));
+        let silent = |outcome: Result<Value, QmpError>| outcome.unwrap_err().to_string();
+        let plug = tokio::spawn({
+            let qmp = Arc::clone(&qmp);
+            async move { qmp.execute_within("device_add", json!({}), long).await }
+        });
+        while lock(&qmp.waiting).is_empty() {
+            sleep(Duration::from_millis(1)).await;
+        }
+        // Behind it, it is the time that was waited that is told.
+        let error = qmp.execute_within("query-status", json!({}), short).await.unwrap_err();
+        let QmpError::Silent("query-status", waited) = error else { panic!("{error}") };
+        assert!(waited > short && waited <= long + short, "{waited:?}");
+        assert_eq!(silent(plug.await.unwrap()), "QEMU did not answer device_add within 2s");
+
+        let plug = tokio::spawn({
+            let qmp = Arc::clone(&qmp);
+            async move { qmp.execute_within("device_add", json!({}), Duration::from_secs(3600)).await }
+        });
+        while lock(&qmp.waiting).is_empty() {
+            sleep(Duration::from_millis(1)).await;
+        }
+        plug.abort();
+        assert!(plug.await.unwrap_err().is_cancelled());
+        let late = timeout(Duration::from_secs(60), qmp.execute_within("query-status", json!({}), short));
+        assert_eq!(silent(late.await.unwrap()), "QEMU did not answer query-status within 50ms");
+        assert!(lock(&qmp.waiting).is_empty());
     }
 
     #[test]
