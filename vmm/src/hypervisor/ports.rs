@@ -46,7 +46,6 @@ impl Port {
 
 /// Where a guest sees a function of a card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Place {
     /// The address that the port has in the guest.
     pub port: Address,

@@ -25,8 +25,10 @@ const SCHEMA: u32 = 1;
 const LENGTH_MAX: u64 = 1 << 20;
 
 /// What is known of devices that go together.
+///
+/// A field that this `laird` does not know is a later one's word, and says nothing against the device: it is passed over, and lost once the record is
+/// written again. What an earlier `laird` must not pass over has another [`SCHEMA`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Holding {
     /// The version of the format.
     pub schema: u32,
@@ -200,6 +202,22 @@ mod tests {
         write(directory.path(), address(), None).unwrap();
         write(directory.path(), address(), None).unwrap();
         assert!(read(directory.path(), "boot").is_empty());
+    }
+
+    /// As after a step back to an earlier release.
+    #[test]
+    fn sv3_what_a_later_laird_has_written_besides_is_passed_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = Place { port: "0000:00:1a.0".parse().unwrap(), function: 0 };
+        let places = BTreeMap::from([(address(), place)]);
+        let known = Holding { places, ..holding(State::Leased { vm: "a".into() }) };
+        let mut later = serde_json::to_value(&known).unwrap();
+        for within in ["", "/functions/0", "/life", "/places/0000:01:00.0"] {
+            let part = later.pointer_mut(within).unwrap();
+            part["weather"] = serde_json::json!({ "is": "fine" });
+        }
+        fs::write(directory.path().join("0000:01:00.0.json"), later.to_string()).unwrap();
+        assert_eq!(read(directory.path(), "boot"), BTreeMap::from([(address(), known)]));
     }
 
     #[test]
