@@ -88,7 +88,7 @@ pub(super) const DEVICE_FAULTS: usize = 32;
 /// GPUs of which a guest may tell figures.
 pub(super) const GPUS: usize = 16;
 
-/// Characters of a device's address in the guest, of its driver's name and of the driver's version.
+/// Characters of a device's address in the guest, of its port's address there, of its driver's name and of the driver's version.
 pub(super) const DEVICE_NAME: usize = 64;
 
 /// How often in a second watchers are told at once what a guest says of its devices.
