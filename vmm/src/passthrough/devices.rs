@@ -316,24 +316,25 @@ impl Devices {
         Ok(chosen)
     }
 
-    /// Notes where the guest of `vm` will see functions that it has. Before it sees them: what it says of one is held against no other.
+    /// Notes where the guest of `vm` sees functions that it has: those of `there` as it was noted before, `coming` as is told here, and no others.
+    /// Before it sees them: what it says of one is held against no other.
     pub async fn place(
         self: &Arc<Self>,
         vm: &str,
-        places: &BTreeMap<Address, Place>,
+        there: &BTreeSet<Address>,
+        coming: &BTreeMap<Address, Place>,
     ) -> Result<(), DevicesError> {
-        let mut news = Vec::new();
-        for (key, holding) in lock(&self.held).iter_mut() {
-            if holding.life.state == (State::Leased { vm: vm.into() }) {
-                let mut all = holding.places.clone();
-                all.extend(places.iter().filter(|(address, _)| holding.has(**address)));
-                if all != holding.places {
-                    holding.places = all;
-                    news.push(*key);
+        let is_its = |holding: &Holding| holding.life.state == State::Leased { vm: vm.into() };
+        for key in self.keys(is_its) {
+            if let Some(holding) = lock(&self.held).get_mut(&key).filter(|holding| is_its(holding)) {
+                let mut places = holding.places.clone();
+                places.retain(|address, _| there.contains(address));
+                places.extend(coming.iter().filter(|(address, _)| holding.has(**address)));
+                if places == holding.places {
+                    continue;
                 }
+                holding.places = places;
             }
-        }
-        for key in news {
             self.keep(key).await?;
         }
         Ok(())

@@ -43,6 +43,7 @@ use crate::{
 use lair_guest::{initramfs, wire::message::Ask};
 use nix::sys::signal::Signal;
 use std::{
+    collections::BTreeSet,
     fs,
     os::{fd::AsRawFd, unix::fs::FileTypeExt},
     path::{Path, PathBuf},
@@ -186,7 +187,7 @@ impl Job {
                 let plan = plan.with_devices(&given, hole);
                 let cards = (1..).map(Port).zip(&plan.machine.cards);
                 let places = ports::places(plan.machine.ports(), cards);
-                self.context.host.devices.place(&plan.name, &places).await?;
+                self.context.host.devices.place(&plan.name, &BTreeSet::new(), &places).await?;
                 self.running.set_plan(Arc::new(plan));
                 Ok(())
             }

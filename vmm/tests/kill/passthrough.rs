@@ -198,6 +198,36 @@ fn vf7_a_device_leaves_a_vm_that_runs_and_another_comes() {
     });
 }
 
+#[test]
+fn vf11_a_card_that_comes_into_the_port_of_another_is_noted_there_once_that_is_out() {
+    let mut host = Host::new();
+    host.with_devices(WITH_DISK);
+    host.start("a").unwrap();
+    host.settled(&[("a", "ready")]).unwrap();
+    let hypervisor = host.dirs().run.join("vms/a/hypervisor");
+    let file = |name: &str| hypervisor.join(name);
+    for order in ["one-port", "keeps", "busy"] {
+        fs::write(file(order), "").unwrap();
+    }
+    host.fleet(&[("a", WITH_GPU)]);
+    host.apply().unwrap();
+    until(|| file("asked").exists().then_some(()));
+    let of_disk = host.place(DISK, DISK);
+    assert_eq!((of_disk.as_deref(), host.place(CARD, CARD)), (Some("0000:00:1a.0 0"), None));
+    fs::remove_file(file("keeps")).unwrap();
+    until(|| file("at-work").exists().then_some(()));
+    // Before the guest sees it.
+    let places = [(DISK, DISK), (CARD, CARD), (CARD, SOUND)].map(|(key, address)| host.place(key, address));
+    assert_eq!(places, [None, Some("0000:00:1e.0 0".into()), Some("0000:00:1e.0 1".into())]);
+    assert!(host.devices()[0].contains("\"leased\""), "{:?}", host.devices());
+    fs::remove_file(file("busy")).unwrap();
+    host.comes_to(
+        &["port1-0000.02.00.0", "port1-0000.02.00.1"],
+        [("nvme (null) 1", DISK), ("vfio-pci vfio-pci 0", CARD)],
+    )
+    .unwrap();
+}
+
 /// A hypervisor that pins a guest's memory answers nothing, and its guest stands still.
 #[test]
 fn hv4_a_vm_is_not_ended_for_the_silence_while_a_device_comes() {

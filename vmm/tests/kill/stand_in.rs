@@ -96,15 +96,27 @@ impl Devices {
         match command["execute"].as_str().unwrap() {
             "qom-list" => {
                 let names = self.0.lock().unwrap();
-                return names.iter().map(|name| serde_json::json!({ "name": name })).collect();
+                // As long as a test says so, it has no more.
+                let one_port = self.1.with_file_name("one-port").exists();
+                let is_there = |name: &&String| !one_port || *name == "port1" || name.starts_with("port1-");
+                return names
+                    .iter()
+                    .filter(is_there)
+                    .map(|name| serde_json::json!({ "name": name }))
+                    .collect();
             }
             "device_add" => self.change(|names| assert!(names.insert(id()), "it is there")),
-            // Its guest lets go of all that is in the port, a moment later.
+            // Its guest lets go of all that is in the port, a moment later, or when a test no longer says that it keeps it.
             "device_del" => {
                 let (port, names) = (id().split_once('-').unwrap().0.to_owned() + "-", self.clone());
                 assert!(self.0.lock().unwrap().contains(&id()), "it is not there");
+                let keeps = self.1.with_file_name("keeps");
+                std::fs::write(keeps.with_file_name("asked"), "").unwrap();
                 tokio::spawn(async move {
                     tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                    while keeps.exists() {
+                        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                    }
                     names.change(|names| names.retain(|name| !name.starts_with(&port)));
                 });
             }

@@ -457,10 +457,11 @@ async fn vf11_of_two_cards_that_are_alike_the_one_in_the_port_is_blamed_and_the_
     };
     let devices = host.devices();
     devices.acquire("a", &[at(DISK), at(CARD)]).await.unwrap();
-    devices.place("a", &places).await.unwrap();
+    devices.place("a", &BTreeSet::new(), &places).await.unwrap();
     let before = devices.held();
     // What others have is nobody else's to place.
-    devices.place("b", &BTreeMap::from([(address(DISK), at_port("1c"))])).await.unwrap();
+    let others = BTreeMap::from([(address(DISK), at_port("1c"))]);
+    devices.place("b", &BTreeSet::new(), &others).await.unwrap();
     assert_eq!(devices.held(), before);
     // A later laird knows it, and it is all that there is.
     let devices = host.devices();
@@ -477,6 +478,25 @@ async fn vf11_of_two_cards_that_are_alike_the_one_in_the_port_is_blamed_and_the_
     assert!(devices.functions_of("a").iter().all(|function| function.place.is_none()));
     devices.reported("a", &said(&[(31, 4), (79, 1)])).await;
     assert_eq!((lease(&devices, CARD).xids(), lease(&devices, DISK).xids()), (2, 2));
+}
+
+#[tokio::test]
+async fn vf11_what_is_in_no_port_any_more_has_no_place() {
+    let host = Host::new();
+    let devices = host.devices();
+    devices.acquire("a", &[at(DISK), at(CARD)]).await.unwrap();
+    let place = |slot: &str| Place { port: address(&format!("0000:00:{slot}.0")), function: 0 };
+    let places = |devices: &Devices| {
+        let functions = devices.functions_of("a").into_iter();
+        functions.filter_map(|lent| Some((lent.address, lent.place?))).collect::<BTreeMap<_, _>>()
+    };
+    let both = BTreeMap::from([(address(DISK), place("1a")), (address(CARD), place("1b"))]);
+    devices.place("a", &BTreeSet::new(), &both).await.unwrap();
+    assert_eq!(places(&devices), both);
+    devices.place("a", &[address(CARD)].into(), &BTreeMap::new()).await.unwrap();
+    let one = BTreeMap::from([(address(CARD), place("1b"))]);
+    // A later laird knows it as well.
+    assert_eq!([places(&devices), places(&host.devices())], [one.clone(), one]);
 }
 
 #[tokio::test]

@@ -3,9 +3,10 @@
 use super::{Job, StepError, guest, write_limits};
 use crate::{
     fleet::{gpus::Gpu, limits::Need, schema::Vm},
-    host::confine,
+    host::{confine, pci::Address},
     hypervisor::{
-        ports::{self, Ports},
+        Card,
+        ports::{self, Port, Ports},
         qemu::qmp::Qmp,
     },
     passthrough::{DevicesError, Given, window},
@@ -16,7 +17,7 @@ use crate::{
         users::{self, Users},
     },
 };
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 /// How long a guest may take to let go of a card: its driver finishes what it does, and a slot's button is waited for 5 s.
 const LET_GO: Duration = Duration::from_secs(30);
@@ -72,25 +73,43 @@ impl Job {
         let after = Plan { vm: vm.clone(), ..plan.with_devices(&given, plan.machine.hole) };
         let there = qmp.ports().await?;
         let change = there.change(&after.machine.cards)?;
-        let coming = change.plug.iter().map(|(port, card)| (*port, card));
-        let places = ports::places(there.0.len(), coming);
-        self.context.host.devices.place(&plan.name, &places).await?;
-        self.permit(&after, given).await?;
         let vacated = |port| change.unplug.iter().any(|(other, _)| *other == port);
         let (later, now): (Vec<_>, Vec<_>) = change.plug.iter().partition(|(port, _)| vacated(*port));
+        let (count, mut seen) = (there.0.len(), there.functions());
+        self.place(plan, count, &seen, &now).await?;
+        self.permit(&after, given).await?;
         let patience = OPEN + self.context.pinning(&after);
         for (port, card) in now {
             qmp.plug(*port, card, patience).await?;
+            seen.extend(&card.functions);
             checkpoint::reach("devices: one is plugged in");
         }
         for (port, card) in &change.unplug {
             qmp.unplug(*port, card, LET_GO).await?;
+            seen.retain(|address| !card.contains(address));
             checkpoint::reach("devices: one is unplugged");
+            self.place(plan, count, &seen, &[]).await?;
         }
-        for (port, card) in later {
+        // Their ports were others' until now, and of two that are alike one only is in a port.
+        for coming in later {
+            let (port, card) = coming;
+            self.place(plan, count, &seen, &[coming]).await?;
             qmp.plug(*port, card, patience).await?;
+            seen.extend(&card.functions);
         }
         Ok(after)
+    }
+
+    /// Notes where the guest, which has so many ports, sees its devices: those that are `there`, and those that come next.
+    async fn place(
+        &self,
+        plan: &Plan,
+        ports: usize,
+        there: &BTreeSet<Address>,
+        coming: &[&(Port, Card)],
+    ) -> Result<(), StepError> {
+        let places = ports::places(ports, coming.iter().map(|(port, card)| (*port, card)));
+        Ok(self.context.host.devices.place(&plan.name, there, &places).await?)
     }
 
     /// Takes out what the VM is not to have any more.
