@@ -326,16 +326,24 @@ impl Devices {
     ) -> Result<(), DevicesError> {
         let is_its = |holding: &Holding| holding.life.state == State::Leased { vm: vm.into() };
         for key in self.keys(is_its) {
-            if let Some(holding) = lock(&self.held).get_mut(&key).filter(|holding| is_its(holding)) {
+            let before = {
+                let mut held = lock(&self.held);
+                let Some(holding) = held.get_mut(&key).filter(|holding| is_its(holding)) else { continue };
                 let mut places = holding.places.clone();
                 places.retain(|address, _| there.contains(address));
                 places.extend(coming.iter().filter(|(address, _)| holding.has(**address)));
                 if places == holding.places {
                     continue;
                 }
-                holding.places = places;
+                std::mem::replace(&mut holding.places, places)
+            };
+            if let Err(error) = self.keep(key).await {
+                // A later `laird` would not know it, so whoever tries again writes it.
+                if let Some(holding) = lock(&self.held).get_mut(&key).filter(|holding| is_its(holding)) {
+                    holding.places = before;
+                }
+                return Err(error);
             }
-            self.keep(key).await?;
         }
         Ok(())
     }

@@ -500,6 +500,28 @@ async fn vf11_what_is_in_no_port_any_more_has_no_place() {
 }
 
 #[tokio::test]
+async fn vf11_sv5_a_place_that_could_not_be_written_down_is_when_that_is_tried_again() {
+    let host = Host::new();
+    let devices = host.devices();
+    devices.acquire("a", &[at(DISK), at(CARD)]).await.unwrap();
+    let place = |slot: &str| Place { port: address(&format!("0000:00:{slot}.0")), function: 0 };
+    let coming = BTreeMap::from([(address(DISK), place("1a")), (address(CARD), place("1b"))]);
+    let (records, away) = (host.directory.path().join("state/devices"), host.directory.path().join("away"));
+    std::fs::rename(&records, &away).unwrap();
+    std::fs::write(&records, "").unwrap();
+    let before = devices.held();
+    let error = devices.place("a", &BTreeSet::new(), &coming).await.unwrap_err();
+    assert!(matches!(error, DevicesError::Write(_)), "{error}");
+    assert_eq!(devices.held(), before);
+    std::fs::remove_file(&records).unwrap();
+    std::fs::rename(&away, &records).unwrap();
+    devices.place("a", &BTreeSet::new(), &coming).await.unwrap();
+    let functions = host.devices().functions_of("a").into_iter();
+    let recorded = functions.filter_map(|lent| Some((lent.address, lent.place?)));
+    assert_eq!(recorded.collect::<BTreeMap<_, _>>(), coming);
+}
+
+#[tokio::test]
 async fn vf11_a_certificate_has_windows_link_and_errors_before_and_after() {
     let host = Host::new();
     let devices = host.devices();
