@@ -134,6 +134,11 @@ impl Client {
 
     /// What happens, after the event of an id.
     pub async fn events(&self, query: &EventsQuery) -> Result<Lines<Event>, ClientError> {
+        self.events_as(query).await
+    }
+
+    /// The same as what an event is to be read: of one that a later `laird` tells, all is in a [`serde_json::Value`].
+    pub async fn events_as<T: DeserializeOwned>(&self, query: &EventsQuery) -> Result<Lines<T>, ClientError> {
         let after = query.after.map(|id| format!("&after={id}")).unwrap_or_default();
         let path = format!("/v1/events?follow={}{after}", query.follow);
         Ok(Lines::of(self.send(Method::GET, &path, &()).await?))

@@ -100,6 +100,34 @@ async fn a_wait_goes_on_while_laird_is_restarted() {
 }
 
 #[tokio::test]
+async fn cl11_all_that_a_later_laird_tells_of_an_event_is_passed_on() {
+    let host = Host::new();
+    let listener = UnixListener::bind(host.dirs().api_socket()).unwrap();
+    let event =
+        r#"{"id":7,"time":"1970-01-01T00:00:00Z","event":"migrated","vm":"a","to":{"host":"b","ms":[1,2]}}"#;
+    let known = r#"{"id":8,"time":"1970-01-01T00:00:00Z","event":"forgotten","vm":"a","why":"it was old"}"#;
+    let body = format!("{event}\n{known}\n");
+    let served = tokio::spawn(async move {
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let _ = stream.read(&mut [0; 4096]).await.unwrap();
+            let head = "HTTP/1.1 200 OK\r\nlair-api-version: 1\r\ncontent-type: application/jsonl\r\n";
+            let answer = format!("{head}content-length: {}\r\n\r\n{body}", body.len());
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    });
+    let output = host.vmctl(&["--json", "events"]).await;
+    let parsed = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap();
+    let told: Vec<_> = std::str::from_utf8(&output.stdout).unwrap().lines().map(parsed).collect();
+    assert_eq!(told, [parsed(event), parsed(known)]);
+    // For people it is one line each.
+    let text = String::from_utf8(host.vmctl(&["events"]).await.stdout).unwrap();
+    let [unknown, gone] = text.lines().collect::<Vec<_>>()[..] else { panic!("{text}") };
+    assert!(unknown.contains("laird is of a later release") && gone.ends_with("gone"), "{text}");
+    timeout(LIMIT, served).await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn changes_of_several_vms_are_one_document() {
     let mut host = Host::new();
     let fleet = asked_for(&host.fleet(&[("a", 64), ("b", 64), ("c", 64)]));

@@ -16,13 +16,17 @@ pub(crate) struct Arguments {
 
 pub(crate) async fn run(arguments: Arguments, context: &Context) -> Result<ExitCode, CommandError> {
     let query = EventsQuery { follow: arguments.follow, after: arguments.after };
+    if context.json {
+        // As they came: a program may know what this release does not.
+        let mut events = context.client.events_as::<serde_json::Value>(&query).await?;
+        while let Some(event) = events.next().await? {
+            status::print_json_line(&event)?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let mut events = context.client.events(&query).await?;
     while let Some(event) = events.next().await? {
-        if context.json {
-            status::print_json_line(&event)?;
-        } else {
-            println!("{}", harmless(&line(&event)));
-        }
+        println!("{}", harmless(&line(&event)));
     }
     Ok(ExitCode::SUCCESS)
 }
