@@ -42,6 +42,10 @@ pub struct Machine {
     /// Cards of the host that are passed through.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub cards: Vec<Card>,
+    /// Whether its ports are in the slots that [`ports::Port::slot`] tells. Those of a machine that an earlier `laird` started are where its
+    /// hypervisor has put them.
+    #[serde(default)]
+    pub known_slots: bool,
     /// Room above the guest's memory for windows of cards, if they need more than the hypervisor has by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hole: Option<Size>,

@@ -45,7 +45,8 @@ pub struct Holding {
     /// The lease that a VM has, or the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<Certificate>,
-    /// Where the guest of the VM that has them sees them. None of those that it does not see, or that an earlier `laird` gave it.
+    /// Where the guest of the VM that has them sees them. None of those that it does not see, or that are in a machine that an earlier `laird`
+    /// started, whose ports are in slots that nobody knows.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub places: BTreeMap<Address, Place>,
     /// How they were when they were looked at last, after a reset. A lease begins and ends with that.

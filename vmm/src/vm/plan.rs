@@ -152,6 +152,7 @@ fn machine(name: &str, vm: &Vm, dirs: &VmDirs, engine: Engine, kernel: PathBuf) 
             .map(|volume| Disk { serial: volume.name.clone(), image: dirs.volume(&volume.name) })
             .collect(),
         cards: vec![],
+        known_slots: true,
         hole: None,
         console_socket: dirs.hypervisor().join("console.sock"),
         control_socket: dirs.hypervisor().join("qmp.sock"),

@@ -199,6 +199,30 @@ fn vf7_a_device_leaves_a_vm_that_runs_and_another_comes() {
 }
 
 #[test]
+fn vf11_no_place_is_noted_in_a_machine_that_an_earlier_laird_has_started() {
+    let mut host = Host::new();
+    host.with_devices("autostart = false");
+    host.start("a").unwrap();
+    host.settled(&[("a", "ready")]).unwrap();
+    host.kill();
+    let path = host.dirs().vm("a").unwrap().record();
+    let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let machine = record["plan"]["machine"].as_object_mut().unwrap();
+    assert_eq!(machine.remove("known_slots"), Some(true.into()));
+    fs::write(&path, record.to_string()).unwrap();
+    host.laird(None);
+    host.settled(&[("a", "ready")]).unwrap();
+    host.fleet(&[("a", WITH_DISK)]);
+    host.apply().unwrap();
+    let devices = [("vfio-pci vfio-pci 0", DISK), ("- (null) 0", CARD)];
+    host.comes_to(&["port1-0000.01.00.0"], devices).unwrap();
+    assert_eq!(host.place(DISK, DISK), None);
+    // Its next start knows.
+    host.restart("a").unwrap();
+    until(|| host.place(DISK, DISK).filter(|place| place == "0000:00:1a.0 0"));
+}
+
+#[test]
 fn vf11_a_card_that_comes_into_the_port_of_another_is_noted_there_once_that_is_out() {
     let mut host = Host::new();
     host.with_devices(WITH_DISK);

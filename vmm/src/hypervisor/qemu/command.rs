@@ -175,6 +175,7 @@ pub(super) mod tests {
             vsock_socket: "/run/lair/vms/builder/vsock.sock".into(),
             disks: vec![Disk { serial: "state".into(), image: "/var/lib/lair/vms/builder/state.img".into() }],
             cards: vec![],
+            known_slots: true,
             hole: None,
             console_socket: "/run/lair/vms/builder/console.sock".into(),
             control_socket: "/run/lair/vms/builder/qmp.sock".into(),

@@ -100,7 +100,7 @@ impl Job {
         Ok(after)
     }
 
-    /// Notes where the guest, which has so many ports, sees its devices: those that are `there`, and those that come next.
+    /// Notes where the guest, which has so many ports, sees its devices: those that are `there`, and those that come next, where that is known.
     async fn place(
         &self,
         plan: &Plan,
@@ -108,7 +108,8 @@ impl Job {
         there: &BTreeSet<Address>,
         coming: &[&(Port, Card)],
     ) -> Result<(), StepError> {
-        let places = ports::places(ports, coming.iter().map(|(port, card)| (*port, card)));
+        let coming = coming.iter().filter(|_| plan.machine.known_slots);
+        let places = ports::places(ports, coming.map(|(port, card)| (*port, card)));
         Ok(self.context.host.devices.place(&plan.name, there, &places).await?)
     }
 
