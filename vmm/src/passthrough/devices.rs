@@ -335,6 +335,13 @@ impl Devices {
                 if places == holding.places {
                     continue;
                 }
+                // What was said meanwhile is said of what was there before, which may have been in the same port.
+                let comes = places.keys().any(|address| !holding.places.contains_key(address));
+                if let (true, Some(lease), Some(sums)) =
+                    (comes, &mut holding.lease, lock(&self.heard).get(vm).cloned())
+                {
+                    lease.earlier = Some(sums);
+                }
                 std::mem::replace(&mut holding.places, places)
             };
             if let Err(error) = self.keep(key).await {

@@ -499,6 +499,42 @@ async fn vf11_what_is_in_no_port_any_more_has_no_place() {
     assert_eq!([places(&devices), places(&host.devices())], [one.clone(), one]);
 }
 
+/// A guest tells sums, and what comes into a port may well have the address there of what was in it.
+#[tokio::test]
+async fn vf11_what_is_said_of_a_card_until_it_is_out_is_not_said_of_the_one_that_is_like_it() {
+    let host = Host::new();
+    for (name, text) in [("vendor", "0x10de\n"), ("device", "0x2684\n")] {
+        std::fs::write(host.kernel.file(DISK, name), text).unwrap();
+    }
+    host.kernel.answers(DISK);
+    let place = Place { port: address("0000:00:1e.0"), function: 0 };
+    let said = |faults: &[(u32, u64)]| {
+        let mut said = said("one", faults);
+        said.report.devices.truncate(1);
+        said.report.devices[0].port = Some("0000:00:1e.0".into());
+        said
+    };
+    let devices = host.devices();
+    devices.acquire("a", &[at(DISK)]).await.unwrap();
+    devices.place("a", &BTreeSet::new(), &[(address(DISK), place)].into()).await.unwrap();
+    devices.reported("a", &said(&[])).await;
+    // Another is to come in its place, and it fails before it is out.
+    devices.adjust("a", &[at(CARD)]).await.unwrap();
+    devices.reported("a", &said(&[(79, 1)])).await;
+    devices.place("a", &BTreeSet::new(), &[(address(CARD), place)].into()).await.unwrap();
+    devices.reported("a", &said(&[(79, 1)])).await;
+    let blamed = |devices: &Devices| {
+        devices.faults("a").iter().map(|fault| fault[..12].to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!((lease(&devices, CARD).xids(), blamed(&devices)), (0, vec![DISK.to_owned()]));
+    // A later laird knows it as well; and what is said more is said of what is there.
+    let devices = host.devices();
+    devices.reported("a", &said(&[(79, 1)])).await;
+    assert_eq!(blamed(&devices), [DISK]);
+    devices.reported("a", &said(&[(79, 2)])).await;
+    assert_eq!(blamed(&devices), [DISK, CARD]);
+}
+
 #[tokio::test]
 async fn vf11_sv5_a_place_that_could_not_be_written_down_is_when_that_is_tried_again() {
     let host = Host::new();
