@@ -46,3 +46,22 @@ pub struct Host {
 pub fn happenings() -> broadcast::Sender<Happened> {
     broadcast::channel(64).0
 }
+
+/// A host for tests, which has no programs, and devices that nobody has taken.
+#[cfg(test)]
+pub(crate) fn example(facts: HostFacts, dirs: &crate::state::dirs::Dirs) -> Host {
+    let (sysfs, boot_id) = (pci::Sysfs::of_this_host(), "boot".to_owned());
+    let writer = crate::passthrough::write::Writer::of_this_program();
+    Host {
+        facts,
+        engine: facts::Engine::Tcg,
+        tools: tools::Tools { directories: vec![] },
+        cgroups: None,
+        ids: None,
+        address_bits: None,
+        devices: Devices::open(sysfs.clone(), dirs, &boot_id, writer),
+        sysfs,
+        boot_id,
+        happened: happenings(),
+    }
+}

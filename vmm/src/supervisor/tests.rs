@@ -1,8 +1,5 @@
 use super::*;
-use crate::{
-    fleet::{self, limits::HostFacts, units::Size},
-    host::{facts::Engine, tools::Tools},
-};
+use crate::fleet::{self, limits::HostFacts, units::Size};
 use std::path::Path;
 
 const HOST: HostFacts = HostFacts { cpus: 2, memory: Size(64 << 30) };
@@ -11,23 +8,7 @@ const HOST: HostFacts = HostFacts { cpus: 2, memory: Size(64 << 30) };
 async fn supervisor(directory: &Path, vms: usize) -> Arc<Supervisor> {
     let dirs = Dirs { state: directory.join("state"), run: directory.join("run") };
     dirs.create().unwrap();
-    let host = Host {
-        facts: HOST,
-        engine: Engine::Tcg,
-        tools: Tools { directories: vec![] },
-        boot_id: "boot".into(),
-        cgroups: None,
-        ids: None,
-        address_bits: None,
-        sysfs: crate::host::pci::Sysfs::of_this_host(),
-        devices: crate::passthrough::Devices::open(
-            crate::host::pci::Sysfs::of_this_host(),
-            &dirs,
-            "boot",
-            crate::passthrough::write::Writer::of_this_program(),
-        ),
-        happened: crate::host::happenings(),
-    };
+    let host = crate::host::example(HOST, &dirs);
     Supervisor::start(dirs, host, "fleet.toml".into(), fleet_of(vms)).await
 }
 

@@ -555,3 +555,6 @@ fn last_lines(bytes: &[u8]) -> String {
     let lines: Vec<_> = text.lines().collect();
     lines[lines.len().saturating_sub(50)..].iter().map(|line| format!("\n  {line}")).collect()
 }
+
+#[cfg(test)]
+mod tests;
