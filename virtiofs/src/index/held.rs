@@ -3,13 +3,15 @@
 #![allow(unsafe_code)] // A thing that refers to itself.
 
 use super::{bytes::Bytes, manifest::Sections};
+use std::mem::MaybeUninit;
 
 /// Bytes and the sections in them, found once: finding them again for each request takes longer than what is then done with them.
 #[derive(Debug, Clone)]
 pub(super) struct Held {
     bytes: Bytes,
-    /// Of `bytes`, and not to be given out for longer than these live.
-    sections: Sections<'static>,
+    /// Of `bytes`, and not to be given out for longer than these live. Always initialised: it is kept like this because a reference
+    /// promises that what it refers to outlives the call to which it is passed, and these may go with the bytes in such a call.
+    sections: MaybeUninit<Sections<'static>>,
 }
 
 impl Held {
@@ -23,7 +25,7 @@ impl Held {
         // `bytes` is moved or cloned, for as long as any of these lives. The reference does not outlive `bytes`: `find` can keep
         // nothing that it is given, being made for any lifetime; and the sections leave here with the lifetime of `self` only.
         let whole: &'static [u8] = unsafe { &*whole };
-        Some(Self { sections: find(whole)?, bytes })
+        Some(Self { sections: MaybeUninit::new(find(whole)?), bytes })
     }
 
     pub(super) fn bytes(&self) -> &[u8] {
@@ -32,6 +34,7 @@ impl Held {
 
     #[inline]
     pub(super) fn sections(&self) -> Sections<'_> {
-        self.sections
+        // SAFETY: `new` has initialised it, and `bytes` live as long as `self`.
+        unsafe { self.sections.assume_init() }
     }
 }

@@ -209,10 +209,11 @@ mod tests {
         let tree = Tree::new(Scale { store_paths: 3, large: 1 << 20 });
         let directory = tempfile::tempdir().unwrap();
         tree.write(directory.path()).unwrap();
-        let mut known = Known::new(&tree).unwrap();
-        let hot = known.map(directory.path(), &tree.hot).unwrap();
-        let (parent, name) = tree.hot.rsplit_once('/').unwrap();
-        let parent = known.node(parent).unwrap();
+        let mut known = Known::default();
+        let entry = tree.entries.iter().find(|entry| entry.path == tree.hot).unwrap();
+        let [hot, parent] = known.learn(entry).unwrap();
+        assert_eq!(known.map(directory.path(), &tree.hot).unwrap(), hot);
+        let (_, name) = entry.split().unwrap();
         with_echo(Device::Knowing(&known), |queue| {
             for offset in [0_u32, 4096, 200 << 10] {
                 let request = Request::read(hot, 0, offset.into(), 40 << 10);

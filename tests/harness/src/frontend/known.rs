@@ -1,10 +1,11 @@
-//! All answers about a tree, made beforehand: what a device would have that need not find out anything.
+//! Answers about a tree, made beforehand: what a device would have that knows what it will be asked, and need not find out anything.
 //!
-//! No backend can have this: 141,515 inodes take 40 MiB, for one guest, and nothing of it is shared, checked or kept up to date.
+//! No backend can have this: the answers to all that could be asked take many times the room, for one guest, and nothing of it is shared,
+//! checked or kept up to date. Only files are copied from where they are, in the page cache: there would be no end of copies of them.
 
 #![allow(unsafe_code)] // Mapping files.
 
-use crate::tree::{Entry, Kind, Tree};
+use crate::tree::{Entry, Kind};
 use anyhow::{Context, Result};
 use foldhash::fast::RandomState;
 use lair_virtiofs::fuse::{
@@ -20,13 +21,13 @@ pub const KEY_MAX: usize = NODE + 256;
 /// Bytes of a node's number.
 pub const NODE: usize = size_of::<u64>();
 
-/// The root's number.
-const ROOT: u64 = 1;
+/// The first node's number; 1 is a root's.
+const FIRST: u64 = 2;
 
-/// A tree, known by heart.
-#[derive(Debug)]
+/// Parts of a tree, known by heart.
+#[derive(Debug, Default)]
 pub struct Known {
-    /// By node, from [`ROOT`].
+    /// By node, from [`FIRST`].
     attributes: Vec<AttrOut>,
     /// By the directory's node and the name, as they come in a request.
     names: HashMap<Box<[u8]>, EntryOut, RandomState>,
@@ -36,38 +37,33 @@ pub struct Known {
 }
 
 impl Known {
-    /// All names and attributes of the tree.
-    pub fn new(tree: &Tree) -> Result<Self> {
-        let root = AttrOut::default();
-        let mut known = Self {
-            attributes: vec![root, root],
-            names: HashMap::default(),
-            contents: HashMap::default(),
-            nodes: HashMap::new(),
-        };
-        for entry in &tree.entries {
-            let node = known.attributes.len() as u64;
-            let attr = attributes(node, entry);
-            known.attributes.push(AttrOut { attr_valid: 1, attr, ..AttrOut::default() });
-            let (parent, name) = match entry.split() {
-                Some((parent, name)) => (known.node(parent)?, name),
-                None => (ROOT, entry.path.as_str()),
-            };
-            let key = [parent.as_bytes(), name.as_bytes(), b"\0"].concat();
-            known.names.insert(key.into(), EntryOut { nodeid: node, attr, ..EntryOut::default() });
-            known.nodes.insert(entry.path.clone(), node);
+    /// Learns of an inode that is no store path: its node, and that of its directory.
+    pub fn learn(&mut self, entry: &Entry) -> Result<[u64; 2]> {
+        let (parent, name) = entry.split().context("A store path")?;
+        let parent = self.node(parent);
+        let node = self.node(&entry.path);
+        let attr = attributes(node, entry);
+        if let Some(known) = self.attributes.get_mut((node - FIRST) as usize) {
+            *known = AttrOut { attr_valid: 1, attr, ..AttrOut::default() };
         }
-        Ok(known)
+        let key = [parent.as_bytes(), name.as_bytes(), b"\0"].concat();
+        self.names.insert(key.into(), EntryOut { nodeid: node, attr, ..EntryOut::default() });
+        Ok([node, parent])
     }
 
-    /// The node of a path.
-    pub fn node(&self, path: &str) -> Result<u64> {
-        self.nodes.get(path).copied().with_context(|| format!("No {path} is known"))
+    /// The node of a path, a new one if there is none.
+    fn node(&mut self, path: &str) -> u64 {
+        let next = FIRST + self.attributes.len() as u64;
+        let node = *self.nodes.entry(path.into()).or_insert(next);
+        if node == next {
+            self.attributes.push(AttrOut::default());
+        }
+        node
     }
 
     /// Maps a file of the store directory, whole, as it is in the page cache. Its node.
     pub fn map(&mut self, store: &Path, path: &str) -> Result<u64> {
-        let node = self.node(path)?;
+        let node = self.node(path);
         let file = File::open(store.join(path)).with_context(|| format!("Cannot open {path}"))?;
         // SAFETY: a file of the store that is measured, which nobody changes meanwhile.
         let map = unsafe { MmapOptions::new().populate().map(&file) };
@@ -81,7 +77,7 @@ impl Known {
             return self.names.get(key).map(IntoBytes::as_bytes);
         }
         if header.opcode == Opcode::Getattr as u32 {
-            return self.attributes.get(header.nodeid as usize).map(IntoBytes::as_bytes);
+            return self.attributes.get(header.nodeid.checked_sub(FIRST)? as usize).map(IntoBytes::as_bytes);
         }
         let (read, _) = ReadIn::read_from_prefix(key.get(NODE..)?).ok()?;
         let begin = read.offset as usize;

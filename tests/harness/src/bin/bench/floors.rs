@@ -33,7 +33,7 @@ pub(crate) struct Floors {
 impl Floors {
     /// Learns the tree that is in `store`.
     pub(crate) fn new(tree: &Tree, store: &Path) -> Result<Self> {
-        let mut known = Known::new(tree)?;
+        let mut known = Known::default();
         let mut requests = BTreeMap::new();
         for operation in Operation::ALL {
             if let Some(those) = operation::known(operation, tree, store, &mut known)? {

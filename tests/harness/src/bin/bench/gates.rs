@@ -126,7 +126,8 @@ fn latency(results: &Results, operation: Operation, wait: Wait, factor: f64) -> 
     let ratio = theirs as f64 / ours as f64;
     let met = ratio >= factor;
     let limit = match results.floor(operation, wait) {
-        Some(floor) if !met && floor as f64 * factor > theirs as f64 => {
+        // Were it slower than ours, it would be no limit.
+        Some(floor) if !met && floor <= ours && floor as f64 * factor > theirs as f64 => {
             format!("; out of reach: a device that knows all answers takes {:.2} us", floor as f64 / 1e3)
         }
         _ if !met && wait == Wait::Sleeping && SMALL.contains(&operation) => asleep(results, theirs, factor),
@@ -201,6 +202,8 @@ mod tests {
         set(&mut results, Operation::Lookup, Wait::Polling, BEST, 2_900);
         // 20 times the 0.15 us of a device that knows all answers is 3 us.
         assert!(figures(&results).contains("out of reach"), "{}", figures(&results));
+        set(&mut results, Operation::Lookup, Wait::Polling, OURS, 149);
+        assert!(!figures(&results).contains("out of reach"), "what is slower than ours is no limit");
         assert!(!met(&results, "LOOKUP, sleeping"));
         // Of the 2.9 us, an answer 0.2 us later leaves 1.3, and one 0.3 us later none.
         let sleeping =

@@ -257,7 +257,7 @@ impl Work {
     }
 }
 
-/// The operation's requests for a device that knows the tree; what they read is known afterwards. `None` for what no gate is about.
+/// The operation's requests for a device that then knows all answers to them. `None` for what no gate is about.
 pub(crate) fn known(
     operation: Operation,
     tree: &Tree,
@@ -271,12 +271,13 @@ pub(crate) fn known(
     let requests: Result<Vec<_>> = match operation {
         Operation::Lookup => some(tree, 1000)
             .map(|entry| {
-                let (parent, name) = entry.split().context("A store path")?;
-                Ok(Request::lookup(known.node(parent)?, name.as_bytes()))
+                let [_, parent] = known.learn(entry)?;
+                let (_, name) = entry.split().context("A store path")?;
+                Ok(Request::lookup(parent, name.as_bytes()))
             })
             .collect(),
         Operation::Getattr => {
-            some(tree, 1000).map(|entry| Ok(Request::getattr(known.node(&entry.path)?))).collect()
+            some(tree, 1000).map(|entry| Ok(Request::getattr(known.learn(entry)?[0]))).collect()
         }
         Operation::Read4K => {
             small(tree).map(|file| Ok(Request::read(known.map(store, &file.path)?, 0, 0, 4096))).collect()
