@@ -3,6 +3,7 @@
 //! A missing, empty or damaged file is an error. It never means "everything".
 
 use crate::store::{STORE_DIR, StorePath, StorePathError};
+use foldhash::fast::RandomState;
 use nix::{
     fcntl::{OFlag, open},
     sys::stat::Mode,
@@ -97,7 +98,7 @@ impl View {
     /// Parses the text of a view file.
     pub fn parse(text: &[u8]) -> Result<Self, ParseError> {
         let mut paths = Vec::new();
-        let mut seen = HashSet::new();
+        let mut seen = HashSet::<_, RandomState>::default();
         for (index, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
             let number = index + 1;
             let line = line.strip_suffix(b"\n").ok_or(ParseError::Unterminated(number))?;

@@ -12,7 +12,9 @@ use super::{
     slot::{FIRST_INO, REGISTRY_MAX},
 };
 use crate::store::StorePath;
+use foldhash::fast::RandomState;
 use nix::fcntl::OFlag;
+use smallvec::SmallVec;
 use std::{
     collections::HashMap,
     fs::File,
@@ -207,15 +209,15 @@ fn next<'a>(registry: &'a [u8], at: &mut usize) -> Option<(Record, &'a str, usiz
     }
 }
 
-/// The records of some store paths, from the oldest to the newest.
+/// The records of some store paths, from the oldest to the newest. Most have one.
 #[derive(Debug, Default)]
-pub(super) struct Known<'a>(HashMap<&'a str, Vec<Record>>);
+pub(super) struct Known<'a>(HashMap<&'a str, SmallVec<[Record; 1]>, RandomState>);
 
 impl<'a> Known<'a> {
     /// What a registry says of these paths, and of itself.
     pub(super) fn of(paths: impl IntoIterator<Item = &'a StorePath>, registry: &[u8]) -> (Self, Scan) {
-        let mut records: HashMap<&str, Vec<Record>> =
-            paths.into_iter().map(|path| (path.base_name(), Vec::new())).collect();
+        let mut records: HashMap<&str, SmallVec<_>, _> =
+            paths.into_iter().map(|path| (path.base_name(), SmallVec::new())).collect();
         let scan = scan(registry, |name, record| {
             if let Some(list) = records.get_mut(name) {
                 list.push(record);
@@ -226,7 +228,7 @@ impl<'a> Known<'a> {
 
     /// From the newest to the oldest.
     pub(super) fn records(&self, path: &StorePath) -> impl Iterator<Item = &Record> {
-        self.0.get(path.base_name()).map(Vec::as_slice).unwrap_or_default().iter().rev()
+        self.0.get(path.base_name()).map(SmallVec::as_slice).unwrap_or_default().iter().rev()
     }
 }
 

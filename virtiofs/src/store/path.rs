@@ -9,8 +9,10 @@ pub const STORE_DIR: &str = "/nix/store";
 /// Characters of the hash part.
 const HASH_LEN: usize = 32;
 
-/// Nix's base 32: digits and letters without e, o, t and u.
-const BASE32: &[u8] = b"0123456789abcdfghijklmnpqrsvwxyz";
+/// Whether it is of Nix's base 32: digits and letters without e, o, t and u.
+fn is_base32(c: u8) -> bool {
+    matches!(c, b'0'..=b'9' | b'a'..=b'z') && !matches!(c, b'e' | b'o' | b't' | b'u')
+}
 
 /// The most characters that Nix allows in the name part.
 const NAME_MAX: usize = 211;
@@ -53,14 +55,17 @@ impl StorePath {
     pub fn from_base_name(base: &str) -> Result<Self, StorePathError> {
         let (hash, name) = base
             .split_at_checked(HASH_LEN)
-            .filter(|(hash, _)| hash.bytes().all(|c| BASE32.contains(&c)))
+            .filter(|(hash, _)| hash.bytes().all(is_base32))
             .and_then(|(hash, rest)| Some((hash, rest.strip_prefix('-')?)))
             .ok_or_else(|| StorePathError::Hash(shortened(base)))?;
         debug_assert_eq!(hash.len(), HASH_LEN);
         if name.is_empty() || name.len() > NAME_MAX {
             return Err(StorePathError::NameLength(shortened(base), name.len()));
         }
-        if !name.bytes().all(|c| c.is_ascii_alphanumeric() || b"+-._?=".contains(&c)) {
+        if !name
+            .bytes()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, b'+' | b'-' | b'.' | b'_' | b'?' | b'='))
+        {
             return Err(StorePathError::NameCharacter(shortened(base)));
         }
         let first = name.split('-').next().unwrap_or(name);
