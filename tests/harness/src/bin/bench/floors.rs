@@ -64,13 +64,15 @@ impl Floors {
         Ok(())
     }
 
-    /// The medians of all rounds.
+    /// The medians of all rounds; of what shows a limit, the fastest round: a slow one says nothing of what cannot be.
     pub(crate) fn put_into(self, results: &mut Results) {
         let own = |wait| self.own.get(wait_key(wait)).cloned().map(median).unwrap_or_default();
         results.frontend_round_trip_ns = own(Wait::Polling);
         results.frontend_round_trip_sleeping_ns = own(Wait::Sleeping);
-        let floor = |((operation, wait), rounds)| FloorRow { operation, wait, median_ns: median(rounds) };
-        results.floors = self.knowing.into_iter().map(floor).collect();
+        let floor = |((operation, wait), rounds): (_, Vec<u64>)| {
+            rounds.into_iter().min().map(|median_ns| FloorRow { operation, wait, median_ns })
+        };
+        results.floors = self.knowing.into_iter().filter_map(floor).collect();
         let late = |(late_ns, rounds)| LateRow { late_ns, median_ns: median(rounds) };
         results.late = self.late.into_iter().map(late).collect();
     }

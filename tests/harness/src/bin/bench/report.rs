@@ -72,7 +72,7 @@ fn frontend(results: &Results) -> String {
         let title = format!("One at a time, frontend {}: us, median (99th percentile)", wait_key(wait));
         add(&title, latency(results, wait));
     }
-    add("A device that knows all answers, one at a time: us, median", floors(results));
+    add("A device that knows all answers, one at a time, in its fastest round: us, median", floors(results));
     add("A device that answers later, frontend sleeping: us, median", late(results));
     add("CPU time of the backend: us for one operation", cpu(results));
     add("Many in flight: thousand requests each second", throughput(results));
