@@ -27,7 +27,7 @@ const LENGTH_MAX: u64 = 1 << 20;
 /// What is known of devices that go together.
 ///
 /// A field that this `laird` does not know is a later one's word, and says nothing against the device: it is passed over, and lost once the record is
-/// written again. What an earlier `laird` must not pass over has another [`SCHEMA`].
+/// written again. What an earlier `laird` must not pass over has another `schema`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Holding {
     /// The version of the format.
