@@ -21,23 +21,15 @@ use crate::{
         pci::{Address, AerCounts, Bridge, Device, DeviceError, Inventory, InventoryError, Sysfs},
         thread,
     },
-    hypervisor::ports::Place,
     state::{
         dirs::{self, Dirs},
         file::WriteError,
     },
     vm::checkpoint,
 };
-use nix::{
-    errno::Errno,
-    fcntl::OFlag,
-    unistd::{getegid, geteuid},
-};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs::{self, OpenOptions, Permissions},
     io,
-    os::unix::fs::{OpenOptionsExt, PermissionsExt, chown},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -49,9 +41,6 @@ use tokio::{
 
 /// How long the effect of a write may take to be seen, and a device to answer after its reset.
 const SETTLE: Duration = Duration::from_secs(5);
-
-/// How long the descriptors of a hypervisor that has ended may take to be closed: the kernel first lets go of all of the guest's memory.
-const CLOSED: Duration = Duration::from_secs(30);
 
 /// How long a look at devices may take.
 const LOOK: Duration = Duration::from_secs(10);
@@ -314,45 +303,6 @@ impl Devices {
             holding.places.clear();
         }
         Ok(chosen)
-    }
-
-    /// Notes where the guest of `vm` sees functions that it has: those of `there` as it was noted before, `coming` as is told here, and no others.
-    /// Before it sees them: what it says of one is held against no other.
-    pub async fn place(
-        self: &Arc<Self>,
-        vm: &str,
-        there: &BTreeSet<Address>,
-        coming: &BTreeMap<Address, Place>,
-    ) -> Result<(), DevicesError> {
-        let is_its = |holding: &Holding| holding.life.state == State::Leased { vm: vm.into() };
-        for key in self.keys(is_its) {
-            let before = {
-                let mut held = lock(&self.held);
-                let Some(holding) = held.get_mut(&key).filter(|holding| is_its(holding)) else { continue };
-                let mut places = holding.places.clone();
-                places.retain(|address, _| there.contains(address));
-                places.extend(coming.iter().filter(|(address, _)| holding.has(**address)));
-                if places == holding.places {
-                    continue;
-                }
-                // What was said meanwhile is said of what was there before, which may have been in the same port.
-                let comes = places.keys().any(|address| !holding.places.contains_key(address));
-                if let (true, Some(lease), Some(sums)) =
-                    (comes, &mut holding.lease, lock(&self.heard).get(vm).cloned())
-                {
-                    lease.earlier = Some(sums);
-                }
-                std::mem::replace(&mut holding.places, places)
-            };
-            if let Err(error) = self.keep(key).await {
-                // A later `laird` would not know it, so whoever tries again writes it.
-                if let Some(holding) = lock(&self.held).get_mut(&key).filter(|holding| is_its(holding)) {
-                    holding.places = before;
-                }
-                return Err(error);
-            }
-        }
-        Ok(())
     }
 
     fn forget_taken(&self, key: &Address, vm: &str) {
@@ -764,62 +714,6 @@ impl Devices {
         }
     }
 
-    /// Takes the nodes of the groups from the VM that had them.
-    async fn own_nodes(&self, holding: &Holding) -> Result<(), Reason> {
-        // Nobody else could have given them away.
-        if !geteuid().is_root() {
-            return Ok(());
-        }
-        let nodes: Vec<_> = holding.groups().into_iter().map(|group| self.node(group)).collect();
-        in_time(move || {
-            for node in nodes {
-                let (user, group) = (geteuid().as_raw(), getegid().as_raw());
-                let taken = chown(&node, Some(user), Some(group))
-                    .and_then(|()| fs::set_permissions(&node, Permissions::from_mode(0o600)));
-                match taken {
-                    // One that is gone is nobody's.
-                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                        let error =
-                            format!("{} cannot be taken from the VM that had it: {error}", node.display());
-                        return Err(Reason::Host { error });
-                    }
-                    _ => {}
-                }
-            }
-            Ok(())
-        })
-        .await
-    }
-
-    /// Waits until no process has the devices open: a group can be opened once only.
-    async fn await_closed(&self, holding: &Holding) -> Result<(), Reason> {
-        for group in holding.groups() {
-            let (node, began) = (self.node(group), Instant::now());
-            loop {
-                let path = node.clone();
-                let open = in_time(move || {
-                    let flags = OFlag::O_NONBLOCK.bits();
-                    Ok(OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).map(drop))
-                });
-                match open.await? {
-                    Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => {
-                        if began.elapsed() > CLOSED {
-                            return Err(Reason::Open { group, seconds: CLOSED.as_secs() });
-                        }
-                        sleep(POLL).await;
-                    }
-                    // Whether there is one, and what it says, is the hypervisor's concern.
-                    _ => break,
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn node(&self, group: u32) -> PathBuf {
-        self.sysfs.path(&format!("/dev/vfio/{group}"))
-    }
-
     async fn look(&self, address: Address) -> Result<Device, Reason> {
         let sysfs = self.sysfs.clone();
         in_time(move || Device::read(&sysfs, address).map_err(|error| unread(&error))).await
@@ -858,6 +752,7 @@ async fn in_time<T: Send + 'static>(
 }
 
 mod adjust;
+mod nodes;
 pub mod reports;
 #[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::{
+    hypervisor::ports::Place,
     passthrough::{certificate::Verdict, kernel::Kernel},
     shim::protocol::GuestDevices,
 };
