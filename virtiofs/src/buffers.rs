@@ -11,8 +11,61 @@ use vm_memory::{Bytes, VolatileSlice};
 /// The most buffers that one system call takes.
 const IOV_MAX: usize = 1024;
 
-/// Part of a guest's buffers. A read of 128 KiB, of which each page is elsewhere, fits on the stack.
-pub(crate) type Pieces<'a> = SmallVec<[VolatileSlice<'a>; 36]>;
+/// Part of a guest's buffers: so many bytes, after so many that are skipped.
+#[derive(Debug, Clone, Copy)]
+pub struct Part<'b, 'm> {
+    buffers: &'b [VolatileSlice<'m>],
+    skip: usize,
+    length: usize,
+}
+
+impl<'b, 'm> Part<'b, 'm> {
+    /// All of the buffers.
+    pub fn all(buffers: &'b [VolatileSlice<'m>]) -> Self {
+        let length = buffers.iter().map(VolatileSlice::len).fold(0, usize::saturating_add);
+        Self { buffers, skip: 0, length }
+    }
+
+    /// `length` bytes of buffers which have `all` together, after the first `skip`. `None` if that is not in them.
+    pub(crate) fn of(
+        buffers: &'b [VolatileSlice<'m>],
+        all: usize,
+        skip: usize,
+        length: usize,
+    ) -> Option<Self> {
+        (skip.checked_add(length)? <= all).then_some(Self { buffers, skip, length })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.length
+    }
+
+    /// What it has behind its first `count` bytes.
+    fn after(self, count: usize) -> Self {
+        let count = count.min(self.length);
+        let (skip, length) = (self.skip.saturating_add(count), self.length.saturating_sub(count));
+        Self { skip, length, ..self }
+    }
+
+    /// Its pieces, none of which is empty.
+    #[inline]
+    pub(crate) fn pieces(self) -> impl Iterator<Item = VolatileSlice<'m>> + use<'b, 'm> {
+        let (mut skip, mut left) = (self.skip, self.length);
+        self.buffers
+            .iter()
+            .map_while(move |buffer| {
+                if left == 0 {
+                    return None;
+                }
+                let begin = skip.min(buffer.len());
+                skip = skip.saturating_sub(begin);
+                let count = buffer.len().saturating_sub(begin).min(left);
+                left = left.saturating_sub(count);
+                Some(buffer.subslice(begin, count).ok().filter(|piece| !piece.is_empty()))
+            })
+            .flatten()
+    }
+}
 
 /// Copies the beginning of what the buffers hold to `bytes`, as much as there is room for. How much that was.
 pub(crate) fn copy_in(buffers: &[VolatileSlice<'_>], bytes: &mut [u8]) -> usize {
@@ -44,42 +97,16 @@ pub(crate) fn copy_out(buffers: &[VolatileSlice<'_>], bytes: &[u8]) -> usize {
     bytes.len().saturating_sub(left.len())
 }
 
-/// Adds to `pieces`: `length` bytes of the buffers, after their first `skip` bytes. EINVAL if they are shorter.
-pub(crate) fn pieces<'a>(
-    buffers: &[VolatileSlice<'a>],
-    skip: usize,
-    length: usize,
-    pieces: &mut Pieces<'a>,
-) -> Result<(), Errno> {
-    let (mut skip, mut left) = (skip, length);
-    for buffer in buffers {
-        let begin = skip.min(buffer.len());
-        skip = skip.saturating_sub(begin);
-        let count = buffer.len().saturating_sub(begin).min(left);
-        if count > 0 {
-            pieces.push(buffer.subslice(begin, count).map_err(|_| Errno::EINVAL)?);
-            left = left.saturating_sub(count);
-        }
-    }
-    if left == 0 { Ok(()) } else { Err(Errno::EINVAL) }
-}
-
-/// Reads from `offset` of `file` into the pieces until they are full. A file that is shorter by now gives EIO. With `nowait`,
+/// Reads from `offset` of `file` until the buffers are full. A file that is shorter by now gives EIO. With `nowait`,
 /// only what is in memory is read, and EOPNOTSUPP says that the file system cannot do so.
-pub(crate) fn read_file(
-    file: &File,
-    offset: u64,
-    pieces: &[VolatileSlice<'_>],
-    nowait: bool,
-) -> Result<Read, Errno> {
-    let mut offset = offset;
-    let mut left: Pieces<'_> = pieces.into();
-    while !left.is_empty() {
-        match preadv(file, offset, &left, nowait) {
+pub(crate) fn read_file(file: &File, offset: u64, to: Part<'_, '_>, nowait: bool) -> Result<Read, Errno> {
+    let (mut offset, mut left) = (offset, to);
+    while left.len() > 0 {
+        match preadv(file, offset, left, nowait) {
             Ok(0) => return Err(Errno::EIO),
             Ok(read) => {
                 offset = offset.checked_add(read as u64).ok_or(Errno::EINVAL)?;
-                skip(&mut left, read);
+                left = left.after(read);
             }
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) if nowait => return Ok(Read::WouldWait),
@@ -89,25 +116,11 @@ pub(crate) fn read_file(
     Ok(Read::Done)
 }
 
-/// Takes the first `count` bytes away.
-fn skip(pieces: &mut Pieces<'_>, count: usize) {
-    let mut left = count;
-    pieces.retain(|piece| {
-        let gone = left.min(piece.len());
-        left = left.saturating_sub(gone);
-        match piece.offset(gone) {
-            Ok(rest) if !rest.is_empty() => *piece = rest,
-            _ => return false,
-        }
-        true
-    });
-}
-
-fn preadv(file: &File, offset: u64, pieces: &[VolatileSlice<'_>], nowait: bool) -> Result<usize, Errno> {
+fn preadv(file: &File, offset: u64, to: Part<'_, '_>, nowait: bool) -> Result<usize, Errno> {
     let offset = libc::off_t::try_from(offset).map_err(|_| Errno::EINVAL)?;
     // The guards must live until the call is over.
     let guards: SmallVec<[_; 4]> =
-        pieces.iter().take(IOV_MAX).map(|piece| (piece.ptr_guard_mut(), piece.len())).collect();
+        to.pieces().take(IOV_MAX).map(|piece| (piece.ptr_guard_mut(), piece.len())).collect();
     let iovecs: SmallVec<[libc::iovec; 4]> = guards
         .iter()
         .map(|(guard, len)| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: *len })
@@ -160,9 +173,8 @@ mod tests {
         let content: Vec<u8> = (0..=255).cycle().take(10_000).collect();
         file.write_all(&content).unwrap();
         let read = |buffers: &[VolatileSlice<'_>], offset, length, skip| {
-            let mut found = Pieces::new();
-            pieces(buffers, skip, length, &mut found)?;
-            read_file(&file, offset, &found, false)
+            let to = Part::of(buffers, Part::all(buffers).len(), skip, length).ok_or(Errno::EINVAL)?;
+            read_file(&file, offset, to, false)
         };
         // Contiguous, apart, and more than one system call takes.
         let many: Vec<(u64, usize)> = (0..2000).map(|i| (i * 10, 5)).collect();
@@ -181,17 +193,17 @@ mod tests {
     #[test]
     fn pieces_go_on_in_mid_piece() {
         let mem = memory();
-        let mut left = Pieces::new();
-        pieces(&slices(&mem, &[(0, 10), (20, 10), (40, 10)]), 5, 20, &mut left).unwrap();
-        let lengths = |pieces: &Pieces<'_>| pieces.iter().map(VolatileSlice::len).collect::<Vec<_>>();
-        assert_eq!(lengths(&left), [5, 10, 5]);
-        skip(&mut left, 5);
-        assert_eq!(lengths(&left), [10, 5]);
-        skip(&mut left, 3);
-        assert_eq!(lengths(&left), [7, 5]);
-        skip(&mut left, 11);
-        assert_eq!(lengths(&left), [1]);
-        skip(&mut left, 1);
-        assert!(left.is_empty());
+        let buffers = slices(&mem, &[(0, 10), (15, 0), (20, 10), (40, 10)]);
+        let lengths = |part: Part<'_, '_>| part.pieces().map(|piece| piece.len()).collect::<Vec<_>>();
+        let part = Part::of(&buffers, 30, 5, 20).unwrap();
+        assert_eq!(lengths(part), [5, 10, 5]);
+        assert_eq!(lengths(part.after(5)), [10, 5]);
+        assert_eq!(lengths(part.after(8)), [7, 5]);
+        assert_eq!(lengths(part.after(19)), [1]);
+        assert!(lengths(part.after(20)).is_empty());
+        assert_eq!(part.after(21).len(), 0);
+        assert_eq!(lengths(Part::all(&buffers)), [10, 10, 10]);
+        assert!(Part::of(&buffers, 30, 11, 20).is_none());
+        assert!(Part::of(&buffers, 30, usize::MAX, 1).is_none());
     }
 }

@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)] // Mapping, copying from what may change, and a signal handler.
 
+use super::{Part, copy::copy};
 use memmap2::{Mmap, MmapOptions};
 use nix::{
     errno::Errno,
@@ -17,13 +18,12 @@ use std::{
     cell::Cell,
     fs::File,
     io,
-    ptr::{copy_nonoverlapping, null, read_volatile},
+    ptr::{null, read_volatile},
     sync::{
         OnceLock,
         atomic::{AtomicBool, AtomicUsize, Ordering, fence},
     },
 };
-use vm_memory::VolatileSlice;
 
 /// A whole file, mapped.
 #[derive(Debug)]
@@ -75,15 +75,14 @@ impl Mapping {
         self.lost.load(Ordering::Relaxed)
     }
 
-    /// Copies what is at `offset` in the file to `pieces`, until they are full. EINVAL beyond the mapping's end, EIO if the
+    /// Copies what is at `offset` in the file to buffers of the guest, until they are full. EINVAL beyond the mapping's end, EIO if the
     /// file is, or once was, shorter.
     ///
     /// Behind a file's end, its last page is zeros, so a file that was cut in the last page of what is copied looks whole. It is
     /// not if the page behind is still there. Where the mapping has none, the answer is [`Copied::ToLastPage`]: the caller has to
     /// ask how long the file is.
-    pub(super) fn copy(&self, offset: usize, pieces: &[VolatileSlice<'_>]) -> Result<Copied, Errno> {
-        let length = pieces.iter().map(VolatileSlice::len).fold(0, usize::saturating_add);
-        let end = offset.checked_add(length).filter(|&end| end <= self.map.len()).ok_or(Errno::EINVAL)?;
+    pub(super) fn copy(&self, offset: usize, to: Part<'_, '_>) -> Result<Copied, Errno> {
+        let end = offset.checked_add(to.len()).filter(|&end| end <= self.map.len()).ok_or(Errno::EINVAL)?;
         let begin: *const u8 = self.map.as_ptr();
         let address = |at| begin.addr().saturating_add(at);
         let page = PAGE.load(Ordering::Relaxed);
@@ -91,12 +90,12 @@ impl Mapping {
         let last = behind.map_or(end, |behind| behind.saturating_add(1));
         COPYING.set(Copying { begin: address(offset), end: address(last), lost: &raw const self.lost });
         let mut from = begin.wrapping_add(offset);
-        for piece in pieces {
+        for piece in to.pieces() {
             let to = piece.ptr_guard_mut();
-            // SAFETY: `from` and the piece's length are within the mapping, as the sum of all lengths is. The piece is
+            // SAFETY: `from` and the piece's length are within the mapping, as all of them are. The piece is
             // mapped guest memory, which its owner keeps mapped. The two do not overlap, as the file's mapping is ours alone.
             // Either may change meanwhile: what is copied are bytes, of which any value is valid.
-            unsafe { copy_nonoverlapping(from, to.as_ptr(), piece.len()) };
+            unsafe { copy(from, to.as_ptr(), piece.len()) };
             from = from.wrapping_add(piece.len());
         }
         if let Some(behind) = behind {
@@ -105,7 +104,7 @@ impl Mapping {
         }
         COPYING.set(NOTHING);
         // Another thread may have replaced a page before this one came to it.
-        fence(Ordering::SeqCst);
+        fence(Ordering::Acquire);
         match behind {
             _ if self.is_lost() => Err(Errno::EIO),
             Some(_) => Ok(Copied::Whole),
@@ -177,18 +176,18 @@ mod tests {
             mem.read_slice(&mut bytes, GuestAddress(4096)).unwrap();
             bytes
         };
-        assert_eq!(mapping.copy(7, &pieces(20_000)), Ok(Copied::Whole));
-        assert_eq!(mapping.copy(0, &pieces(49_152)), Ok(Copied::Whole));
-        assert_eq!(mapping.copy(0, &pieces(49_153)), Ok(Copied::ToLastPage));
-        mapping.copy(7, &pieces(20_000)).unwrap();
+        assert_eq!(mapping.copy(7, Part::all(&pieces(20_000))), Ok(Copied::Whole));
+        assert_eq!(mapping.copy(0, Part::all(&pieces(49_152))), Ok(Copied::Whole));
+        assert_eq!(mapping.copy(0, Part::all(&pieces(49_153))), Ok(Copied::ToLastPage));
+        mapping.copy(7, Part::all(&pieces(20_000))).unwrap();
         assert_eq!(copied(20_000), content[7..20_007]);
-        assert_eq!(mapping.copy(49_999, &pieces(2)), Err(Errno::EINVAL));
-        assert_eq!(mapping.copy(usize::MAX, &pieces(2)), Err(Errno::EINVAL));
+        assert_eq!(mapping.copy(49_999, Part::all(&pieces(2))), Err(Errno::EINVAL));
+        assert_eq!(mapping.copy(usize::MAX, Part::all(&pieces(2))), Err(Errno::EINVAL));
         file.set_len(8192).unwrap();
-        assert_eq!(mapping.copy(0, &pieces(50_000)), Err(Errno::EIO));
+        assert_eq!(mapping.copy(0, Part::all(&pieces(50_000))), Err(Errno::EIO));
         assert!(mapping.is_lost());
         // The zeros in it are never taken for contents.
-        assert_eq!(mapping.copy(20_000, &pieces(100)), Err(Errno::EIO));
+        assert_eq!(mapping.copy(20_000, Part::all(&pieces(100))), Err(Errno::EIO));
     }
 
     #[test]
@@ -199,9 +198,9 @@ mod tests {
             let file = tempfile::tempfile().unwrap();
             file.set_len(50_000).unwrap();
             let mapping = Mapping::new(&file, 50_000).unwrap();
-            assert_eq!(mapping.copy(0, &piece(length)), Ok(Copied::Whole));
+            assert_eq!(mapping.copy(0, Part::all(&piece(length))), Ok(Copied::Whole));
             file.set_len(cut).unwrap();
-            assert_eq!(mapping.copy(0, &piece(length)), Err(Errno::EIO), "{cut} {length}");
+            assert_eq!(mapping.copy(0, Part::all(&piece(length))), Err(Errno::EIO), "{cut} {length}");
         }
     }
 }

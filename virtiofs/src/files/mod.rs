@@ -2,10 +2,14 @@
 
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::cast_possible_truncation)]
 
+mod copy;
 mod mapping;
 mod open_file;
+mod recent;
 
+pub use crate::buffers::Part;
 pub use open_file::{OpenFile, Read};
+pub use recent::{RECENT_MAX, Recent};
 
 use crate::{
     beneath,

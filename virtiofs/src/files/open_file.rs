@@ -3,7 +3,10 @@
 //! What the page cache holds is read at once: by `preadv2` with RWF_NOWAIT, or, when a file is read again and again, by copying
 //! from a mapping of it. What would have to come from a disk first is left to the caller, who may have others waiting.
 
-use super::mapping::{Copied, Mapping};
+use super::{
+    Part,
+    mapping::{Copied, Mapping},
+};
 use crate::buffers;
 use nix::{errno::Errno, sys::stat::fstat};
 use std::{
@@ -11,11 +14,10 @@ use std::{
     os::unix::fs::FileExt,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
-use vm_memory::VolatileSlice;
 
 /// The most bytes that are mapped of all files together. Page tables for it take 2 MiB.
 const MAPPED_MAX: u64 = 1 << 30;
@@ -30,6 +32,9 @@ const MAP_AFTER: u64 = 256 << 10;
 
 /// A copy that took longer than this came from a disk.
 const SLOW: Duration = Duration::from_millis(1);
+
+/// One in so many copies from a mapping is timed: looking at the clock twice takes longer than copying a page.
+const TIMED: u8 = 8;
 
 /// How much of a file is read at once to bring it into the page cache.
 const WARM_PIECE: usize = 128 << 10;
@@ -62,19 +67,28 @@ pub struct OpenFile {
     abilities: Arc<Abilities>,
     /// Bytes read since it was last found to be cold.
     served: AtomicU64,
+    /// Copies from the mapping.
+    copies: AtomicU8,
     mapping: OnceLock<Option<Mapping>>,
 }
 
 impl OpenFile {
     /// `size` is the index's: no more than that is ever asked for.
     pub(super) fn new(file: File, size: u64, abilities: Arc<Abilities>) -> Self {
-        Self { file, size, abilities, served: AtomicU64::new(0), mapping: OnceLock::new() }
+        Self {
+            file,
+            size,
+            abilities,
+            served: AtomicU64::new(0),
+            copies: AtomicU8::new(0),
+            mapping: OnceLock::new(),
+        }
     }
 
-    /// Reads from `offset` into `pieces` until they are full. EIO if the file is shorter by now. With `wait`, it never is
+    /// Reads from `offset` until the buffers are full. EIO if the file is shorter by now. With `wait`, it never is
     /// [`Read::WouldWait`].
-    pub fn read(&self, offset: u64, pieces: &[VolatileSlice<'_>], wait: bool) -> Result<Read, Errno> {
-        let length = pieces.iter().map(|piece| piece.len() as u64).fold(0, u64::saturating_add);
+    pub fn read(&self, offset: u64, to: Part<'_, '_>, wait: bool) -> Result<Read, Errno> {
+        let length = to.len() as u64;
         let served = self.served.load(Ordering::Relaxed);
         let again = served >= self.size.saturating_mul(2);
         let read = if again
@@ -82,18 +96,20 @@ impl OpenFile {
             && let Some(mapping) = self.mapping()
         {
             let from = usize::try_from(offset).map_err(|_| Errno::EINVAL)?;
-            let since = Instant::now();
-            let copied = mapping.copy(from, pieces);
-            self.time(since);
+            let since = self.is_timed().then(Instant::now);
+            let copied = mapping.copy(from, to);
+            if let Some(since) = since {
+                self.time(since);
+            }
             let end = offset.saturating_add(length);
             match copied? {
                 Copied::ToLastPage if fstat(&self.file)?.st_size.cast_unsigned() < end => Err(Errno::EIO),
                 Copied::ToLastPage | Copied::Whole => Ok(Read::Done),
             }
         } else if wait {
-            buffers::read_file(&self.file, offset, pieces, false)
+            buffers::read_file(&self.file, offset, to, false)
         } else if self.abilities.nowait.load(Ordering::Relaxed) {
-            match buffers::read_file(&self.file, offset, pieces, true) {
+            match buffers::read_file(&self.file, offset, to, true) {
                 Err(Errno::EOPNOTSUPP) => {
                     self.abilities.nowait.store(false, Ordering::Relaxed);
                     Ok(Read::WouldWait)
@@ -103,7 +119,7 @@ impl OpenFile {
         } else if again {
             // Nothing tells what is in memory. What was read lately probably is.
             let since = Instant::now();
-            let read = buffers::read_file(&self.file, offset, pieces, false);
+            let read = buffers::read_file(&self.file, offset, to, false);
             self.time(since);
             read
         } else {
@@ -128,6 +144,14 @@ impl OpenFile {
             }
         }
         Ok(())
+    }
+
+    /// Whether the next copy is timed.
+    fn is_timed(&self) -> bool {
+        let copies = self.copies.load(Ordering::Relaxed).wrapping_add(1);
+        // Two at the same time may count as one.
+        self.copies.store(copies, Ordering::Relaxed);
+        copies.is_multiple_of(TIMED)
     }
 
     /// Times the reading of what was thought to be in memory. If it was not, the file counts as cold again.

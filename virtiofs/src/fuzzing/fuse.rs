@@ -5,6 +5,7 @@
 
 use super::{input::Input, reply, world::World};
 use crate::{
+    files::Part,
     fuse::{Opcode, Outcome, Request, Session},
     index::{Kind, Node},
     stats::Requests,
@@ -65,7 +66,7 @@ fn answer(session: &Session, stats: &Requests, request: &[u8], room: usize) -> O
             assert!(read.offset.checked_add(u64::from(read.length)).is_some_and(|end| end <= inode.size()));
             let mut content = vec![0; read.length as usize];
             let file = service.files.get(&tree, read.node, true).unwrap().unwrap();
-            file.read(read.offset, &[VolatileSlice::from(content.as_mut_slice())], true).unwrap();
+            file.read(read.offset, Part::all(&[VolatileSlice::from(content.as_mut_slice())]), true).unwrap();
             reply.extend(content);
             Some(reply)
         }

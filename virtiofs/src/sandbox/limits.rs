@@ -1,7 +1,10 @@
 //! Resource limits. None of them may be raised again without privileges.
 
 use super::SandboxError;
-use crate::{files::OPEN_MAX, vhost::Config};
+use crate::{
+    files::{OPEN_MAX, RECENT_MAX},
+    vhost::Config,
+};
 use nix::{
     sys::resource::{Resource, getrlimit, setrlimit},
     unistd::{SysconfVar, sysconf},
@@ -25,7 +28,8 @@ const DATA: u64 = 256 << 20;
 pub(super) fn set(directories: usize) -> Result<(), SandboxError> {
     // The request queues, and that of high priority.
     let queues = PER_QUEUE.saturating_mul(u64::from(Config::REQUEST_QUEUES_MAX).saturating_add(1));
-    let files = [OPEN_MAX.get() as u64, REGIONS, queues, OTHERS, directories as u64];
+    let open = OPEN_MAX.get().saturating_add(RECENT_MAX) as u64;
+    let files = [open, REGIONS, queues, OTHERS, directories as u64];
     open_files(files.into_iter().fold(0, u64::saturating_add))?;
     limit(Resource::RLIMIT_DATA, "private memory in bytes", data_in_use()?.saturating_add(DATA))?;
     limit(Resource::RLIMIT_CORE, "core dumps", 0)?;

@@ -73,7 +73,7 @@ impl Device {
                 vrings: vrings.clone(),
                 number,
                 stats: stats.clone(),
-                state: Mutex::new(State::default()),
+                state: Mutex::new(State::one_of(service.requests.len())),
             })
         };
         Self {

@@ -38,7 +38,7 @@ impl OneQueue {
             // It never polls.
             number: 0,
             stats: Arc::default(),
-            state: Mutex::new(State::default()),
+            state: Mutex::new(State::one_of(1)),
         };
         Self { queue: Arc::new(queue), vring }
     }

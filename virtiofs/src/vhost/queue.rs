@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     buffers,
-    files::Read,
+    files::{Part, Read, Recent},
     fuse::{FileRead, Opcode, Outcome, Request, Session, TreeCache},
     index::Tree,
     stats::Requests,
@@ -79,7 +79,6 @@ pub(super) struct Queue {
 
 /// What is kept for a queue besides the library's state, whose next available index is always the next used one here: what is
 /// taken but not published would be taken again after a stop.
-#[derive(Default)]
 pub(super) struct State {
     phase: Phase,
     /// Its size in descriptors, which is fixed while it runs.
@@ -101,12 +100,7 @@ struct Scratch {
     request: [u8; REQUEST_MAX],
     reply: Vec<u8>,
     trail: Trail,
-}
-
-impl Default for Scratch {
-    fn default() -> Self {
-        Self { request: [0; REQUEST_MAX], reply: Vec::new(), trail: Trail::default() }
-    }
+    recent: Recent,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
@@ -175,6 +169,7 @@ impl Queue {
         let mut state = self.lock();
         state.phase = Phase::Stopped;
         state.forget();
+        state.scratch.recent.clear();
     }
 
     /// Serves all that the guest has made available.
@@ -394,8 +389,9 @@ impl Queue {
         let mut chain = Chain::default();
         let answer = match ring.walk(head, &mut chain) {
             Ok(()) => {
-                read.header(&mut state.scratch.reply);
-                self.read(&self.service.server.tree(), &mut state.scratch.reply, &chain, &read, true)
+                let Scratch { reply, recent, .. } = &mut *state.scratch;
+                read.header(reply);
+                self.read(&self.service.server.tree(), reply, recent, &chain, &read, true)
             }
             Err(error) => self.bad_chain(&error),
         };
@@ -481,7 +477,7 @@ impl Queue {
         if let Err(error) = ring.walk(head, chain) {
             return (None, self.bad_chain(&error));
         }
-        let Scratch { request, reply, .. } = scratch;
+        let Scratch { request, reply, recent, .. } = scratch;
         let count = buffers::copy_in(&chain.readable, request);
         let bytes = request.get(..count).unwrap_or_default();
         let request = Request { bytes, total: u64::from(chain.request) };
@@ -489,7 +485,7 @@ impl Queue {
         let answer = match server.handle(tree, &self.session, &self.stats, request, room(chain), reply) {
             Outcome::Silent => Answer::Used(0),
             Outcome::Reply => reply_with(chain, reply),
-            Outcome::Read(read) => self.read(tree, reply, chain, &read, false),
+            Outcome::Read(read) => self.read(tree, reply, recent, chain, &read, false),
         };
         (request.opcode(), answer)
     }
@@ -507,12 +503,13 @@ impl Queue {
         &self,
         tree: &Tree,
         reply: &mut Vec<u8>,
+        recent: &mut Recent,
         chain: &Chain<'_>,
         read: &FileRead,
         wait: bool,
     ) -> Answer {
         let Service { server, files, trouble, .. } = &*self.service;
-        match self.read_into(tree, chain, read, reply.len(), wait) {
+        match self.read_into(tree, recent, chain, read, reply.len(), wait) {
             Ok(Read::WouldWait) => Answer::Waits(*read, Instant::now()),
             Ok(Read::Done) => match reply_with(chain, reply) {
                 Answer::Used(header) => Answer::Used(header.saturating_add(read.length)),
@@ -533,6 +530,7 @@ impl Queue {
     fn read_into(
         &self,
         tree: &Tree,
+        recent: &mut Recent,
         chain: &Chain<'_>,
         read: &FileRead,
         header: usize,
@@ -540,10 +538,9 @@ impl Queue {
     ) -> Result<Read, Errno> {
         let files = &self.service.files;
         let length = usize::try_from(read.length).map_err(|_| Errno::EINVAL)?;
-        let mut pieces = buffers::Pieces::new();
-        buffers::pieces(&chain.writable, header, length, &mut pieces)?;
-        match files.get(tree, read.node, wait)? {
-            Some(file) => file.read(read.offset, &pieces, wait),
+        let to = Part::of(&chain.writable, room(chain), header, length).ok_or(Errno::EINVAL)?;
+        match recent.get(files, tree, read.node, wait)? {
+            Some(file) => file.read(read.offset, to, wait),
             None => Ok(Read::WouldWait),
         }
     }
@@ -554,6 +551,23 @@ impl Queue {
 }
 
 impl State {
+    /// That of one of so many queues.
+    pub(super) fn one_of(queues: usize) -> Self {
+        let recent = Recent::one_of(queues);
+        let scratch =
+            Scratch { request: [0; REQUEST_MAX], reply: Vec::new(), trail: Trail::default(), recent };
+        Self {
+            phase: Phase::default(),
+            size: 0,
+            epoch: 0,
+            pending: VecDeque::new(),
+            pace: Pace::default(),
+            untimed: 0,
+            vring: None,
+            scratch: Box::new(scratch),
+        }
+    }
+
     /// Gives up what is not published.
     fn forget(&mut self) {
         self.epoch = self.epoch.wrapping_add(1);

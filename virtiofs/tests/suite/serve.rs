@@ -7,7 +7,7 @@ use crate::{
     hostile::seconds,
 };
 use lair_virtiofs::{
-    files::OPEN_MAX,
+    files::{OPEN_MAX, RECENT_MAX},
     fuse::{Opcode, wire::EntryOut},
 };
 use nix::{errno::Errno, sys::stat::Mode};
@@ -225,7 +225,10 @@ fn fu18_open_files_are_bounded() {
         assert_eq!(read(&connection, &mut guest, node, 0, 100).unwrap(), format!("{i}").as_bytes());
     }
     if let (Some(before), Some(after)) = (before, program.descriptors()) {
-        assert_eq!(after - before, OPEN_MAX.get());
+        assert!(
+            (OPEN_MAX.get()..=OPEN_MAX.get() + RECENT_MAX).contains(&(after - before)),
+            "{before} {after}"
+        );
     }
     assert_eq!(program.stat("lair_virtiofs_opens_total"), count as u64);
     // Those that had to go are opened again, and our own needs are met: a connection, and memory in many pieces.
