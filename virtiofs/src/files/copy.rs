@@ -16,7 +16,7 @@ type Block = [u8; 128];
 /// # Safety
 ///
 /// As for [`copy_nonoverlapping`] of bytes.
-pub(super) unsafe fn copy(from: *const u8, to: *mut u8, length: usize) {
+pub unsafe fn copy(from: *const u8, to: *mut u8, length: usize) {
     #[cfg(target_arch = "x86_64")]
     if is_x86_feature_detected!("avx") {
         // SAFETY: as the caller promises; and the processor has the vectors.

@@ -8,6 +8,7 @@ mod open_file;
 mod recent;
 
 pub use crate::buffers::Part;
+pub use copy::copy;
 pub use open_file::{OpenFile, Read};
 pub use recent::{RECENT_MAX, Recent};
 

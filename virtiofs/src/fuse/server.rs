@@ -238,9 +238,10 @@ impl Server {
         if !session.is_live() {
             return Err(Errno::EIO);
         }
-        let node = || NodeId::from_wire(call.node).and_then(|id| tree.node(id)).ok_or(Errno::ESTALE);
+        let id = || NodeId::from_wire(call.node).ok_or(Errno::ESTALE);
+        let node = || tree.node(id()?).ok_or(Errno::ESTALE);
         match opcode {
-            Opcode::Lookup => match lookup(tree, &node()?, call.body)? {
+            Opcode::Lookup => match lookup(tree, id()?, call.body)? {
                 Found::Node(node) => body(entry_out(&node), reply),
                 Found::NotYet(name) => self.denied_lookup(name, reply),
                 // The guest may remember that.
@@ -300,7 +301,22 @@ enum Found<'a> {
 }
 
 #[inline(always)]
-fn lookup<'a>(tree: &'a Tree, parent: &Node<'a>, name: &'a [u8]) -> Result<Found<'a>, Errno> {
+fn lookup<'a>(tree: &'a Tree, parent: NodeId, name: &'a [u8]) -> Result<Found<'a>, Errno> {
+    // What is there is found without a look at its directory, which would be one more thing to wait for.
+    if let NodeId::Inode { slot, number } = parent
+        && let Some((0, name)) = name.split_last()
+        && !matches!(name, b"." | b"..")
+        && let Some(entry) = tree.entry(slot)
+        && let Some((number, inode)) = entry.manifest.lookup(number, name).map_err(|_| Errno::EIO)?
+    {
+        return Ok(Found::Node(Node::Inode { entry, number, inode }));
+    }
+    let parent = tree.node(parent).ok_or(Errno::ESTALE)?;
+    not_found(tree, &parent, name)
+}
+
+/// What to say of a name that is not that of an inode in a store path's directory.
+fn not_found<'a>(tree: &'a Tree, parent: &Node<'a>, name: &'a [u8]) -> Result<Found<'a>, Errno> {
     let Some((0, name)) = name.split_last() else {
         return Err(if name.len() > NAME_MAX { Errno::ENAMETOOLONG } else { Errno::EINVAL });
     };
@@ -323,11 +339,7 @@ fn lookup<'a>(tree: &'a Tree, parent: &Node<'a>, name: &'a [u8]) -> Result<Found
     }
     match parent {
         Node::Root(_) => Ok(tree.lookup(name).map_or(Found::NotYet(name), Found::Node)),
-        Node::Inode { entry, inode, .. } => match entry.manifest.lookup(inode, name) {
-            Ok(Some((number, inode))) => Ok(Found::Node(Node::Inode { entry, number, inode })),
-            Ok(None) => check_name(name).map(|()| Found::Never),
-            Err(_) => Err(Errno::EIO),
-        },
+        Node::Inode { .. } => check_name(name).map(|()| Found::Never),
     }
 }
 

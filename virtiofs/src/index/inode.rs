@@ -22,8 +22,7 @@ pub enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Inode {
-    /// Bytes of a file, or of a symbolic link's target. Directory: where its table begins among the tables, plus one; 0 if it
-    /// has none.
+    /// Bytes of a file, or of a symbolic link's target; 0 for a directory.
     pub(super) size: u64,
     /// The directory that holds it; 0 for the store path itself.
     pub parent: u32,

@@ -1,7 +1,7 @@
 //! The metadata of one store path as one run of bytes, with offsets instead of pointers, so that it is the same in memory and
 //! in a mapped file.
 //!
-//! A [`Header`], then the inodes, the hash tables of large directories, the names and the targets of symbolic links, all of them
+//! A [`Header`], then the inodes, the hash table of their names, the names and the targets of symbolic links, all of them
 //! filled up to 8 bytes. Inodes are numbered breadth-first from 0, the store path itself. A directory's children so are one
 //! contiguous range, and are sorted by the bytes of their names. A second name of a file (a hard link) is an alias: a record that has a name and refers to the
 //! first one. Nothing in here is trusted further than that no access can go wrong; what the checksum is good for is damage.
@@ -10,7 +10,7 @@ use super::{
     bytes::Bytes,
     held::Held,
     inode::{Inode, Kind},
-    table,
+    table::{self, Place},
 };
 use std::ops::Range;
 use thiserror::Error;
@@ -20,7 +20,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 const MAGIC: [u8; 3] = *b"LMa";
 
 /// The version of the format.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// The beginning of a manifest.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -33,8 +33,8 @@ struct Header {
     /// How many of the inodes are aliases.
     aliases: u32,
     inodes: u32,
-    /// The length of all tables, in words of 32 bits.
-    tables: u32,
+    /// The length of the table, in places; 0 if there is none.
+    table: u32,
     /// Bytes of all names.
     names: u32,
     /// Bytes of all targets.
@@ -71,7 +71,7 @@ pub enum ManifestError {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sections<'a> {
     pub(super) inodes: &'a [Inode],
-    pub(super) tables: &'a [u32],
+    pub(super) table: &'a [Place],
     pub(super) names: &'a [u8],
     pub(super) targets: &'a [u8],
 }
@@ -111,27 +111,38 @@ impl<'a> Sections<'a> {
         directory.is_directory().then(|| range(self.inodes, directory.first, u64::from(directory.count)))?
     }
 
-    fn table(&self, directory: &Inode) -> Option<&'a [u32]> {
-        let start = u32::try_from(directory.size.checked_sub(1)?).ok()?;
-        let length = table::length(usize::try_from(directory.count).ok()?)?;
-        range(self.tables, start, u64::try_from(length).ok()?)
-    }
-
-    /// The position of the child with this name.
-    fn find(&self, directory: &Inode, name: &[u8]) -> Result<Option<usize>, ManifestError> {
-        let children = self.children(directory).ok_or(ManifestError::Range)?;
+    /// The number and the record of the child with this name of the directory with this number. Where there is a table, the directory's
+    /// own record is not looked at.
+    #[inline]
+    fn find(&self, directory: u32, name: &[u8]) -> Result<Option<(u32, &'a Inode)>, ManifestError> {
+        if self.table.is_empty() {
+            return self.search(directory, name);
+        }
         let hash = table::hash(name);
         let tag = table::tag(hash);
-        let is = |child: &Inode| child.tag == tag && self.name(child) == name;
-        if directory.size != 0 {
-            let table = self.table(directory).ok_or(ManifestError::Range)?;
-            return Ok(table::find(table, hash, |position| children.get(position).is_some_and(is)));
+        // A loop, since the compiler puts what is chained into a function of its own.
+        for place in table::find(self.table, directory, hash) {
+            let child = self.inode(place.number).ok_or(ManifestError::Range)?;
+            if child.tag == tag
+                && child.parent == directory
+                && range(self.names, place.name, u64::from(child.name_len)) == Some(name)
+            {
+                return Ok(Some((place.number, child)));
+            }
         }
-        if children.len() <= table::SMALL {
-            // Their records are neighbours, so a look at each is cheaper than jumps between records and names.
-            return Ok(children.iter().position(is));
-        }
-        Ok(children.binary_search_by(|child| self.name(child).cmp(name)).ok())
+        Ok(None)
+    }
+
+    /// The same, without a table.
+    #[cold]
+    fn search(&self, directory: u32, name: &[u8]) -> Result<Option<(u32, &'a Inode)>, ManifestError> {
+        let Some(directory) = self.inode(directory).filter(|inode| inode.is_directory()) else {
+            return Ok(None);
+        };
+        let children = self.children(directory).ok_or(ManifestError::Range)?;
+        let Ok(at) = children.binary_search_by(|child| self.name(child).cmp(name)) else { return Ok(None) };
+        let number = u32::try_from(at).ok().and_then(|at| directory.first.checked_add(at));
+        number.zip(children.get(at)).map(Some).ok_or(ManifestError::Range)
     }
 
     /// The manifest of these sections; `None` if 32 bits do not hold their lengths.
@@ -143,15 +154,15 @@ impl<'a> Sections<'a> {
             version: VERSION,
             aliases: u32::try_from(aliases).ok()?,
             inodes: u32::try_from(self.inodes.len()).ok()?,
-            tables: u32::try_from(self.tables.len()).ok()?,
+            table: u32::try_from(self.table.len()).ok()?,
             names: u32::try_from(self.names.len()).ok()?,
             targets: u32::try_from(self.targets.len()).ok()?,
         };
         let layout = header.layout()?;
         let mut words = vec![0u64; layout.end.checked_div(8)?].into_boxed_slice();
         let bytes = words.as_mut_bytes();
-        bytes.get_mut(HEADER..layout.tables.start)?.copy_from_slice(self.inodes.as_bytes());
-        bytes.get_mut(layout.tables.clone())?.copy_from_slice(self.tables.as_bytes());
+        bytes.get_mut(HEADER..layout.table.start)?.copy_from_slice(self.inodes.as_bytes());
+        bytes.get_mut(layout.table.clone())?.copy_from_slice(self.table.as_bytes());
         bytes.get_mut(layout.names.clone())?.copy_from_slice(self.names);
         bytes.get_mut(layout.targets.clone())?.copy_from_slice(self.targets);
         bytes.get_mut(..HEADER)?.copy_from_slice(header.as_bytes());
@@ -165,33 +176,26 @@ impl<'a> Sections<'a> {
 #[derive(Debug, Default)]
 pub(super) struct Parts {
     pub(super) inodes: Vec<Inode>,
-    tables: Vec<u32>,
+    table: Vec<Place>,
     pub(super) names: Vec<u8>,
     pub(super) targets: Vec<u8>,
 }
 
 impl Parts {
     pub(super) fn sections(&self) -> Sections<'_> {
-        let Self { inodes, tables, names, targets } = self;
-        Sections { inodes, tables, names, targets }
+        let Self { inodes, table, names, targets } = self;
+        Sections { inodes, table, names, targets }
     }
 
     /// The manifest; `None` if 32 bits do not hold the lengths of its sections.
     pub(super) fn finish(mut self) -> Option<Manifest> {
-        for number in 0..self.inodes.len() {
-            let directory = *self.inodes.get(number)?;
-            let Some(children) = self.sections().children(&directory) else { continue };
-            let hashes: Vec<u64> =
-                children.iter().map(|child| table::hash(self.sections().name(child))).collect();
-            let first = usize::try_from(directory.first).ok()?;
-            for (child, hash) in self.inodes.get_mut(first..)?.iter_mut().zip(&hashes) {
-                child.tag = table::tag(*hash);
-            }
-            if let Some(table) = table::make(&hashes) {
-                self.inodes.get_mut(number)?.size = u64::try_from(self.tables.len()).ok()?.checked_add(1)?;
-                self.tables.extend(table);
-            }
+        let sections = self.sections();
+        let hashes: Vec<u64> = self.inodes.iter().map(|inode| table::hash(sections.name(inode))).collect();
+        let table = table::make(&self.inodes, &hashes);
+        for (inode, hash) in self.inodes.iter_mut().zip(&hashes) {
+            inode.tag = table::tag(*hash);
         }
+        self.table = table.unwrap_or_default();
         self.sections().encode()
     }
 }
@@ -199,7 +203,7 @@ impl Parts {
 /// Where the sections are, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Layout {
-    tables: Range<usize>,
+    table: Range<usize>,
     names: Range<usize>,
     targets: Range<usize>,
     end: usize,
@@ -208,22 +212,21 @@ struct Layout {
 impl Header {
     fn layout(&self) -> Option<Layout> {
         let size = |n: u32| usize::try_from(n).ok();
-        let tables = HEADER.checked_add(size(self.inodes)?.checked_mul(size_of::<Inode>())?)?;
-        let tables = tables..tables.checked_add(size(self.tables)?.checked_mul(size_of::<u32>())?)?;
-        let names = tables.end.checked_next_multiple_of(8)?;
-        let names = names..names.checked_add(size(self.names)?)?;
+        let table = HEADER.checked_add(size(self.inodes)?.checked_mul(size_of::<Inode>())?)?;
+        let table = table..table.checked_add(size(self.table)?.checked_mul(size_of::<Place>())?)?;
+        let names = table.end..table.end.checked_add(size(self.names)?)?;
         let targets = names.end.checked_next_multiple_of(8)?;
         let targets = targets..targets.checked_add(size(self.targets)?)?;
         let end = targets.end.checked_next_multiple_of(8)?;
-        Some(Layout { tables, names, targets, end })
+        Some(Layout { table, names, targets, end })
     }
 }
 
 impl Layout {
     fn sections(self, manifest: &[u8]) -> Option<Sections<'_>> {
         Some(Sections {
-            inodes: <[Inode]>::ref_from_bytes(manifest.get(HEADER..self.tables.start)?).ok()?,
-            tables: <[u32]>::ref_from_bytes(manifest.get(self.tables)?).ok()?,
+            inodes: <[Inode]>::ref_from_bytes(manifest.get(HEADER..self.table.start)?).ok()?,
+            table: <[Place]>::ref_from_bytes(manifest.get(self.table)?).ok()?,
             names: manifest.get(self.names)?,
             targets: manifest.get(self.targets)?,
         })
@@ -346,14 +349,15 @@ impl Manifest {
         self.sections().children(directory).map(|children| (directory.first, children))
     }
 
-    /// The child with this name, for an alias the inode that it stands for, and its number.
-    pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Result<Option<(u32, &Inode)>, ManifestError> {
-        let Some(position) = self.sections().find(directory, name)? else { return Ok(None) };
-        u32::try_from(position)
-            .ok()
-            .and_then(|position| self.resolve(directory.first.checked_add(position)?))
-            .ok_or(ManifestError::Range)
-            .map(Some)
+    /// The child with this name of the directory with this number, for an alias the inode that it stands for, and its number.
+    #[inline]
+    pub fn lookup(&self, directory: u32, name: &[u8]) -> Result<Option<(u32, &Inode)>, ManifestError> {
+        match self.sections().find(directory, name)? {
+            Some((_, child)) if child.kind() == Kind::Alias => {
+                self.resolve(child.first).ok_or(ManifestError::Range).map(Some)
+            }
+            found => Ok(found),
+        }
     }
 
     /// The names that lead from the store path to this inode; none for the store path itself. Each is a proper name, so
@@ -396,18 +400,23 @@ mod tests {
     fn names_are_found_with_and_without_a_table() {
         for count in [0, 1, 16, 17, 1000] {
             let manifest = directory(count);
-            assert_eq!(manifest.sections().table(manifest.inode(0).unwrap()).is_some(), count > 16);
-            let top = manifest.inode(0).unwrap();
-            assert_eq!(top.size(), 0);
-            let found: Vec<_> = (0..count)
-                .map(|number| manifest.lookup(top, format!("file-{number}").as_bytes()).unwrap().unwrap())
-                .map(|(number, _)| manifest.path(number).unwrap()[0].to_vec())
-                .collect();
-            assert!(
-                found.iter().enumerate().all(|(number, name)| *name == format!("file-{number}").into_bytes())
-            );
-            for name in ["", "file-", "file-00", "fil", "zzz", &format!("file-{count}")] {
-                assert_eq!(manifest.lookup(top, name.as_bytes()), Ok(None), "{name}");
+            let without = Sections { table: &[], ..manifest.sections() }.encode().unwrap();
+            assert_eq!(manifest.sections().table.is_empty(), count == 0);
+            assert_eq!(manifest.inode(0).unwrap().size(), 0);
+            for manifest in [&manifest, &without] {
+                let found: Vec<_> = (0..count)
+                    .map(|number| manifest.lookup(0, format!("file-{number}").as_bytes()).unwrap().unwrap())
+                    .map(|(number, _)| manifest.path(number).unwrap()[0].to_vec())
+                    .collect();
+                assert!(
+                    found
+                        .iter()
+                        .enumerate()
+                        .all(|(number, name)| *name == format!("file-{number}").into_bytes())
+                );
+                for name in ["", "file-", "file-00", "fil", "zzz", &format!("file-{count}")] {
+                    assert_eq!(manifest.lookup(0, name.as_bytes()), Ok(None), "{name}");
+                }
             }
         }
     }
@@ -423,7 +432,7 @@ mod tests {
             Manifest::from_bytes(&bytes).unwrap_err()
         };
         assert_eq!(changed(8, b'X'), ManifestError::Magic);
-        assert_eq!(changed(11, 2), ManifestError::Version(2));
+        assert_eq!(changed(11, 1), ManifestError::Version(1));
         assert_eq!(changed(16, 99), ManifestError::Length(bytes.len()));
         assert_eq!(changed(0, !bytes[0]), ManifestError::Checksum);
         assert_eq!(changed(bytes.len() - 1, 1), ManifestError::Checksum);

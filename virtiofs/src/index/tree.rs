@@ -240,11 +240,17 @@ impl Tree {
         match id {
             NodeId::Root => Some(Node::Root(self)),
             NodeId::Inode { slot, number } => {
-                let entry = self.slots.get(&slot)?;
+                let entry = self.entry(slot)?;
                 let inode = entry.manifest.inode(number).filter(|inode| inode.kind() != Kind::Alias)?;
                 Some(Node::Inode { entry, number, inode })
             }
         }
+    }
+
+    /// The store path with this slot; `None` if it is outside the view.
+    #[inline(always)]
+    pub fn entry(&self, slot: u32) -> Option<&Entry> {
+        self.slots.get(&slot).map(Arc::as_ref)
     }
 
     /// Whether the view has this path.

@@ -89,15 +89,15 @@ fn what_a_run_prints() {
         assert!(time.ends_with(" s\n"), "{text}");
         told.to_owned()
     };
-    insta::assert_snapshot!(without_time(&setup.index(&[&view], &[])), @"3 store paths are indexed, 0 were before: 315 inodes, 17032 bytes");
-    insta::assert_snapshot!(without_time(&setup.index(&[&view, &view], &["--jobs", "1"])), @"3 store paths are indexed, 3 were before: 315 inodes, 17032 bytes");
+    insta::assert_snapshot!(without_time(&setup.index(&[&view], &[])), @"3 store paths are indexed, 0 were before: 315 inodes, 21128 bytes");
+    insta::assert_snapshot!(without_time(&setup.index(&[&view, &view], &["--jobs", "1"])), @"3 store paths are indexed, 3 were before: 315 inodes, 21128 bytes");
     let mut json: serde_json::Value =
         serde_json::from_str(&stdout(&setup.index(&[&view], &["--json"]))).unwrap();
     assert!(json["seconds"].as_f64().unwrap() >= 0.0);
     json["seconds"] = "(seconds)".into();
     insta::assert_json_snapshot!(json, @r#"
     {
-      "bytes": 17032,
+      "bytes": 21128,
       "damaged_registry_bytes": 0,
       "failed": [],
       "inodes": 315,

@@ -52,10 +52,10 @@ impl Nodes {
     fn of(tree: &Tree) -> Self {
         let find = |parent: u64, name: &str| {
             let id = crate::index::NodeId::from_wire(parent).unwrap();
-            let Some(crate::index::Node::Inode { entry, inode, .. }) = tree.node(id) else {
+            let Some(crate::index::Node::Inode { entry, number, .. }) = tree.node(id) else {
                 panic!("{parent}")
             };
-            let (number, _) = entry.manifest.lookup(inode, name.as_bytes()).unwrap().unwrap();
+            let (number, _) = entry.manifest.lookup(number, name.as_bytes()).unwrap().unwrap();
             entry.node(number).unwrap().id().to_wire()
         };
         let top = tree.lookup(path(1, "tree").base_name().as_bytes()).unwrap().id().to_wire();
