@@ -10,6 +10,7 @@
 //! | [`process`] | servers as child processes, and what they use of the machine |
 //! | [`frontend`] | a hypervisor and a guest of our own, for virtiofs backends |
 
+pub mod clock;
 pub mod fleet;
 pub mod frontend;
 pub mod host;

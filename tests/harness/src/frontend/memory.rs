@@ -96,6 +96,12 @@ impl Memory {
         unsafe { self.at(offset, bytes.len()).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) }
     }
 
+    /// Copies bytes in that may be many, as lair-virtiofs does.
+    pub fn write_many(&self, offset: usize, bytes: &[u8]) {
+        // SAFETY: within the mapping, which `bytes` is no part of.
+        unsafe { lair_virtiofs::files::copy(bytes.as_ptr(), self.at(offset, bytes.len()), bytes.len()) }
+    }
+
     /// Copies bytes out.
     pub fn read(&self, offset: usize, bytes: &mut [u8]) {
         // SAFETY: within the mapping, which `bytes` is no part of.

@@ -7,6 +7,7 @@ use crate::{
 };
 use anyhow::Result;
 use lair_harness::{
+    clock,
     frontend::{
         echo::{Device, round_trip},
         known::Known,
@@ -67,6 +68,7 @@ impl Floors {
     /// The medians of all rounds; of what shows a limit, the fastest round: a slow one says nothing of what cannot be.
     pub(crate) fn put_into(self, results: &mut Results) {
         let own = |wait| self.own.get(wait_key(wait)).cloned().map(median).unwrap_or_default();
+        results.clock_ns = clock::cost().as_nanos() as u64;
         results.frontend_round_trip_ns = own(Wait::Polling);
         results.frontend_round_trip_sleeping_ns = own(Wait::Sleeping);
         let floor = |((operation, wait), rounds): (_, Vec<u64>)| {

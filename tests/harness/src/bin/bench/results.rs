@@ -20,6 +20,8 @@ pub(crate) struct Results {
     pub(crate) effort: Effort,
     pub(crate) store_paths: usize,
     pub(crate) inodes: usize,
+    /// What a look at the clock takes, which is taken off all that comes one at a time.
+    pub(crate) clock_ns: u64,
     /// A round trip to a device that does nothing.
     pub(crate) frontend_round_trip_ns: u64,
     /// The same with a frontend that sleeps until the interrupt.
@@ -218,6 +220,7 @@ impl Results {
             effort,
             store_paths: 0,
             inodes: 0,
+            clock_ns: 0,
             frontend_round_trip_ns: 0,
             frontend_round_trip_sleeping_ns: 0,
             floors: vec![],
@@ -290,6 +293,7 @@ pub(crate) fn sample() -> Results {
     let mut results = Results::new(host, effort);
     (results.store_paths, results.inodes) = (10, 1000);
     (results.frontend_round_trip_ns, results.frontend_round_trip_sleeping_ns) = (120, 1_200);
+    results.clock_ns = 30;
     results.floors = both()
         .map(|wait| FloorRow { operation: Operation::Lookup.key(), wait: wait_key(wait), median_ns: 150 })
         .collect();
