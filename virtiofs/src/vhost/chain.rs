@@ -23,7 +23,13 @@ pub(super) struct Chain<'a> {
     pub(super) request: u32,
     /// Bytes of room.
     pub(super) room: u32,
+    /// Its first descriptors in their order, and how many it has.
+    seen: [Descriptor; SEEN],
+    count: usize,
 }
+
+/// The most descriptors of a chain that is known again: all requests but large READs have fewer.
+const SEEN: usize = 8;
 
 /// How a chain breaks the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -45,6 +51,7 @@ pub(super) enum ChainError {
 }
 
 /// A descriptor table: a queue's own, or an indirect one.
+#[derive(Clone, Copy)]
 pub(super) struct Table<'a> {
     slice: VolatileSlice<'a>,
     size: u16,
@@ -80,6 +87,10 @@ impl<'a> Table<'a> {
     }
 }
 
+fn fields(desc: &Descriptor) -> (u64, u32, u16, u16) {
+    (desc.addr().0, desc.len(), desc.flags(), desc.next())
+}
+
 /// Neighbouring buffers of one direction, which become one.
 #[derive(Default)]
 struct Run {
@@ -101,16 +112,46 @@ impl<'a> Chain<'a> {
         self.readable.clear();
         self.writable.clear();
         (self.indirect, self.request, self.room) = (None, 0, 0);
+        self.count = 0;
     }
 
-    /// Walks the chain that begins at `head` in `table`, of which this becomes the buffers. It is empty before; moving a full one
-    /// would cost more than all else here.
-    pub(super) fn walk(
+    /// Makes it the chain that begins at `head` in `table`, which are those of before unless it is empty. If that fails, it is empty.
+    #[inline]
+    pub(super) fn find(
         &mut self,
         regions: &Regions<'a>,
         table: Table<'a>,
         head: u16,
     ) -> Result<(), ChainError> {
+        if self.is_again(table, head) {
+            return Ok(());
+        }
+        self.clear();
+        self.walk(regions, table, head).inspect_err(|_| self.clear())
+    }
+
+    /// Whether the chain that begins at `head` in `table` is this one again, so that its buffers are where they were. A guest that sends one
+    /// request after the other uses the same places, and to compare descriptors takes less than to walk them.
+    #[inline]
+    fn is_again(&self, table: Table<'a>, head: u16) -> bool {
+        let Some(all) = self.seen.get(..self.count) else { return false };
+        let (mut table, mut index) = (table, head);
+        for seen in all {
+            if !table.get(index).is_ok_and(|desc| fields(&desc) == fields(seen)) {
+                return false;
+            }
+            index = seen.next();
+            if seen.refers_to_indirect_table() {
+                let Some(slice) = self.indirect else { return false };
+                (table, index) = (Table { slice, size: u16::MAX, indirect: true }, 0);
+            }
+        }
+        !all.is_empty()
+    }
+
+    /// Walks the chain that begins at `head` in `table`, of which this becomes the buffers. It is empty before; moving a full one
+    /// would cost more than all else here.
+    fn walk(&mut self, regions: &Regions<'a>, table: Table<'a>, head: u16) -> Result<(), ChainError> {
         let mut table = table;
         let mut run = Run::default();
         // Sums of as many as there may be at most fit.
@@ -119,6 +160,7 @@ impl<'a> Chain<'a> {
         for _ in 0..QUEUE_SIZE_MAX {
             let mut desc = table.get(index)?;
             if desc.refers_to_indirect_table() {
+                self.note(desc);
                 table = table.indirect(regions, &desc)?;
                 self.indirect = Some(table.slice);
                 desc = table.get(0)?;
@@ -126,6 +168,7 @@ impl<'a> Chain<'a> {
                     return Err(ChainError::Indirect(desc.len()));
                 }
             }
+            self.note(desc);
             let length = u64::from(desc.len());
             if desc.is_write_only() {
                 room = room.wrapping_add(length);
@@ -152,6 +195,15 @@ impl<'a> Chain<'a> {
             index = desc.next();
         }
         Err(ChainError::Length)
+    }
+
+    #[inline(always)]
+    fn note(&mut self, desc: Descriptor) {
+        if let Some(place) = self.seen.get_mut(self.count) {
+            *place = desc;
+        }
+        // There are no more than the queue has.
+        self.count = self.count.wrapping_add(1);
     }
 
     #[inline(always)]
@@ -227,6 +279,64 @@ mod tests {
         // Across two regions: two slices.
         put(&mem, TABLE, &[((1 << 20) - 8, 16, 0, 0)]);
         assert_eq!(whole(&mem, TABLE, 0).unwrap().readable.len(), 2);
+    }
+
+    #[test]
+    fn a_chain_is_known_again_only_where_nothing_has_changed() {
+        let mem = memory();
+        let direct = [
+            (0x4000, 40, NEXT, 1),
+            (0x5000, 16, NEXT, 2),
+            (0x6000, 16, WRITE | NEXT, 3),
+            (0x7000, 8, WRITE, 0),
+        ];
+        let inside = [(0x4100, 40, NEXT, 1), (0x5100, 16, WRITE | NEXT, 2), (0x6100, 32, WRITE, 0)];
+        put(&mem, TABLE, &direct);
+        put(&mem, 0x8000, &inside);
+        put(&mem, TABLE + 16 * 4, &[(0x8000, 48, INDIRECT, 0), (0x8000, 32, INDIRECT, 0)]);
+        let slice = mem.get_slice(GuestAddress(TABLE), usize::from(SIZE) * Table::ENTRY).unwrap();
+        let regions = Regions::new(&mem);
+        let table = Table::new(slice, SIZE);
+        for (head, at, descriptors) in [(0, TABLE, &direct[..]), (4, 0x8000, &inside[..])] {
+            let mut chain = Chain::default();
+            assert!(!chain.is_again(table, head));
+            chain.find(&regions, table, head).unwrap();
+            let before = (chain.request, chain.room, chain.readable.len(), chain.writable.len());
+            assert!(chain.is_again(table, head) && !chain.is_again(table, head + 1));
+            chain.find(&regions, table, head).unwrap();
+            assert_eq!((chain.request, chain.room, chain.readable.len(), chain.writable.len()), before);
+            for changed in 0..descriptors.len() {
+                for field in 0..4 {
+                    let mut others = descriptors.to_vec();
+                    let desc = &mut others[changed];
+                    match field {
+                        0 => desc.0 += 8,
+                        1 => desc.1 += 1,
+                        2 => desc.2 ^= WRITE,
+                        _ => desc.3 ^= 1,
+                    }
+                    put(&mem, at, &others);
+                    assert!(!chain.is_again(table, head), "{changed} {field}");
+                    put(&mem, at, descriptors);
+                    assert!(chain.is_again(table, head));
+                }
+            }
+            // A chain that failed is none.
+            put(&mem, at, &[(0x4000, 40, NEXT, 1), (0, u32::MAX, 0, 0)]);
+            chain.find(&regions, table, head).unwrap_err();
+            assert!(!chain.is_again(table, head) && chain.readable.is_empty());
+            put(&mem, at, descriptors);
+        }
+        // One of more descriptors than are kept is walked each time.
+        let many: Vec<_> =
+            (0..9).map(|n| (0x4000 + 64 * u64::from(n), 8, if n < 8 { NEXT } else { 0 }, n + 1)).collect();
+        put(&mem, 0x8000, &many);
+        put(&mem, TABLE, &[(0x8000, 16 * 9, INDIRECT, 0)]);
+        let mut chain = Chain::default();
+        chain.find(&regions, table, 0).unwrap();
+        assert!(!chain.is_again(table, 0));
+        chain.find(&regions, table, 0).unwrap();
+        assert_eq!((chain.request, chain.readable.len()), (72, 9));
     }
 
     #[test]

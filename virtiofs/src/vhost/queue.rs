@@ -310,6 +310,7 @@ impl Queue {
                 if !self.poll(ring, &mut watch)? {
                     break Burst::Empty(watch);
                 }
+                ring.fetch(used);
                 state.scratch.trail.fetch();
                 state.pace.hit();
                 // Memory is changed without these locks; the queue is not.
@@ -320,7 +321,6 @@ impl Queue {
             };
             count = count.saturating_add(1);
             let since = state.is_timed().then(Instant::now);
-            chain.clear();
             last = Some(head);
             let (opcode, answer) = self.answer(&mut state.scratch, ring, tree.load(), head, &mut chain);
             match answer {
@@ -387,7 +387,7 @@ impl Queue {
             return Ok(());
         };
         let mut chain = Chain::default();
-        let answer = match ring.walk(head, &mut chain) {
+        let answer = match ring.find(head, &mut chain) {
             Ok(()) => {
                 let Scratch { reply, recent, .. } = &mut *state.scratch;
                 read.header(reply);
@@ -474,7 +474,7 @@ impl Queue {
         head: u16,
         chain: &mut Chain<'m>,
     ) -> (Option<Opcode>, Answer) {
-        if let Err(error) = ring.walk(head, chain) {
+        if let Err(error) = ring.find(head, chain) {
             return (None, self.bad_chain(&error));
         }
         let Scratch { request, reply, recent, .. } = scratch;

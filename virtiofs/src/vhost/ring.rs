@@ -6,6 +6,7 @@
 use super::{
     chain::{Chain, ChainError, Table},
     regions::Regions,
+    trail::fetch,
 };
 use std::sync::atomic::{Ordering, fence};
 use thiserror::Error;
@@ -119,9 +120,18 @@ impl<'m> Ring<'m> {
         self.descriptors.subslice(usize::from(head).saturating_mul(Table::ENTRY), Table::ENTRY).ok()
     }
 
-    /// Walks the chain that begins at `head`, into an empty one.
-    pub(super) fn walk(&self, head: u16, chain: &mut Chain<'m>) -> Result<(), ChainError> {
-        chain.walk(&self.regions, Table::new(self.descriptors, self.size), head)
+    /// Fetches where chain number `index` is told, and where it will be told that it was used.
+    pub(super) fn fetch(&self, index: u16) {
+        let place = |ring: &VolatileSlice<'_>, bytes| {
+            ring.ptr_guard().as_ptr().addr().wrapping_add(self.entry(index, bytes))
+        };
+        fetch::<false>(place(&self.available, AVAILABLE));
+        fetch::<true>(place(&self.used, USED));
+    }
+
+    /// Makes `chain` the one that begins at `head`. It is empty, or was one of this ring.
+    pub(super) fn find(&self, head: u16, chain: &mut Chain<'m>) -> Result<(), ChainError> {
+        chain.find(&self.regions, Table::new(self.descriptors, self.size), head)
     }
 
     /// Publishes that chain `head` was used as number `index`, with `length` bytes written to it.

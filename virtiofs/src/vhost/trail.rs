@@ -67,7 +67,7 @@ impl Trail {
 
 /// Fetches a line, to read or to write it. The address need not be one of anything by now.
 #[cfg(target_arch = "x86_64")]
-fn fetch<const WRITE: bool>(address: usize) {
+pub(super) fn fetch<const WRITE: bool>(address: usize) {
     use std::arch::{
         asm,
         x86_64::{_MM_HINT_T0, _mm_prefetch},
@@ -85,7 +85,7 @@ fn fetch<const WRITE: bool>(address: usize) {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn fetch<const WRITE: bool>(_address: usize) {}
+pub(super) fn fetch<const WRITE: bool>(_address: usize) {}
 
 #[cfg(test)]
 #[allow(clippy::arithmetic_side_effects)] // Small, chosen numbers.
@@ -100,7 +100,8 @@ mod tests {
             let begin = bytes.as_ptr().addr();
             let whole = VolatileSlice::from(bytes.as_mut_slice());
             let part = |at, length| whole.subslice(at, length).unwrap();
-            let mut chain = Chain { indirect: Some(part(64, 80)), ..Chain::default() };
+            let mut chain = Chain::default();
+            chain.indirect = Some(part(64, 80));
             chain.readable.push(part(256, 40));
             chain.writable.extend([part(512, 16), part(1024, 4096)]);
             for _ in 0..2 {
