@@ -8,6 +8,7 @@
 //! | [`keys`] | keys made for one run |
 //! | [`tree`] | a store directory for measurements |
 //! | [`process`] | servers as child processes, and what they use of the machine |
+//! | [`clock`] | what it takes to measure |
 //! | [`frontend`] | a hypervisor and a guest of our own, for virtiofs backends |
 
 pub mod clock;

@@ -44,11 +44,6 @@ impl Recent {
         }
         Ok(place.as_ref().map(|(_, file)| &**file))
     }
-
-    /// Lets go of all.
-    pub fn clear(&mut self) {
-        self.places.fill(None);
-    }
 }
 
 /// Where a file is among 2^`bits` places. A guest that makes its files meet only slows itself down.

@@ -421,6 +421,37 @@ mod tests {
         }
     }
 
+    /// One name in every second directory: its hash says nothing of whose it is, and who looks in the others passes by many of them.
+    #[test]
+    fn a_name_of_another_directory_is_not_found() {
+        const DIRECTORIES: u32 = 1000;
+        let mut parts = Parts { names: b"same".to_vec(), ..Parts::default() };
+        let mut directory = |parent, first, count| {
+            let mut inode = Inode::new(Kind::Directory, 0);
+            (inode.parent, inode.first, inode.count) = (parent, first, count);
+            parts.inodes.push(inode);
+        };
+        directory(0, 1, DIRECTORIES);
+        (1..=DIRECTORIES).for_each(|number| directory(0, DIRECTORIES + 1 + number / 2, (number + 1) % 2));
+        for number in (2..=DIRECTORIES).step_by(2) {
+            let mut file = Inode::new(Kind::File { executable: false }, 0);
+            (file.parent, file.name_len) = (number, 4);
+            parts.inodes.push(file);
+        }
+        for number in 1..=DIRECTORIES {
+            let name = format!("d{number:04}");
+            let inode = &mut parts.inodes[number as usize];
+            (inode.name, inode.name_len) = (parts.names.len() as u32, name.len() as u8);
+            parts.names.extend(name.as_bytes());
+        }
+        let manifest = parts.finish().unwrap();
+        assert!(!manifest.sections().table.is_empty());
+        for number in 1..=DIRECTORIES {
+            let found = manifest.lookup(number, b"same").unwrap().map(|(_, inode)| inode.parent);
+            assert_eq!(found, (number % 2 == 0).then_some(number));
+        }
+    }
+
     #[test]
     fn only_sound_bytes_are_taken() {
         let manifest = directory(20);

@@ -87,6 +87,7 @@ impl<'a> Table<'a> {
     }
 }
 
+/// All of a descriptor, to compare it.
 fn fields(desc: &Descriptor) -> (u64, u32, u16, u16) {
     (desc.addr().0, desc.len(), desc.flags(), desc.next())
 }
@@ -115,7 +116,8 @@ impl<'a> Chain<'a> {
         self.count = 0;
     }
 
-    /// Makes it the chain that begins at `head` in `table`, which are those of before unless it is empty. If that fails, it is empty.
+    /// Makes it the chain that begins at `head` in `table`. Unless it is empty, regions and table are those of the last time. If this fails, it is
+    /// empty.
     #[inline]
     pub(super) fn find(
         &mut self,

@@ -169,7 +169,6 @@ impl Queue {
         let mut state = self.lock();
         state.phase = Phase::Stopped;
         state.forget();
-        state.scratch.recent.clear();
     }
 
     /// Serves all that the guest has made available.

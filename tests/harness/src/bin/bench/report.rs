@@ -56,7 +56,7 @@ fn frontend(results: &Results) -> String {
     let mut text = format!(
         "{} store paths, {} inodes; medians of {} rounds\n\
          A round trip of the frontend alone: {:.2} us polling, {:.2} us sleeping\n\
-         A look at the clock, which is in none of these figures: {:.3} us\n",
+         A look at the clock, taken off what comes one at a time: {:.3} us\n",
         results.store_paths,
         results.inodes,
         results.effort.rounds,
