@@ -302,14 +302,12 @@ enum Found<'a> {
 
 #[inline(always)]
 fn lookup<'a>(tree: &'a Tree, parent: NodeId, name: &'a [u8]) -> Result<Found<'a>, Errno> {
-    // What is there is found without a look at its directory, which would be one more thing to wait for.
     if let NodeId::Inode { slot, number } = parent
         && let Some((0, name)) = name.split_last()
         && !matches!(name, b"." | b"..")
-        && let Some(entry) = tree.entry(slot)
-        && let Some((number, inode)) = entry.manifest.lookup(number, name).map_err(|_| Errno::EIO)?
+        && let Some(node) = tree.child(slot, number, name).map_err(|_| Errno::EIO)?
     {
-        return Ok(Found::Node(Node::Inode { entry, number, inode }));
+        return Ok(Found::Node(node));
     }
     let parent = tree.node(parent).ok_or(Errno::ESTALE)?;
     not_found(tree, &parent, name)

@@ -134,7 +134,7 @@ pub(super) fn build(store: BorrowedFd<'_>, path: &StorePath) -> Result<(Manifest
     let mut number = 0;
     while let Some(directory) = usize::try_from(number).ok().and_then(|at| builder.parts.inodes.get(at)) {
         if directory.is_directory() {
-            let names = builder.parts.sections().path(number).unwrap_or_default();
+            let names = builder.parts.sections().records.path(number).unwrap_or_default();
             if names.len() > DEPTH_MAX {
                 return Err(IndexError::TooDeep { path: path.clone() });
             }

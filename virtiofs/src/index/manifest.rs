@@ -10,6 +10,7 @@ use super::{
     bytes::Bytes,
     held::Held,
     inode::{Inode, Kind},
+    records::{Records, range},
     table::{self, Place},
 };
 use std::ops::Range;
@@ -70,100 +71,31 @@ pub enum ManifestError {
 /// The sections of a manifest, wherever they are.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sections<'a> {
-    pub(super) inodes: &'a [Inode],
-    pub(super) table: &'a [Place],
-    pub(super) names: &'a [u8],
+    pub(super) records: Records<'a>,
     pub(super) targets: &'a [u8],
 }
 
-impl<'a> Sections<'a> {
-    fn name(&self, inode: &Inode) -> &'a [u8] {
-        range(self.names, inode.name, u64::from(inode.name_len)).unwrap_or_default()
-    }
-
-    #[inline]
-    fn inode(&self, number: u32) -> Option<&'a Inode> {
-        self.inodes.get(usize::try_from(number).ok()?)
-    }
-
-    pub(super) fn path(&self, number: u32) -> Option<Vec<&'a [u8]>> {
-        let mut names = Vec::new();
-        let mut number = number;
-        while number != 0 {
-            let inode = self.inode(number)?;
-            // A parent comes before its children, so this ends.
-            if inode.parent >= number {
-                return None;
-            }
-            let name = self.name(inode);
-            // With anything else an index could lead out of the store path.
-            if matches!(name, b"" | b"." | b"..") || name.iter().any(|&c| c == 0 || c == b'/') {
-                return None;
-            }
-            names.push(name);
-            number = inode.parent;
-        }
-        names.reverse();
-        Some(names)
-    }
-
-    fn children(&self, directory: &Inode) -> Option<&'a [Inode]> {
-        directory.is_directory().then(|| range(self.inodes, directory.first, u64::from(directory.count)))?
-    }
-
-    /// The number and the record of the child with this name of the directory with this number. Where there is a table, the directory's
-    /// own record is not looked at.
-    #[inline]
-    fn find(&self, directory: u32, name: &[u8]) -> Result<Option<(u32, &'a Inode)>, ManifestError> {
-        if self.table.is_empty() {
-            return self.search(directory, name);
-        }
-        let hash = table::hash(name);
-        let tag = table::tag(hash);
-        // A loop, since the compiler puts what is chained into a function of its own.
-        for place in table::find(self.table, directory, hash) {
-            let child = self.inode(place.number).ok_or(ManifestError::Range)?;
-            if child.tag == tag
-                && child.parent == directory
-                && range(self.names, place.name, u64::from(child.name_len)) == Some(name)
-            {
-                return Ok(Some((place.number, child)));
-            }
-        }
-        Ok(None)
-    }
-
-    /// The same, without a table.
-    #[cold]
-    fn search(&self, directory: u32, name: &[u8]) -> Result<Option<(u32, &'a Inode)>, ManifestError> {
-        let Some(directory) = self.inode(directory).filter(|inode| inode.is_directory()) else {
-            return Ok(None);
-        };
-        let children = self.children(directory).ok_or(ManifestError::Range)?;
-        let Ok(at) = children.binary_search_by(|child| self.name(child).cmp(name)) else { return Ok(None) };
-        let number = u32::try_from(at).ok().and_then(|at| directory.first.checked_add(at));
-        number.zip(children.get(at)).map(Some).ok_or(ManifestError::Range)
-    }
-
+impl Sections<'_> {
     /// The manifest of these sections; `None` if 32 bits do not hold their lengths.
     fn encode(&self) -> Option<Manifest> {
-        let aliases = self.inodes.iter().filter(|inode| inode.kind() == Kind::Alias).count();
+        let Records { inodes, table, names } = self.records;
+        let aliases = inodes.iter().filter(|inode| inode.kind() == Kind::Alias).count();
         let mut header = Header {
             checksum: 0,
             magic: MAGIC,
             version: VERSION,
             aliases: u32::try_from(aliases).ok()?,
-            inodes: u32::try_from(self.inodes.len()).ok()?,
-            table: u32::try_from(self.table.len()).ok()?,
-            names: u32::try_from(self.names.len()).ok()?,
+            inodes: u32::try_from(inodes.len()).ok()?,
+            table: u32::try_from(table.len()).ok()?,
+            names: u32::try_from(names.len()).ok()?,
             targets: u32::try_from(self.targets.len()).ok()?,
         };
         let layout = header.layout()?;
         let mut words = vec![0u64; layout.end.checked_div(8)?].into_boxed_slice();
         let bytes = words.as_mut_bytes();
-        bytes.get_mut(HEADER..layout.table.start)?.copy_from_slice(self.inodes.as_bytes());
-        bytes.get_mut(layout.table.clone())?.copy_from_slice(self.table.as_bytes());
-        bytes.get_mut(layout.names.clone())?.copy_from_slice(self.names);
+        bytes.get_mut(HEADER..layout.table.start)?.copy_from_slice(inodes.as_bytes());
+        bytes.get_mut(layout.table.clone())?.copy_from_slice(table.as_bytes());
+        bytes.get_mut(layout.names.clone())?.copy_from_slice(names);
         bytes.get_mut(layout.targets.clone())?.copy_from_slice(self.targets);
         bytes.get_mut(..HEADER)?.copy_from_slice(header.as_bytes());
         header.checksum = checksum(bytes);
@@ -184,13 +116,13 @@ pub(super) struct Parts {
 impl Parts {
     pub(super) fn sections(&self) -> Sections<'_> {
         let Self { inodes, table, names, targets } = self;
-        Sections { inodes, table, names, targets }
+        Sections { records: Records { inodes, table, names }, targets }
     }
 
     /// The manifest; `None` if 32 bits do not hold the lengths of its sections.
     pub(super) fn finish(mut self) -> Option<Manifest> {
-        let sections = self.sections();
-        let hashes: Vec<u64> = self.inodes.iter().map(|inode| table::hash(sections.name(inode))).collect();
+        let records = self.sections().records;
+        let hashes: Vec<u64> = self.inodes.iter().map(|inode| table::hash(records.name(inode))).collect();
         let table = table::make(&self.inodes, &hashes);
         for (inode, hash) in self.inodes.iter_mut().zip(&hashes) {
             inode.tag = table::tag(*hash);
@@ -225,9 +157,11 @@ impl Header {
 impl Layout {
     fn sections(self, manifest: &[u8]) -> Option<Sections<'_>> {
         Some(Sections {
-            inodes: <[Inode]>::ref_from_bytes(manifest.get(HEADER..self.table.start)?).ok()?,
-            table: <[Place]>::ref_from_bytes(manifest.get(self.table)?).ok()?,
-            names: manifest.get(self.names)?,
+            records: Records {
+                inodes: <[Inode]>::ref_from_bytes(manifest.get(HEADER..self.table.start)?).ok()?,
+                table: <[Place]>::ref_from_bytes(manifest.get(self.table)?).ok()?,
+                names: manifest.get(self.names)?,
+            },
             targets: manifest.get(self.targets)?,
         })
     }
@@ -241,8 +175,11 @@ fn checksum(manifest: &[u8]) -> u64 {
 /// The metadata of one store path.
 #[derive(Debug, Clone)]
 pub struct Manifest {
-    header: Header,
     held: Held,
+    /// As in its header.
+    checksum: u64,
+    inodes: u32,
+    aliases: u32,
 }
 
 impl PartialEq for Manifest {
@@ -276,7 +213,9 @@ impl Manifest {
 
     /// The manifest that begins with this header.
     fn of(header: Header, bytes: Bytes) -> Option<Self> {
-        Held::new(bytes, |bytes| header.layout()?.sections(bytes)).map(|held| Self { header, held })
+        let held = Held::new(bytes, |bytes| header.layout()?.sections(bytes))?;
+        let Header { checksum, inodes, aliases, .. } = header;
+        Some(Self { held, checksum, inodes, aliases })
     }
 
     /// The manifest in memory of this process, from its bytes. For tests and fuzzers.
@@ -295,12 +234,12 @@ impl Manifest {
 
     /// What tells it from another one.
     pub fn checksum(&self) -> u64 {
-        self.header.checksum
+        self.checksum
     }
 
     /// How many numbers of inodes there are; the store path itself is number 0.
     pub fn len(&self) -> u32 {
-        self.header.inodes
+        self.inodes
     }
 
     /// Whether there is nothing, which never is so.
@@ -310,7 +249,7 @@ impl Manifest {
 
     /// How many inodes there are, each counted once however many names it has.
     pub fn inodes(&self) -> u32 {
-        self.header.inodes.saturating_sub(self.header.aliases)
+        self.inodes.saturating_sub(self.aliases)
     }
 
     #[inline]
@@ -318,24 +257,26 @@ impl Manifest {
         self.held.sections()
     }
 
+    /// The records.
+    #[inline]
+    pub(super) fn records(&self) -> Records<'_> {
+        self.sections().records
+    }
+
     /// The record with this number, which may be an alias.
     #[inline]
     pub fn inode(&self, number: u32) -> Option<&Inode> {
-        self.sections().inode(number)
+        self.records().inode(number)
     }
 
     /// The inode that a record stands for, and its number: its own, or for an alias that of the first name.
     pub fn resolve(&self, number: u32) -> Option<(u32, &Inode)> {
-        let inode = self.inode(number)?;
-        if inode.kind() != Kind::Alias {
-            return Some((number, inode));
-        }
-        self.inode(inode.first).filter(|of| of.kind() != Kind::Alias).map(|of| (inode.first, of))
+        self.records().resolve(number)
     }
 
     /// The name of a record of this manifest; empty for the store path itself.
     pub fn name(&self, inode: &Inode) -> &[u8] {
-        self.sections().name(inode)
+        self.records().name(inode)
     }
 
     /// The target of a symbolic link; `None` for a wrong one, and for what is none.
@@ -346,32 +287,19 @@ impl Manifest {
     /// The records of a directory's children, sorted by name, and the number of the first one. `None` for what is no
     /// directory.
     pub fn children(&self, directory: &Inode) -> Option<(u32, &[Inode])> {
-        self.sections().children(directory).map(|children| (directory.first, children))
+        self.records().children(directory).map(|children| (directory.first, children))
     }
 
     /// The child with this name of the directory with this number, for an alias the inode that it stands for, and its number.
-    #[inline]
     pub fn lookup(&self, directory: u32, name: &[u8]) -> Result<Option<(u32, &Inode)>, ManifestError> {
-        match self.sections().find(directory, name)? {
-            Some((_, child)) if child.kind() == Kind::Alias => {
-                self.resolve(child.first).ok_or(ManifestError::Range).map(Some)
-            }
-            found => Ok(found),
-        }
+        self.records().lookup(directory, name)
     }
 
     /// The names that lead from the store path to this inode; none for the store path itself. Each is a proper name, so
     /// they lead nowhere else.
     pub fn path(&self, number: u32) -> Option<Vec<&[u8]>> {
-        self.sections().path(number)
+        self.records().path(number)
     }
-}
-
-#[inline]
-fn range<T>(all: &[T], first: u32, count: u64) -> Option<&[T]> {
-    let first = usize::try_from(first).ok()?;
-    let end = first.checked_add(usize::try_from(count).ok()?)?;
-    all.get(first..end)
 }
 
 #[cfg(test)]
@@ -400,8 +328,10 @@ mod tests {
     fn names_are_found_with_and_without_a_table() {
         for count in [0, 1, 16, 17, 1000] {
             let manifest = directory(count);
-            let without = Sections { table: &[], ..manifest.sections() }.encode().unwrap();
-            assert_eq!(manifest.sections().table.is_empty(), count == 0);
+            let mut without = manifest.sections();
+            without.records.table = &[];
+            let without = without.encode().unwrap();
+            assert_eq!(manifest.records().table.is_empty(), count == 0);
             assert_eq!(manifest.inode(0).unwrap().size(), 0);
             for manifest in [&manifest, &without] {
                 let found: Vec<_> = (0..count)
@@ -445,7 +375,7 @@ mod tests {
             parts.names.extend(name.as_bytes());
         }
         let manifest = parts.finish().unwrap();
-        assert!(!manifest.sections().table.is_empty());
+        assert!(!manifest.records().table.is_empty());
         for number in 1..=DIRECTORIES {
             let found = manifest.lookup(number, b"same").unwrap().map(|(_, inode)| inode.parent);
             assert_eq!(found, (number % 2 == 0).then_some(number));

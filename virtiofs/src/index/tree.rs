@@ -2,12 +2,12 @@
 //!
 //! A tree does not change; what a VM may see grows by replacing its tree, in which all that was there before keeps its id.
 
-use super::{IndexError, Inode, Kind, Manifest, slot::Slots};
+use super::{IndexError, Inode, Kind, Manifest, ManifestError, near::BySlot, slot::Slots};
 use crate::store::StorePath;
 use foldhash::fast::RandomState;
 use std::{
     borrow::Borrow,
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     hash::{Hash, Hasher},
     sync::Arc,
 };
@@ -50,21 +50,22 @@ impl NodeId {
     }
 }
 
-/// A store path in the root directory.
+/// A store path in the root directory. What a reply needs of it comes first, for one fetch of memory.
 #[derive(Debug)]
+#[repr(C)]
 pub struct Entry {
-    /// The path.
-    pub path: StorePath,
-    /// Which of the sources has its files, from 0.
-    pub source: usize,
+    /// The inode number that programs in the guest see (`st_ino`) for its inode 0; its others follow.
+    pub first_ino: u64,
     /// The upper half of its inodes' ids.
     pub slot: u32,
     /// Its place in the root directory, from 0. Those of paths that went stay empty.
     pub position: u32,
+    /// Which of the sources has its files, from 0.
+    pub source: usize,
+    /// The path.
+    pub path: StorePath,
     /// Its metadata.
     pub manifest: Manifest,
-    /// The inode number that programs in the guest see (`st_ino`) for its inode 0; its others follow.
-    pub first_ino: u64,
 }
 
 /// What a node id stands for.
@@ -89,7 +90,7 @@ pub struct Tree {
     /// By position.
     entries: Vec<Arc<Entry>>,
     names: HashSet<ByName, RandomState>,
-    slots: HashMap<u32, Arc<Entry>, RandomState>,
+    slots: BySlot,
     /// How store paths are numbered that no index has.
     numbering: Slots,
     next_position: u32,
@@ -136,7 +137,7 @@ impl Tree {
         Self {
             entries: Vec::new(),
             names: HashSet::default(),
-            slots: HashMap::default(),
+            slots: BySlot::default(),
             numbering,
             next_position: 0,
             next_ino: numbering.first_ino(),
@@ -175,14 +176,15 @@ impl Tree {
         self.inodes = self.inodes.saturating_add(u64::from(manifest.inodes()));
         self.directories = self.directories.saturating_add(u32::from(is_directory(&manifest)));
         let entry = Arc::new(Entry { path: path.clone(), source, slot, position, manifest, first_ino });
-        self.slots.insert(slot, entry.clone());
+        self.slots.insert(entry.clone());
         self.names.insert(ByName(entry.clone()));
         self.entries.push(entry);
         Ok(())
     }
+
     /// Whether a store path has this slot.
     pub(super) fn has_slot(&self, slot: u32) -> bool {
-        self.slots.contains_key(&slot)
+        self.slots.get(slot).is_some()
     }
 
     /// A tree without these paths, and how many of them were there.
@@ -190,13 +192,13 @@ impl Tree {
         let mut tree = self.clone();
         for path in paths {
             if let Some(ByName(entry)) = tree.names.take(path.base_name().as_bytes()) {
-                tree.slots.remove(&entry.slot);
                 tree.changes = tree.changes.saturating_add(1);
                 tree.inodes = tree.inodes.saturating_sub(u64::from(entry.manifest.inodes()));
                 tree.directories = tree.directories.saturating_sub(u32::from(is_directory(&entry.manifest)));
             }
         }
-        tree.entries.retain(|entry| tree.slots.contains_key(&entry.slot));
+        tree.entries.retain(|entry| tree.names.contains(entry.path.base_name().as_bytes()));
+        tree.slots = tree.entries.iter().cloned().collect();
         let gone = self.entries.len().saturating_sub(tree.entries.len());
         (tree, gone)
     }
@@ -240,17 +242,20 @@ impl Tree {
         match id {
             NodeId::Root => Some(Node::Root(self)),
             NodeId::Inode { slot, number } => {
-                let entry = self.entry(slot)?;
-                let inode = entry.manifest.inode(number).filter(|inode| inode.kind() != Kind::Alias)?;
-                Some(Node::Inode { entry, number, inode })
+                let near = self.slots.get(slot)?;
+                let inode = near.records().inode(number).filter(|inode| inode.kind() != Kind::Alias)?;
+                Some(Node::Inode { entry: near.entry(), number, inode })
             }
         }
     }
 
-    /// The store path with this slot; `None` if it is outside the view.
+    /// The child with this name of a directory in the store path with this slot. The directory itself is not looked at: that would be one more
+    /// thing to wait for.
     #[inline(always)]
-    pub fn entry(&self, slot: u32) -> Option<&Entry> {
-        self.slots.get(&slot).map(Arc::as_ref)
+    pub fn child(&self, slot: u32, directory: u32, name: &[u8]) -> Result<Option<Node<'_>>, ManifestError> {
+        let Some(near) = self.slots.get(slot) else { return Ok(None) };
+        let found = near.records().lookup(directory, name)?;
+        Ok(found.map(|(number, inode)| Node::Inode { entry: near.entry(), number, inode }))
     }
 
     /// Whether the view has this path.
