@@ -11,10 +11,8 @@ use super::{
     known::{KEY_MAX, Known, NODE},
     layout::{DESCRIPTOR, Layout, Shape},
     memory::Memory,
-    queue::{Descriptor, Queue, Used, Wait},
-    request::Request,
+    queue::{Descriptor, Queue, Used},
 };
-use crate::clock;
 use anyhow::{Context, Result, anyhow};
 use lair_virtiofs::fuse::wire::{InHeader, OutHeader};
 use std::{
@@ -126,65 +124,63 @@ impl Echo<'_> {
     }
 }
 
-/// Runs `work` on a queue behind which there is an echo.
-pub fn with_echo<T>(device: Device<'_>, work: impl FnOnce(&mut Queue) -> Result<T>) -> Result<T> {
-    let shape = Shape { queues: 1, depth: 1, pages: 256 };
-    let (guest, mut queues) = Guest::new(shape)?;
-    let queue = queues.first_mut().ok_or_else(|| anyhow!("no queue"))?;
-    let known = if let Device::Knowing(known) = device { Some(known) } else { None };
-    let late = if let Device::Late(late) = device { late } else { Duration::ZERO };
-    let layout = shape.layout(1);
-    let (indirect, body) = (layout.indirect(0), layout.body(0));
-    let places = [
-        layout.table(),
-        indirect,
-        indirect + 64,
-        layout.request(0),
-        layout.arguments(0),
-        layout.reply(0),
-        body,
-        body + 64,
-    ];
-    let mut echo =
-        Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, known, late, places };
-    let done = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let device = scope.spawn(|| -> Result<()> {
-            while !done.load(Ordering::Relaxed) {
-                echo.run()?;
-                std::hint::spin_loop();
-            }
-            Ok(())
-        });
-        let result = work(queue);
-        done.store(true, Ordering::Relaxed);
-        device.join().map_err(|_| anyhow!("The echo panicked"))??;
-        result
-    })
+/// A queue, and a device behind it.
+pub struct Loopback<'a> {
+    // Owns the events and the memory.
+    _guest: Guest,
+    queue: Queue,
+    echo: Echo<'a>,
 }
 
-/// What a round trip of these requests, in turn, costs with such a device: the median of this many, in nanoseconds, without the look at the
-/// clock between two.
-pub fn round_trip(device: Device<'_>, requests: &[Request], wait: Wait, count: usize) -> Result<u64> {
-    with_echo(device, |queue| {
-        queue.set_wait(wait);
-        let mut times = Vec::with_capacity(count);
-        let clock = clock::cost();
-        let mut last = Instant::now();
-        for request in requests.iter().cycle().take(count) {
-            queue.exchange(request)?;
-            let now = Instant::now();
-            times.push((now - last).saturating_sub(clock).as_nanos() as u64);
-            last = now;
-        }
-        times.sort_unstable();
-        times.get(count / 2).copied().context("Nothing was measured")
-    })
+impl<'a> Loopback<'a> {
+    /// For a guest with one request at a time, of up to 1 MiB of data.
+    pub fn new(device: Device<'a>) -> Result<Self> {
+        let shape = Shape { queues: 1, depth: 1, pages: 256 };
+        let (guest, mut queues) = Guest::new(shape)?;
+        let queue = queues.pop().context("no queue")?;
+        let known = if let Device::Knowing(known) = device { Some(known) } else { None };
+        let late = if let Device::Late(late) = device { late } else { Duration::ZERO };
+        let layout = shape.layout(1);
+        let (indirect, body) = (layout.indirect(0), layout.body(0));
+        let places = [
+            layout.table(),
+            indirect,
+            indirect + 64,
+            layout.request(0),
+            layout.arguments(0),
+            layout.reply(0),
+            body,
+            body + 64,
+        ];
+        let echo =
+            Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, known, late, places };
+        Ok(Self { _guest: guest, queue, echo })
+    }
+
+    /// Runs `work` on the queue. The device is awake meanwhile, and only then.
+    pub fn run<T>(&mut self, work: impl FnOnce(&mut Queue) -> Result<T>) -> Result<T> {
+        let Self { queue, echo, .. } = self;
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let device = scope.spawn(|| -> Result<()> {
+                while !done.load(Ordering::Relaxed) {
+                    echo.run()?;
+                    std::hint::spin_loop();
+                }
+                Ok(())
+            });
+            let result = work(queue);
+            done.store(true, Ordering::Relaxed);
+            device.join().map_err(|_| anyhow!("The device panicked"))??;
+            result
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::frontend::{queue::Wait, request::Request};
     use crate::tree::{HOT, Scale, Tree, check_content};
     use anyhow::ensure;
     use lair_virtiofs::fuse::{
@@ -196,15 +192,17 @@ mod tests {
     #[test]
     fn requests_go_round_and_round() {
         let requests = [Request::lookup(1, b"name"), Request::getattr(7), Request::read(7, 0, 0, 4096)];
-        with_echo(Device::Empty, |queue| {
-            queue.set_wait(Wait::Polling);
-            for number in 0..150_000 {
-                queue.exchange(&requests[number % requests.len()])?;
-            }
-            queue.set_wait(Wait::Sleeping);
-            (0..1000).try_for_each(|_| queue.exchange(&requests[0]).map(drop))
-        })
-        .unwrap();
+        Loopback::new(Device::Empty)
+            .unwrap()
+            .run(|queue| {
+                queue.set_wait(Wait::Polling);
+                for number in 0..150_000 {
+                    queue.exchange(&requests[number % requests.len()])?;
+                }
+                queue.set_wait(Wait::Sleeping);
+                (0..1000).try_for_each(|_| queue.exchange(&requests[0]).map(drop))
+            })
+            .unwrap();
     }
 
     #[test]
@@ -217,25 +215,27 @@ mod tests {
         let [hot, parent] = known.learn(entry).unwrap();
         assert_eq!(known.map(directory.path(), &tree.hot).unwrap(), hot);
         let (_, name) = entry.split().unwrap();
-        with_echo(Device::Knowing(&known), |queue| {
-            for offset in [0_u32, 4096, 200 << 10] {
-                let request = Request::read(hot, 0, offset.into(), 40 << 10);
-                queue.spoil(0, &request);
-                let header = queue.exchange(&request)?;
-                let payload = queue.payload(0, &request, &header);
-                ensure!(payload.len() == 40 << 10);
-                check_content(&tree.hot, offset.into(), &payload)?;
-            }
-            let header = queue.exchange(&Request::lookup(parent, name.as_bytes()))?;
-            ensure!(header.len as usize == size_of::<OutHeader>() + size_of::<EntryOut>());
-            let entry: EntryOut = queue.body(0);
-            ensure!((entry.nodeid, entry.attr.size) == (hot, HOT));
-            let header = queue.exchange(&Request::getattr(hot))?;
-            ensure!(header.len as usize == size_of::<OutHeader>() + size_of::<AttrOut>());
-            ensure!(queue.body::<AttrOut>(0).attr == entry.attr);
-            Ok(())
-        })
-        .unwrap();
+        Loopback::new(Device::Knowing(&known))
+            .unwrap()
+            .run(|queue| {
+                for offset in [0_u32, 4096, 200 << 10] {
+                    let request = Request::read(hot, 0, offset.into(), 40 << 10);
+                    queue.spoil(0, &request);
+                    let header = queue.exchange(&request)?;
+                    let payload = queue.payload(0, &request, &header);
+                    ensure!(payload.len() == 40 << 10);
+                    check_content(&tree.hot, offset.into(), &payload)?;
+                }
+                let header = queue.exchange(&Request::lookup(parent, name.as_bytes()))?;
+                ensure!(header.len as usize == size_of::<OutHeader>() + size_of::<EntryOut>());
+                let entry: EntryOut = queue.body(0);
+                ensure!((entry.nodeid, entry.attr.size) == (hot, HOT));
+                let header = queue.exchange(&Request::getattr(hot))?;
+                ensure!(header.len as usize == size_of::<OutHeader>() + size_of::<AttrOut>());
+                ensure!(queue.body::<AttrOut>(0).attr == entry.attr);
+                Ok(())
+            })
+            .unwrap();
         let missing = [parent.as_bytes(), b"missing\0"].concat();
         let header = InHeader { opcode: Opcode::Lookup as u32, nodeid: parent, ..InHeader::default() };
         assert!(known.answer(&header, &missing).is_none());
@@ -243,14 +243,16 @@ mod tests {
 
     #[test]
     fn a_stale_reply_is_no_reply() {
-        with_echo(Device::Empty, |queue| {
-            queue.exchange(&Request::getattr(1))?;
-            let unique = queue.put(0, &Request::getattr(1));
-            ensure!(queue.header(&Used { head: 0, length: 16 }, unique - 2).is_ok());
-            ensure!(queue.header(&Used { head: 0, length: 16 }, unique).is_err());
-            ensure!(queue.header(&Used { head: 0, length: 17 }, unique - 2).is_err());
-            Ok(())
-        })
-        .unwrap();
+        Loopback::new(Device::Empty)
+            .unwrap()
+            .run(|queue| {
+                queue.exchange(&Request::getattr(1))?;
+                let unique = queue.put(0, &Request::getattr(1));
+                ensure!(queue.header(&Used { head: 0, length: 16 }, unique - 2).is_ok());
+                ensure!(queue.header(&Used { head: 0, length: 16 }, unique).is_err());
+                ensure!(queue.header(&Used { head: 0, length: 17 }, unique - 2).is_err());
+                Ok(())
+            })
+            .unwrap();
     }
 }

@@ -10,6 +10,7 @@ use lair_harness::{
     process::{Server, Socket},
 };
 use std::{
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -92,15 +93,25 @@ impl Running {
     }
 }
 
-/// All backends, for the store directory `store` whose paths are in the file `view`. What Lair's needs beforehand is made in
-/// `cache`.
-pub(crate) fn all(store: &Path, view: &Path, cache: &Path) -> Result<Vec<Backend>> {
+/// What is shown, and what Lair's makes beforehand.
+#[derive(Debug)]
+pub(crate) struct Files {
+    /// The store directory.
+    pub(crate) store: PathBuf,
+    /// A list of its paths.
+    pub(crate) view: PathBuf,
+    /// A directory for Lair's index.
+    pub(crate) index: PathBuf,
+}
+
+/// All backends.
+pub(crate) fn all(files: &Files) -> Result<Vec<Backend>> {
     let virtiofsd = PathBuf::from("virtiofsd");
     let version = Command::new(&virtiofsd).arg("--version").output();
     let version = version.context("Cannot run virtiofsd; tests/bench builds it and puts it into PATH")?;
     let version = String::from_utf8_lossy(&version.stdout).trim().to_owned();
     ensure!(version == VIRTIOFSD, "The virtiofsd in PATH is {version:?}, not {VIRTIOFSD:?}");
-    let shared = format!("--shared-dir={}", store.display());
+    let shared = format!("--shared-dir={}", files.store.display());
     let other = |name, options: &[&str]| Backend {
         name,
         program: virtiofsd.clone(),
@@ -111,26 +122,27 @@ pub(crate) fn all(store: &Path, view: &Path, cache: &Path) -> Result<Vec<Backend
             .collect(),
         multiqueue: false,
     };
-    Ok(vec![other(DEFAULT, &[]), other(BEST, TUNED), ours(store, view, cache)?])
+    Ok(vec![other(DEFAULT, &[]), other(BEST, TUNED), ours(OURS, &programs()?, files)?])
 }
 
-fn ours(store: &Path, view: &Path, cache: &Path) -> Result<Backend> {
-    let programs = std::env::var_os("LAIR_BIN")
-        .context("LAIR_BIN is not set: it names the directory of the built programs")?;
-    let program = Path::new(&programs).join("lair-virtiofs");
-    let help = Command::new(&program).arg("--help").output();
-    let help = help.with_context(|| format!("Cannot run {}", program.display()))?;
+/// Where the built programs are.
+pub(crate) fn programs() -> Result<PathBuf> {
+    let programs = std::env::var_os("LAIR_BIN");
+    programs.map(PathBuf::from).context("LAIR_BIN is not set: it names the directory of the built programs")
+}
+
+/// Lair's own, of these programs.
+pub(crate) fn ours(name: &'static str, programs: &Path, files: &Files) -> Result<Backend> {
+    fs::create_dir_all(&files.index)?;
+    let program = programs.join("lair-virtiofs");
     let mut arguments: Vec<String> = Vec::new();
-    let mut add =
-        |option: &str, path: &Path| arguments.extend([option.into(), path.to_string_lossy().into_owned()]);
-    add("--source", store);
-    add("--view", view);
-    if String::from_utf8_lossy(&help.stdout).contains("--index") {
-        add("--index", cache);
-        let output = Command::new(&program).arg("index").args(&arguments).output()?;
-        if !output.status.success() {
-            bail!("lair-virtiofs index failed: {}", String::from_utf8_lossy(&output.stderr).trim());
-        }
+    for (option, path) in [("--source", &files.store), ("--view", &files.view), ("--index", &files.index)] {
+        arguments.extend([option.into(), path.to_string_lossy().into_owned()]);
     }
-    Ok(Backend { name: OURS, program, arguments, multiqueue: true })
+    let output = Command::new(&program).arg("index").args(&arguments).output();
+    let output = output.with_context(|| format!("Cannot run {}", program.display()))?;
+    if !output.status.success() {
+        bail!("{} index failed: {}", program.display(), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(Backend { name, program, arguments, multiqueue: true })
 }

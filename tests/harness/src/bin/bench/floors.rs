@@ -1,15 +1,10 @@
-//! What no backend can be faster than: round trips to devices of no use, each round with new threads, as backends have new processes.
+//! What no backend can be faster than: devices of no use behind the same frontend.
 
-use crate::{
-    operation::{self, Operation},
-    results::{FloorRow, LateRow, Results, wait_key},
-    statistics::median,
-};
+use crate::operation::{self, Operation};
 use anyhow::Result;
 use lair_harness::{
-    clock,
     frontend::{
-        echo::{Device, round_trip},
+        echo::{Device, Loopback},
         known::Known,
         queue::Wait,
         request::Request,
@@ -19,16 +14,27 @@ use lair_harness::{
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
 /// How late answers are, in nanoseconds.
-const LATE: [u64; 8] = [0, 50, 100, 150, 200, 300, 400, 600];
+pub(crate) const LATE: [u64; 8] = [0, 50, 100, 150, 200, 300, 400, 600];
 
-/// Medians of each round, in nanoseconds.
+/// A device of no use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Floor {
+    /// Answers at once: what the frontend itself takes.
+    Empty,
+    /// Has each answer ready.
+    Knowing,
+    /// Answers so many nanoseconds later than at once.
+    Late(u64),
+}
+
+/// The devices of one round, with queues of their own, as backends have new processes.
+pub(crate) type Loopbacks<'a> = BTreeMap<Floor, Loopback<'a>>;
+
+/// What they are asked, and what one of them knows.
 pub(crate) struct Floors {
     known: Known,
     /// What a backend is asked as well.
     requests: BTreeMap<Operation, Vec<Request>>,
-    own: BTreeMap<&'static str, Vec<u64>>,
-    knowing: BTreeMap<(&'static str, &'static str), Vec<u64>>,
-    late: BTreeMap<u64, Vec<u64>>,
 }
 
 impl Floors {
@@ -41,41 +47,29 @@ impl Floors {
                 requests.insert(operation, those);
             }
         }
-        let (own, knowing, late) = Default::default();
-        Ok(Self { known, requests, own, knowing, late })
+        Ok(Self { known, requests })
     }
 
-    /// Measures all of them, with so many round trips each.
-    pub(crate) fn round(&mut self, count: usize) -> Result<()> {
-        let lookup = [Request::lookup(1, b"name")];
-        for wait in [Wait::Polling, Wait::Sleeping] {
-            let own = round_trip(Device::Empty, &lookup, wait, count)?;
-            self.own.entry(wait_key(wait)).or_default().push(own);
-            for (operation, requests) in &self.requests {
-                // A few hundred ms each.
-                let count = count / if *operation == Operation::Read1M { 20 } else { 2 };
-                let knowing = round_trip(Device::Knowing(&self.known), requests, wait, count)?;
-                self.knowing.entry((operation.key(), wait_key(wait))).or_default().push(knowing);
+    pub(crate) fn loopbacks(&self) -> Result<Loopbacks<'_>> {
+        let late = LATE.map(|late| (Floor::Late(late), Device::Late(Duration::from_nanos(late))));
+        [(Floor::Empty, Device::Empty), (Floor::Knowing, Device::Knowing(&self.known))]
+            .into_iter()
+            .chain(late)
+            .map(|(floor, device)| Ok((floor, Loopback::new(device)?)))
+            .collect()
+    }
+
+    /// The devices that show something of an operation, and what they are asked then.
+    pub(crate) fn of(&self, operation: Operation, wait: Wait) -> (Vec<Floor>, &[Request]) {
+        let Some(requests) = self.requests.get(&operation) else { return (vec![], &[]) };
+        let mut floors = vec![Floor::Knowing];
+        // All requests are alike to the others.
+        if operation == Operation::Lookup {
+            floors.push(Floor::Empty);
+            if wait == Wait::Sleeping {
+                floors.extend(LATE.map(Floor::Late));
             }
         }
-        for late in LATE {
-            let device = Device::Late(Duration::from_nanos(late));
-            self.late.entry(late).or_default().push(round_trip(device, &lookup, Wait::Sleeping, count / 4)?);
-        }
-        Ok(())
-    }
-
-    /// The medians of all rounds; of what shows a limit, the fastest round: a slow one says nothing of what cannot be.
-    pub(crate) fn put_into(self, results: &mut Results) {
-        let own = |wait| self.own.get(wait_key(wait)).cloned().map(median).unwrap_or_default();
-        results.clock_ns = clock::cost().as_nanos() as u64;
-        results.frontend_round_trip_ns = own(Wait::Polling);
-        results.frontend_round_trip_sleeping_ns = own(Wait::Sleeping);
-        let floor = |((operation, wait), rounds): (_, Vec<u64>)| {
-            rounds.into_iter().min().map(|median_ns| FloorRow { operation, wait, median_ns })
-        };
-        results.floors = self.knowing.into_iter().filter_map(floor).collect();
-        let late = |(late_ns, rounds)| LateRow { late_ns, median_ns: median(rounds) };
-        results.late = self.late.into_iter().map(late).collect();
+        (floors, requests)
     }
 }

@@ -1,10 +1,11 @@
 //! What Lair's backend is held to, beside virtiofsd in the same run.
 
 use crate::{
-    backends::{BEST, DEFAULT, OURS},
+    backends::OURS,
     guest::{Before, Guest},
     operation::Operation,
     results::{LateRow, Results, wait_key},
+    statistics::{median, ratios},
 };
 use lair_harness::frontend::queue::Wait;
 use serde::Serialize;
@@ -107,30 +108,27 @@ fn caches(guest: &Guest) -> Gate {
     }
 }
 
-/// The least that virtiofsd takes, however it is set up and waited for; with a sleeping frontend and where being as fast is
-/// all that is asked for, the least of its own with a sleeping frontend.
-fn reference(results: &Results, operation: Operation, wait: Wait, factor: f64) -> Option<u64> {
+/// A ratio of round by round; beside virtiofsd however it is waited for, or with a sleeping frontend and where being as fast is all that is
+/// asked for, with a sleeping frontend as well.
+fn latency(results: &Results, operation: Operation, wait: Wait, factor: f64) -> Option<Gate> {
     let waits =
         if wait == Wait::Sleeping && factor <= 1.0 { &[wait][..] } else { &[Wait::Polling, Wait::Sleeping] };
-    waits
-        .iter()
-        .flat_map(|&wait| [DEFAULT, BEST].map(|backend| results.row(operation, wait, backend)))
-        .flatten()
-        .map(|row| row.median_ns)
-        .min()
-}
-
-fn latency(results: &Results, operation: Operation, wait: Wait, factor: f64) -> Option<Gate> {
-    let theirs = reference(results, operation, wait, factor)?;
-    let ours = results.row(operation, wait, OURS)?.median_ns.max(1);
-    let ratio = theirs as f64 / ours as f64;
-    let met = ratio >= factor;
+    let theirs = results.theirs(operation, waits);
+    let ours = results.row(operation, wait, OURS)?;
+    let ratio = ratios(&theirs, &ours.rounds_ns);
+    let met = ratio.median >= factor;
     let limit = match results.floor(operation, wait) {
+        _ if met => String::new(),
         // Were it slower than ours, it would be no limit.
-        Some(floor) if !met && floor <= ours && floor as f64 * factor > theirs as f64 => {
-            format!("; out of reach: a device that knows all answers takes {:.2} us", floor as f64 / 1e3)
+        Some(floor)
+            if floor.median_ns <= ours.median_ns && ratios(&theirs, &floor.rounds_ns).median < factor =>
+        {
+            let (took, times) = (floor.median_ns as f64 / 1e3, ratios(&theirs, &floor.rounds_ns).median);
+            format!("; out of reach: a device that knows all answers takes {took:.2} us: {times:.2} times")
         }
-        _ if !met && wait == Wait::Sleeping && SMALL.contains(&operation) => asleep(results, theirs, factor),
+        _ if wait == Wait::Sleeping && SMALL.contains(&operation) => {
+            asleep(results, median(theirs.clone()), factor)
+        }
         _ => String::new(),
     };
     let asked = if factor > 1.0 { format!("{factor} times faster") } else { "never slower".into() };
@@ -138,9 +136,10 @@ fn latency(results: &Results, operation: Operation, wait: Wait, factor: f64) -> 
         name: format!("{}, {}: {asked}", operation.title(), wait_key(wait)),
         met,
         figures: format!(
-            "{:.2} us, virtiofsd {:.2} us: {ratio:.2} times{limit}",
-            ours as f64 / 1e3,
-            theirs as f64 / 1e3
+            "{:.2} us, virtiofsd {:.2} us: {:.2} times{limit}",
+            ours.median_ns as f64 / 1e3,
+            median(theirs) as f64 / 1e3,
+            ratio.median
         ),
     })
 }
@@ -170,13 +169,18 @@ fn asleep(results: &Results, theirs: u64, factor: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::results::{LatencyRow, sample};
+    use crate::{
+        backends::{BEST, DEFAULT},
+        results::{LatencyRow, sample},
+    };
 
     fn set(results: &mut Results, operation: Operation, wait: Wait, backend: &str, median_ns: u64) {
         let is = |row: &&mut LatencyRow| {
             (row.operation, row.wait, row.backend) == (operation.key(), wait_key(wait), backend)
         };
-        results.latency.iter_mut().find(is).unwrap().median_ns = median_ns;
+        let row = results.latency.iter_mut().find(is).unwrap();
+        row.median_ns = median_ns;
+        row.rounds_ns.fill(median_ns);
     }
 
     fn met(results: &Results, name: &str) -> bool {

@@ -2,6 +2,7 @@
 
 mod backends;
 mod boot;
+mod change;
 mod chart;
 mod floors;
 mod gates;
@@ -11,8 +12,10 @@ mod operation;
 mod report;
 mod results;
 mod statistics;
+mod turns;
 
 use anyhow::{Context, Result};
+use backends::Files;
 use clap::{Parser, Subcommand};
 use floors::Floors;
 use lair_harness::{
@@ -20,6 +23,7 @@ use lair_harness::{
     tree::{Scale, Tree},
 };
 use measure::{Effort, Round};
+use operation::Operation;
 use results::{BackendFacts, HostFacts, Results, WholeRow};
 use statistics::median;
 use std::{
@@ -41,6 +45,8 @@ struct Arguments {
 enum Bench {
     /// The store backend beside virtiofsd: the same requests, on the same tree, through the same frontend
     Virtiofs(Virtiofs),
+    /// Two builds of the store backend, the one before a change and the one after it, one request at a time and in turn
+    Change(change::Arguments),
     /// The start of a VM by laird beside the same programs started by hand; laird's memory and CPU with 1, 10 and 100 VMs
     Boot(boot::Arguments),
     /// A program of a VM, as far as laird can tell
@@ -73,6 +79,7 @@ struct Virtiofs {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().bench {
         Bench::Virtiofs(arguments) => virtiofs(&arguments),
+        Bench::Change(arguments) => change::run(&arguments),
         Bench::Boot(arguments) => boot::boot(&arguments),
         Bench::StandIn(arguments) => boot::stand_in::run(&arguments),
     };
@@ -123,35 +130,40 @@ fn virtiofs(arguments: &Virtiofs) -> Result<()> {
     Ok(())
 }
 
+/// Makes sure that the store that is measured is there.
+fn store(cache: &Path) -> Result<(Tree, Files)> {
+    let tree = Tree::new(SCALE);
+    let files = Files { store: cache.join("store"), view: cache.join("view"), index: cache.join("index") };
+    note(&format!("the store of {} inodes in {}", tree.entries.len(), files.store.display()));
+    let begin = Instant::now();
+    if tree.write(&files.store)? {
+        note(&format!("written in {:.1} s", begin.elapsed().as_secs_f64()));
+    }
+    fs::write(&files.view, tree.view())?;
+    Ok((tree, files))
+}
+
 /// Measures all backends through the frontend.
 fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()> {
     let effort = results.effort;
-    let tree = Tree::new(SCALE);
-    let store = cache.join("store");
-    note(&format!("the store of {} inodes in {}", tree.entries.len(), store.display()));
-    let begin = Instant::now();
-    if tree.write(&store)? {
-        note(&format!("written in {:.1} s", begin.elapsed().as_secs_f64()));
-    }
-    let (view, index) = (cache.join("view"), cache.join("index"));
-    fs::write(&view, tree.view())?;
-    fs::create_dir_all(&index)?;
-    let backends = backends::all(&store, &view, &index)?;
+    let (tree, files) = store(cache)?;
+    let store = &files.store;
+    let backends = backends::all(&files)?;
 
     (results.store_paths, results.inodes) = (tree.names.len(), tree.entries.len());
-    let count = if effort.rounds < 3 { 20_000 } else { 50_000 };
-    let mut floors = Floors::new(&tree, &store)?;
+    let floors = Floors::new(&tree, store)?;
+    let mut turns = Vec::new();
     let mut rounds: Vec<Vec<Round>> = backends.iter().map(|_| Vec::new()).collect();
     for number in 1..=effort.rounds {
-        note(&format!("round {number} of {}: devices of no use", effort.rounds));
-        floors.round(count)?;
+        note(&format!("round {number} of {}: one request at a time, in turn", effort.rounds));
+        turns.push(turns::round(&backends, &Operation::ALL, &floors, &tree, directory, &effort)?);
         for (backend, rounds) in backends.iter().zip(&mut rounds) {
             note(&format!("round {number} of {}: {}", effort.rounds, backend.name));
-            let round = measure::round(backend, &tree, &store, directory, &effort);
+            let round = measure::round(backend, &tree, store, directory, &effort);
             rounds.push(round.with_context(|| format!("{} cannot be measured", backend.name))?);
         }
     }
-    floors.put_into(results);
+    results.put_turns(&backends, &turns);
     let mut starts: Vec<Vec<u64>> = backends.iter().map(|_| Vec::new()).collect();
     note("starts");
     for _ in 0..effort.starts {
@@ -163,7 +175,6 @@ fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()>
         note(&format!("{}: memory after a walk, then idle", backend.name));
         let (inodes_walked, memory) = measure::memory(backend, directory)?;
         results.backends.push(BackendFacts { name: backend.name, command: backend.command_line() });
-        results.latency.extend(results::latency(backend, rounds));
         results.throughput.extend(results::throughput(backend, rounds));
         results.sequential.extend(results::sequential(backend, rounds));
         results.whole.push(WholeRow {

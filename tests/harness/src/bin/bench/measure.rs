@@ -1,4 +1,4 @@
-//! Measuring one backend in one round.
+//! Measuring one backend in one round: what is not one request at a time.
 
 use crate::{
     backends::{Backend, Running},
@@ -7,7 +7,6 @@ use crate::{
 };
 use anyhow::{Context, Result, anyhow, ensure};
 use lair_harness::{
-    clock,
     frontend::{
         layout::{PAGE, Shape},
         queue::{Queue, Wait},
@@ -38,7 +37,7 @@ pub(crate) struct Effort {
 }
 
 impl Effort {
-    fn budget(&self) -> Duration {
+    pub(crate) fn budget(&self) -> Duration {
         Duration::from_secs_f64(self.seconds)
     }
 }
@@ -56,21 +55,9 @@ pub(crate) const PACE: u32 = 1000;
 
 const WAITS: [Wait; 2] = [Wait::Polling, Wait::Sleeping];
 
-/// What an operation takes, one at a time.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Latency {
-    pub(crate) median: u64,
-    pub(crate) p99: u64,
-    /// CPU time of the backend for one operation, nanoseconds.
-    pub(crate) cpu: u64,
-    /// Requests for a hundred operations.
-    pub(crate) messages: u64,
-}
-
 /// What one backend did in one round.
 #[derive(Debug, Default)]
 pub(crate) struct Round {
-    pub(crate) latency: BTreeMap<(Operation, Wait), Latency>,
     /// Requests each second, by operation, wait and depth.
     pub(crate) depth: BTreeMap<(Operation, Wait, u16), u64>,
     /// Requests each second, by operation and number of queues.
@@ -81,7 +68,7 @@ pub(crate) struct Round {
     pub(crate) sequential: BTreeMap<Wait, (u64, u64)>,
 }
 
-/// Has one backend do everything.
+/// Has one backend do everything but what is in [`crate::turns`].
 pub(crate) fn round(
     backend: &Backend,
     tree: &Tree,
@@ -94,16 +81,12 @@ pub(crate) fn round(
     let (running, queues) = backend.start(directory, Shape { queues: 1, depth, pages: (1 << 20) / PAGE })?;
     let mut session = Session::mount(queues.into_iter().next().context("no queue")?)?;
     let mut nodes = Nodes::default();
-    let works = Operation::ALL
+    let works = IN_NUMBERS
         .into_iter()
         .map(|operation| Ok((operation, Work::prepare(operation, tree, &mut session, &mut nodes)?)))
         .collect::<Result<BTreeMap<_, _>>>()?;
     for wait in WAITS {
         session.queue.set_wait(wait);
-        for (operation, work) in &works {
-            let latency = latency(&mut session, work, &running.server, effort)?;
-            round.latency.insert((*operation, wait), latency);
-        }
         for operation in IN_NUMBERS {
             for depth in DEPTHS {
                 let until = Instant::now() + effort.budget();
@@ -120,37 +103,6 @@ pub(crate) fn round(
         round.queues = many_queues(backend, tree, directory, effort)?;
     }
     Ok(round)
-}
-
-fn latency(session: &mut Session, work: &Work, server: &Server, effort: &Effort) -> Result<Latency> {
-    // Once round, so that nothing is seen for the first time.
-    for number in 0..work.requests.len().min(500) {
-        work.once(session, number)?;
-    }
-    let (cpu, messages) = (server.cpu()?, session.messages);
-    let mut times = Vec::with_capacity(1 << 20);
-    // Between two requests the clock is read once, which is no part of either.
-    let clock = clock::cost();
-    let mut last = Instant::now();
-    let until = last + effort.budget();
-    while last < until && times.len() < times.capacity() {
-        work.once(session, times.len())?;
-        let now = Instant::now();
-        times.push((now - last).saturating_sub(clock).as_nanos() as u64);
-        last = now;
-    }
-    let count = times.len() as u64;
-    ensure!(count > 0, "no time to measure in");
-    let messages = session.messages - messages;
-    if messages == 0 {
-        return Ok(Latency { median: 0, p99: 0, cpu: 0, messages: 0 });
-    }
-    Ok(Latency {
-        median: quantile(&mut times, 0.5),
-        p99: quantile(&mut times, 0.99),
-        cpu: (server.cpu()? - cpu).as_nanos() as u64 / count,
-        messages: messages * 100 / count,
-    })
 }
 
 /// Keeps `depth` requests in flight. Requests each second.

@@ -55,6 +55,15 @@ impl Operation {
         }
     }
 
+    /// The operation of a name in JSON.
+    pub(crate) fn parse(key: &str) -> Result<Self, String> {
+        let known = || Self::ALL.map(Self::key).join(", ");
+        Self::ALL
+            .into_iter()
+            .find(|operation| operation.key() == key)
+            .ok_or_else(|| format!("known are {}", known()))
+    }
+
     /// Its name for people.
     pub(crate) fn title(self) -> &'static str {
         match self {

@@ -7,6 +7,7 @@ use crate::{
     measure::{DEPTH_OF_MANY, DEPTHS, IN_NUMBERS, PACE, QUEUES},
     operation::Operation,
     results::{LatencyRow, Results, wait_key},
+    statistics::ratios,
 };
 use comfy_table::{CellAlignment, Table, presets::NOTHING};
 use lair_harness::frontend::queue::Wait;
@@ -74,7 +75,7 @@ fn frontend(results: &Results) -> String {
         let title = format!("One at a time, frontend {}: us, median (99th percentile)", wait_key(wait));
         add(&title, latency(results, wait));
     }
-    add("A device that knows all answers, one at a time, in its fastest round: us, median", floors(results));
+    add("A device that knows all answers, one at a time: us, median", floors(results));
     add("A device that answers later, frontend sleeping: us, median", late(results));
     add("CPU time of the backend: us for one operation", cpu(results));
     add("Many in flight: thousand requests each second", throughput(results));
@@ -116,13 +117,13 @@ fn mib(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / f64::from(1 << 20))
 }
 
-/// The faster of virtiofsd's, and ours, for the ratio.
+/// How many times faster ours is than the faster of virtiofsd's.
 fn ratio(results: &Results, operation: Operation, wait: Wait) -> String {
-    let row = |backend| results.row(operation, wait, backend).filter(|row| row.messages > 0.0);
-    let median = |backend| row(backend).map(|row| row.median_ns);
-    let theirs = [DEFAULT, BEST].into_iter().filter_map(median).min();
-    match (theirs, median(OURS)) {
-        (Some(theirs), Some(ours)) if ours > 0 => format!("{:.1}", theirs as f64 / ours as f64),
+    let theirs = results.theirs(operation, &[wait]);
+    match results.row(operation, wait, OURS) {
+        Some(ours) if ours.messages > 0.0 && !theirs.is_empty() => {
+            format!("{:.1}", ratios(&theirs, &ours.rounds_ns).median)
+        }
         _ => "-".into(),
     }
 }
@@ -147,8 +148,9 @@ fn cell(row: &LatencyRow) -> String {
 
 fn floors(results: &Results) -> Table {
     let mut table = table(&["OPERATION", "POLLING", "SLEEPING"]);
-    let cell =
-        |operation, wait| results.floor(operation, wait).map_or("-".into(), |ns| format!("{:.2}", us(ns)));
+    let cell = |operation, wait| {
+        results.floor(operation, wait).map_or("-".into(), |row| format!("{:.2}", us(row.median_ns)))
+    };
     for operation in Operation::ALL {
         if results.floor(operation, Wait::Polling).is_some() {
             let waits = [Wait::Polling, Wait::Sleeping].map(|wait| cell(operation, wait));

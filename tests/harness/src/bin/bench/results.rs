@@ -1,14 +1,16 @@
 //! What was measured, as one document with names that stay: medians over the rounds.
 
 use crate::{
-    backends::Backend,
+    backends::{BEST, Backend, DEFAULT},
+    floors::{Floor, LATE},
     gates::Gate,
     guest::Guest,
     measure::{DEPTH_OF_MANY, DEPTHS, Effort, IN_NUMBERS, QUEUES, Round},
     operation::Operation,
     statistics::median,
+    turns::{Contender, Latencies, Latency},
 };
-use lair_harness::{frontend::queue::Wait, process::MemoryUse};
+use lair_harness::{clock, frontend::queue::Wait, process::MemoryUse};
 use serde::Serialize;
 
 /// The document.
@@ -59,6 +61,8 @@ pub(crate) struct FloorRow {
     pub(crate) operation: &'static str,
     pub(crate) wait: &'static str,
     pub(crate) median_ns: u64,
+    /// The medians of the rounds, in the order of the backends'.
+    pub(crate) rounds_ns: Vec<u64>,
 }
 
 /// A round trip to a device that replies late, to a frontend that sleeps.
@@ -76,11 +80,15 @@ pub(crate) struct LatencyRow {
     pub(crate) wait: &'static str,
     pub(crate) backend: &'static str,
     pub(crate) median_ns: u64,
+    /// The medians of the rounds. What was measured in the same round may be compared.
+    pub(crate) rounds_ns: Vec<u64>,
     pub(crate) p99_ns: u64,
     /// CPU time of the backend.
     pub(crate) cpu_ns: u64,
     /// Requests for one operation.
     pub(crate) messages: f64,
+    /// How many times the frontend has slept for one operation.
+    pub(crate) slept: f64,
 }
 
 /// Many requests in flight.
@@ -129,28 +137,6 @@ pub(crate) fn wait_key(wait: Wait) -> &'static str {
 fn over<'a>(rounds: &'a [Round], value: impl Fn(&'a Round) -> Option<u64>) -> Option<u64> {
     let values: Vec<_> = rounds.iter().filter_map(value).collect();
     if values.is_empty() { None } else { Some(median(values)) }
-}
-
-/// The rows of one backend's rounds.
-pub(crate) fn latency(backend: &Backend, rounds: &[Round]) -> Vec<LatencyRow> {
-    let mut rows = Vec::new();
-    for wait in [Wait::Polling, Wait::Sleeping] {
-        for operation in Operation::ALL {
-            let of = |field: fn(&crate::measure::Latency) -> u64| {
-                over(rounds, |round| round.latency.get(&(operation, wait)).map(field)).unwrap_or_default()
-            };
-            rows.push(LatencyRow {
-                operation: operation.key(),
-                wait: wait_key(wait),
-                backend: backend.name,
-                median_ns: of(|latency| latency.median),
-                p99_ns: of(|latency| latency.p99),
-                cpu_ns: of(|latency| latency.cpu),
-                messages: of(|latency| latency.messages) as f64 / 100.0,
-            });
-        }
-    }
-    rows
 }
 
 pub(crate) fn throughput(backend: &Backend, rounds: &[Round]) -> Vec<ThroughputRow> {
@@ -235,6 +221,52 @@ impl Results {
         }
     }
 
+    /// What came one at a time, in rounds of turns.
+    pub(crate) fn put_turns(&mut self, backends: &[Backend], turns: &[Latencies]) {
+        let of = |contender, operation, wait, field: fn(&Latency) -> u64| -> Vec<u64> {
+            turns.iter().filter_map(|round| round.get(&(contender, operation, wait)).map(field)).collect()
+        };
+        let medians =
+            |floor, operation, wait| of(Contender::Floor(floor), operation, wait, |latency| latency.median);
+        let own = |wait| median(medians(Floor::Empty, Operation::Lookup, wait));
+        self.clock_ns = clock::cost().as_nanos() as u64;
+        self.frontend_round_trip_ns = own(Wait::Polling);
+        self.frontend_round_trip_sleeping_ns = own(Wait::Sleeping);
+        for wait in [Wait::Polling, Wait::Sleeping] {
+            for operation in Operation::ALL {
+                let rounds_ns = medians(Floor::Knowing, operation, wait);
+                if !rounds_ns.is_empty() {
+                    let (operation, wait) = (operation.key(), wait_key(wait));
+                    self.floors.push(FloorRow {
+                        operation,
+                        wait,
+                        median_ns: median(rounds_ns.clone()),
+                        rounds_ns,
+                    });
+                }
+                self.latency.extend(backends.iter().map(|backend| {
+                    let of = |field| of(Contender::Backend(backend.name), operation, wait, field);
+                    let rounds_ns = of(|latency| latency.median);
+                    LatencyRow {
+                        operation: operation.key(),
+                        wait: wait_key(wait),
+                        backend: backend.name,
+                        median_ns: median(rounds_ns.clone()),
+                        rounds_ns,
+                        p99_ns: median(of(|latency| latency.p99)),
+                        cpu_ns: median(of(|latency| latency.cpu)),
+                        messages: median(of(|latency| latency.messages)) as f64 / 100.0,
+                        slept: median(of(|latency| latency.slept)) as f64 / 100.0,
+                    }
+                }));
+            }
+        }
+        self.late.extend(LATE.map(|late_ns| LateRow {
+            late_ns,
+            median_ns: median(medians(Floor::Late(late_ns), Operation::Lookup, Wait::Sleeping)),
+        }));
+    }
+
     /// A latency row.
     pub(crate) fn row(&self, operation: Operation, wait: Wait, backend: &str) -> Option<&LatencyRow> {
         self.latency
@@ -242,10 +274,22 @@ impl Results {
             .find(|row| (row.operation, row.wait, row.backend) == (operation.key(), wait_key(wait), backend))
     }
 
-    /// What no backend can be faster than, in nanoseconds.
-    pub(crate) fn floor(&self, operation: Operation, wait: Wait) -> Option<u64> {
-        let of = |row: &&FloorRow| (row.operation, row.wait) == (operation.key(), wait_key(wait));
-        self.floors.iter().find(of).map(|row| row.median_ns)
+    /// What no backend can be faster than.
+    pub(crate) fn floor(&self, operation: Operation, wait: Wait) -> Option<&FloorRow> {
+        self.floors.iter().find(|row| (row.operation, row.wait) == (operation.key(), wait_key(wait)))
+    }
+
+    /// The least that virtiofsd takes, however it is set up, with a frontend that waits in one of these ways: in each round, nanoseconds. Empty
+    /// where it has nothing to do.
+    pub(crate) fn theirs(&self, operation: Operation, waits: &[Wait]) -> Vec<u64> {
+        let rows: Vec<_> = waits
+            .iter()
+            .flat_map(|&wait| [DEFAULT, BEST].map(|backend| self.row(operation, wait, backend)))
+            .flatten()
+            .filter(|row| row.messages > 0.0)
+            .collect();
+        let rounds = rows.iter().map(|row| row.rounds_ns.len()).min().unwrap_or_default();
+        (0..rounds).filter_map(|round| rows.iter().map(|row| row.rounds_ns[round]).min()).collect()
     }
 
     /// The whole row of a backend.
@@ -257,21 +301,26 @@ impl Results {
 /// Results in which all gates are met: virtiofsd takes 20 us for everything, Lair's backend 0.2 us, asleep 1.5 us.
 #[cfg(test)]
 pub(crate) fn sample() -> Results {
-    use crate::backends::{BEST, DEFAULT, OURS};
+    use crate::backends::OURS;
     let backends = [DEFAULT, BEST, OURS];
     let both = || [Wait::Polling, Wait::Sleeping].into_iter();
-    let latency = |backend, wait: Wait, operation: Operation| LatencyRow {
-        operation: operation.key(),
-        wait: wait_key(wait),
-        backend,
-        median_ns: match (backend, wait) {
+    let latency = |backend, wait: Wait, operation: Operation| {
+        let median_ns = match (backend, wait) {
             (OURS, Wait::Polling) => 200,
             (OURS, Wait::Sleeping) => 1_500,
             _ => 20_000,
-        },
-        p99_ns: 40_000,
-        cpu_ns: 1_000,
-        messages: if (backend, operation) == (OURS, Operation::OpenCycle) { 0.0 } else { 1.0 },
+        };
+        LatencyRow {
+            operation: operation.key(),
+            wait: wait_key(wait),
+            backend,
+            median_ns,
+            rounds_ns: vec![median_ns; 3],
+            p99_ns: 40_000,
+            cpu_ns: 1_000,
+            messages: if (backend, operation) == (OURS, Operation::OpenCycle) { 0.0 } else { 1.0 },
+            slept: if wait == Wait::Sleeping { 0.5 } else { 0.0 },
+        }
     };
     let sequential = |backend, wait| SequentialRow {
         wait: wait_key(wait),
@@ -295,7 +344,12 @@ pub(crate) fn sample() -> Results {
     (results.frontend_round_trip_ns, results.frontend_round_trip_sleeping_ns) = (120, 1_200);
     results.clock_ns = 30;
     results.floors = both()
-        .map(|wait| FloorRow { operation: Operation::Lookup.key(), wait: wait_key(wait), median_ns: 150 })
+        .map(|wait| FloorRow {
+            operation: Operation::Lookup.key(),
+            wait: wait_key(wait),
+            median_ns: 150,
+            rounds_ns: vec![150; 3],
+        })
         .collect();
     results.late = [(0, 1_000), (100, 1_100), (200, 1_300), (300, 6_000)]
         .map(|(late_ns, median_ns)| LateRow { late_ns, median_ns })

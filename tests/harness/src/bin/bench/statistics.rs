@@ -34,6 +34,11 @@ impl Spread {
     }
 }
 
+/// How many times longer, in each round, what took `long` nanoseconds was than what took `short`.
+pub(crate) fn ratios(long: &[u64], short: &[u64]) -> Spread {
+    Spread::of(long.iter().zip(short).map(|(&long, &short)| long as f64 / short.max(1) as f64).collect())
+}
+
 impl std::fmt::Display for Spread {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{:.1} ({:.1} to {:.1})", self.median, self.p10, self.p90)
@@ -50,6 +55,15 @@ mod tests {
         assert_eq!(spread, Spread { p10: -8.0, median: 0.0, p90: 8.0 });
         assert_eq!(spread.to_string(), "0.0 (-8.0 to 8.0)");
         assert_eq!(Spread::of(vec![]).median, 0.0);
+    }
+
+    #[test]
+    fn what_is_of_one_round_is_compared() {
+        // The machine was slow in the second round, for both.
+        let spread = ratios(&[20, 60, 22], &[10, 30, 11]);
+        assert_eq!(spread, Spread { p10: 2.0, median: 2.0, p90: 2.0 });
+        assert_eq!(ratios(&[], &[1]).median, 0.0);
+        assert_eq!(ratios(&[7], &[0]).median, 7.0);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The closure that the guest mounts: a directory that holds nothing else, a view of it, and an image of it.
 
+use crate::backends::Files;
 use anyhow::{Context, Result, bail, ensure};
 use lair_harness::testbed::Testbed;
 use std::{
@@ -17,8 +18,7 @@ const LEFT_OUT: [&str; 2] = ["-odd", "-big"];
 /// A closure on the host.
 pub(super) struct Closure {
     /// A store directory with these store paths and no other.
-    pub(super) store: PathBuf,
-    pub(super) view: PathBuf,
+    pub(super) files: Files,
     /// An EROFS image of the store directory, not compressed.
     pub(super) image: PathBuf,
     pub(super) store_paths: usize,
@@ -34,16 +34,19 @@ impl Closure {
         paths.sort_unstable();
         ensure!(paths.len() > 10, "The closure of {roots:?} has {} store paths", paths.len());
         let closure = Self {
-            store: cache.join("closure"),
-            view: cache.join("closure.view"),
+            files: Files {
+                store: cache.join("closure"),
+                view: cache.join("closure.view"),
+                index: cache.join("closure.index"),
+            },
             image: cache.join("closure.erofs"),
             store_paths: paths.len(),
         };
         let text: String = paths.iter().map(|path| format!("{path}\n")).collect();
-        if fs::read_to_string(&closure.view).is_ok_and(|there| there == text) {
+        if fs::read_to_string(&closure.files.view).is_ok_and(|there| there == text) {
             return Ok(closure);
         }
-        for old in [&closure.view, &closure.image] {
+        for old in [&closure.files.view, &closure.image] {
             match fs::remove_file(old) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(error).with_context(|| format!("Cannot remove the old {}", old.display()));
@@ -51,17 +54,20 @@ impl Closure {
                 _ => {}
             }
         }
-        if closure.store.exists() {
+        if closure.files.store.exists() {
             // Directories of a store are read only.
-            run(Command::new("chmod").args(["-R", "u+w"]).arg(&closure.store))?;
-            fs::remove_dir_all(&closure.store)?;
+            run(Command::new("chmod").args(["-R", "u+w"]).arg(&closure.files.store))?;
+            fs::remove_dir_all(&closure.files.store)?;
         }
-        fs::create_dir_all(&closure.store)?;
+        fs::create_dir_all(&closure.files.store)?;
         let physical = paths.iter().map(|path| testbed.physical(path));
-        run(Command::new("cp").args(["--archive", "--"]).args(physical).arg(&closure.store))?;
-        run(Command::new("mkfs.erofs").args(["--all-root", "-T1"]).arg(&closure.image).arg(&closure.store))?;
+        run(Command::new("cp").args(["--archive", "--"]).args(physical).arg(&closure.files.store))?;
+        run(Command::new("mkfs.erofs")
+            .args(["--all-root", "-T1"])
+            .arg(&closure.image)
+            .arg(&closure.files.store))?;
         // Last, as what says that the others are whole.
-        fs::write(&closure.view, text)?;
+        fs::write(&closure.files.view, text)?;
         Ok(closure)
     }
 }

@@ -19,7 +19,6 @@ use machine::Machine;
 use serde::Serialize;
 use std::{
     collections::BTreeMap,
-    fs,
     io::{Read, Write},
     os::unix::net::UnixStream,
     path::Path,
@@ -119,9 +118,7 @@ pub(crate) fn measure(cache: &Path, directory: &Path, rounds: usize) -> Result<G
         Testbed::find()?.context("The guest needs the test bed; --no-guest leaves the guest out")?;
     note("guest: the closure, and an EROFS image of it");
     let closure = Closure::make(&testbed, cache)?;
-    let index = cache.join("closure.index");
-    fs::create_dir_all(&index)?;
-    let backends = backends::all(&closure.store, &closure.view, &index)?;
+    let backends = backends::all(&closure.files)?;
     let mut sockets = Vec::new();
     let mut ways = Vec::new();
     for backend in &backends {
