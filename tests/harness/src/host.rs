@@ -12,6 +12,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// No `vmctl` of a test takes so many seconds, not even one that waits for a guest to boot.
+const HANGS: u32 = 300;
+
+/// No command in a guest takes so many.
+const SHELL_HANGS: u32 = 180;
+
 /// A `laird` with its directories below one.
 #[derive(Debug)]
 pub struct Host {
@@ -171,8 +177,15 @@ impl Host {
 
     /// Runs `vmctl`; its failure is an error with what it said.
     pub fn run_vmctl(&self, arguments: &[&str]) -> Result<String> {
-        let output = self.vmctl(arguments).stdin(Stdio::null()).output().context("Cannot run vmctl")?;
-        success(&format!("vmctl {}", arguments.join(" ")), output)
+        let output = self.bounded(HANGS).args(arguments).stdin(Stdio::null()).output();
+        success(&format!("vmctl {}", arguments.join(" ")), output.context("Cannot run vmctl")?)
+    }
+
+    /// A `vmctl` that ends after so many seconds with status 124: one that hangs should not end the whole run.
+    fn bounded(&self, seconds: u32) -> Command {
+        let mut command = Command::new("timeout");
+        command.arg(seconds.to_string()).arg(self.program("vmctl")).arg("--socket").arg(self.socket());
+        command
     }
 
     /// The host and its VMs.
@@ -229,10 +242,8 @@ impl Host {
         self.bounded_shell(vm, script).stdin(Stdio::null()).output().context("Cannot run vmctl")
     }
 
-    /// No command of a test takes long; one that hangs ends with status 124 rather than with the whole run.
     fn bounded_shell(&self, vm: &str, script: &str) -> Command {
-        let mut command = Command::new("timeout");
-        command.arg("180").arg(self.program("vmctl")).arg("--socket").arg(self.socket());
+        let mut command = self.bounded(SHELL_HANGS);
         command.args(["exec", vm, "--", "sh", "-euc", script]);
         command
     }

@@ -113,10 +113,28 @@ fn the_time_out_ends_it() -> Result<()> {
     let output = command.output()?;
     ensure!(output.status.code() == Some(124), "{}", described(&output));
     ensure!(
-        text(&output.stderr).starts_with("host-vm: ended after the time-out of 3 s"),
+        text(&output.stderr).contains("host-vm: ended after the time-out of 3 s"),
         "{}",
         described(&output)
     );
+    nothing_left(&mark)
+}
+
+#[test]
+fn what_runs_is_told_before_the_time_out_and_what_the_kernel_said_after_it() -> Result<()> {
+    let script =
+        "mkdir /tmp/lair-it; echo its words >/tmp/lair-it/laird.log; echo kernel words >/dev/kmsg; sleep 600";
+    let Some((mut command, mark)) = host_vm(&["--timeout", "40"], script)? else { return Ok(()) };
+    let output = command.output()?;
+    ensure!(output.status.code() == Some(124), "{}", described(&output));
+    for expected in [
+        "sleep 600",
+        "--- the end of /tmp/lair-it/laird.log\nits words",
+        "kernel words",
+        "sysrq: Show Blocked State",
+    ] {
+        ensure!(text(&output.stderr).contains(expected), "{expected}: {}", described(&output));
+    }
     nothing_left(&mark)
 }
 
