@@ -8,6 +8,7 @@ use nix::{
 };
 use std::{
     fs,
+    io::{BufRead, BufReader},
     path::Path,
     process::{Child, Command, Output, Stdio},
     thread::sleep,
@@ -138,12 +139,31 @@ fn what_runs_is_told_before_the_time_out_and_what_the_kernel_said_after_it() -> 
     nothing_left(&mark)
 }
 
+#[test]
+fn one_that_is_stuck_is_ended_and_told_from_a_command_that_takes_long() -> Result<()> {
+    let options = ["--timeout", "300", "--stuck", "20"];
+    let Some((mut command, mark)) = host_vm(&options, "echo up; sleep 40; echo still; sleep 600")? else {
+        return Ok(());
+    };
+    let mut run = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(run.stdout.take().context("no standard output")?).lines();
+    ensure!(lines.next().transpose()?.as_deref() == Some("up"));
+    ensure!(lines.next().transpose()?.as_deref() == Some("still"), "a command that takes long was ended");
+    let qemu = marked(&mark).into_iter().find(is_qemu).context("no QEMU")?;
+    kill(Pid::from_raw(qemu), Signal::SIGSTOP)?;
+    let output = run.wait_with_output()?;
+    ensure!(output.status.code() == Some(123), "{}", described(&output));
+    ensure!(text(&output.stderr).contains("host-vm: the VM was stuck"), "{}", described(&output));
+    nothing_left(&mark)
+}
+
+fn is_qemu(pid: &i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("qemu-system"))
+}
+
 /// Waits until a run's QEMU is there.
 fn started(mark: &str, run: &mut Child) -> Result<()> {
     let began = Instant::now();
-    let is_qemu = |pid: &i32| {
-        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.starts_with("qemu-system"))
-    };
     while !marked(mark).iter().any(is_qemu) {
         ensure!(began.elapsed() < PATIENCE && run.try_wait()?.is_none(), "it does not start");
         sleep(Duration::from_millis(50));
