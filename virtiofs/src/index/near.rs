@@ -87,8 +87,10 @@ impl BySlot {
 
 impl FromIterator<Arc<Entry>> for BySlot {
     fn from_iter<T: IntoIterator<Item = Arc<Entry>>>(entries: T) -> Self {
-        let mut all = Self::default();
-        entries.into_iter().for_each(|entry| all.insert(entry));
+        let entries = entries.into_iter();
+        let length = entries.size_hint().0.saturating_mul(2).next_power_of_two();
+        let mut all = Self { cells: vec![None; length], count: 0 };
+        entries.for_each(|entry| all.insert(entry));
         all
     }
 }

@@ -189,7 +189,9 @@ impl Tree {
 
     /// A tree without these paths, and how many of them were there.
     pub fn without(&self, paths: &[StorePath]) -> (Self, usize) {
-        let mut tree = self.clone();
+        // All but the table of slots, which is made anew.
+        let (entries, names) = (self.entries.clone(), self.names.clone());
+        let mut tree = Self { entries, names, slots: BySlot::default(), ..*self };
         for path in paths {
             if let Some(ByName(entry)) = tree.names.take(path.base_name().as_bytes()) {
                 tree.changes = tree.changes.saturating_add(1);

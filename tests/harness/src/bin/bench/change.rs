@@ -25,11 +25,11 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "OPERATION", value_parser = Operation::parse, default_values = ["lookup", "getattr", "read_4k", "read_128k"])]
     operation: Vec<Operation>,
     /// Times that everything is started anew
-    #[arg(long, value_name = "N", default_value_t = 10)]
-    rounds: usize,
-    /// Seconds for each figure, in each round
-    #[arg(long, value_name = "SECONDS", default_value_t = 0.25)]
-    seconds: f64,
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Milliseconds for each figure, in each round
+    #[arg(long, value_name = "MS", default_value_t = 250, value_parser = clap::value_parser!(u16).range(1..))]
+    time: u16,
     /// Where the store that is measured is kept
     #[arg(long, value_name = "DIR", env = "LAIR_BENCH_CACHE", hide = true)]
     cache: PathBuf,
@@ -40,12 +40,14 @@ const BEFORE: &str = "before";
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let (tree, mut files) = store(&arguments.cache)?;
     let directory = tempfile::Builder::new().prefix("lair-bench-").tempdir()?;
+    // Indexes of their own, made alike: of the same version or not, and where things are in them decides what is measured.
+    files.index = directory.path().join("index-after");
     let after = ours(OURS, &programs()?, &files)?;
-    // Its index may be of another version.
-    files.index = arguments.cache.join("index-before");
+    files.index = directory.path().join("index-before");
     let before = ours(BEFORE, &arguments.before, &files)?;
     let floors = Floors::new(&tree, &files.store)?;
-    let effort = Effort { rounds: arguments.rounds, seconds: arguments.seconds, starts: 0 };
+    let rounds = usize::from(arguments.rounds);
+    let effort = Effort { rounds, seconds: f64::from(arguments.time) / 1e3, starts: 0 };
     let mut rounds = Vec::new();
     for number in 1..=effort.rounds {
         note(&format!("round {number} of {}", effort.rounds));

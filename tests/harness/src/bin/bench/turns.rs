@@ -28,6 +28,12 @@ use std::{
 /// How long a turn is, behind the part that is not measured.
 const TURN: Duration = Duration::from_millis(25);
 
+/// How long the part before that may be.
+const WARM_UP_MAX: Duration = Duration::from_millis(50);
+
+/// Operations in a turn that are not timed.
+const RISE: usize = 8;
+
 const WAITS: [Wait; 2] = [Wait::Polling, Wait::Sleeping];
 
 /// Whose turn it is.
@@ -82,8 +88,10 @@ struct Seat {
     contender: Contender,
     wait: Wait,
     times: Vec<u64>,
-    /// Operations and requests, with those that are not measured.
-    done: usize,
+    /// The number of the next request.
+    next: usize,
+    /// Operations, and requests for them, but for those of the warm-up.
+    done: u64,
     messages: u64,
     /// How many times this thread has waited for something.
     slept: u64,
@@ -98,43 +106,62 @@ fn slept() -> Result<u64> {
 
 impl Seat {
     fn new(contender: Contender, wait: Wait) -> Self {
-        Self { contender, wait, times: Vec::new(), done: 0, messages: 0, slept: 0, cpu: Duration::ZERO }
+        Self {
+            contender,
+            wait,
+            times: Vec::new(),
+            next: 0,
+            done: 0,
+            messages: 0,
+            slept: 0,
+            cpu: Duration::ZERO,
+        }
     }
 
-    /// One turn: once through all `requests` to see nothing for the first time, or what another has pushed out of the caches; then as often as
-    /// there is time for. `once` does the operation with the request of a number.
-    fn turn(
-        &mut self,
-        requests: usize,
-        turn: Duration,
-        mut once: impl FnMut(usize) -> Result<()>,
-    ) -> Result<()> {
-        let slept_before = slept()?;
+    /// The beginning of a turn: once through all `requests`, as far as there is time for that, so that nothing is seen for the first time and what
+    /// others have pushed out of the caches is back. `once` does the operation with the request of a number.
+    fn warm_up(&mut self, requests: usize, mut once: impl FnMut(usize) -> Result<()>) -> Result<()> {
+        let until = Instant::now() + WARM_UP_MAX;
         for _ in 0..requests {
-            once(self.done)?;
-            self.done += 1;
+            once(self.next)?;
+            self.next += 1;
+            if Instant::now() > until {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The rest of it: as often as there is time for.
+    fn measure(&mut self, turn: Duration, mut once: impl FnMut(usize) -> Result<()>) -> Result<()> {
+        let clock = clock::cost();
+        let (begin, slept_before) = (self.next, slept()?);
+        // Since the warm-up the backend may have gone to sleep.
+        for _ in 0..RISE {
+            once(self.next)?;
+            self.next += 1;
         }
         // Between two requests the clock is read once, which is no part of either.
-        let clock = clock::cost();
         let mut last = Instant::now();
         let until = last + turn;
         while last < until {
-            once(self.done)?;
-            self.done += 1;
+            once(self.next)?;
+            self.next += 1;
             let now = Instant::now();
             self.times.push((now - last).saturating_sub(clock).as_nanos() as u64);
             last = now;
         }
         self.slept += slept()? - slept_before;
+        self.done += (self.next - begin) as u64;
         Ok(())
     }
 
     fn latency(mut self) -> Result<Latency> {
-        let count = self.done as u64;
-        ensure!(count > 0, "no time to measure in");
         if self.messages == 0 {
             return Ok(Latency::default());
         }
+        ensure!(!self.times.is_empty(), "no time to measure in");
+        let count = self.done;
         Ok(Latency {
             median: quantile(&mut self.times, 0.5),
             p99: quantile(&mut self.times, 0.99),
@@ -175,7 +202,8 @@ pub(crate) fn round(
                 match seat.contender {
                     Contender::Backend(name) => {
                         let found = mounted.iter_mut().find(|mounted| mounted.name == name);
-                        backend_turn(seat, operation, turn, found.context("no such backend")?)?;
+                        backend_turn(seat, operation, turn, found.context("no such backend")?)
+                            .with_context(|| format!("{name} cannot be measured"))?;
                     }
                     Contender::Floor(floor) => {
                         floor_turn(seat, operation, turn, floor, floors, &mut loopbacks)?
@@ -195,10 +223,12 @@ fn backend_turn(seat: &mut Seat, operation: Operation, turn: Duration, backend: 
     let Mounted { running, session, works, .. } = backend;
     let work = works.get(&operation).context("no such operation")?;
     session.queue.set_wait(seat.wait);
-    let (cpu, messages) = (running.server.cpu()?, session.messages);
+    let messages = session.messages;
+    seat.warm_up(work.requests.len(), |number| work.once(session, number))?;
     // What needs no message takes no time that could be measured.
-    let turn = if seat.done > 0 && seat.messages == 0 { Duration::ZERO } else { turn };
-    seat.turn(work.requests.len(), turn, |number| work.once(session, number))?;
+    let turn = if session.messages == messages { Duration::ZERO } else { turn };
+    let (cpu, messages) = (running.server.cpu()?, session.messages);
+    seat.measure(turn, |number| work.once(session, number))?;
     seat.messages += session.messages - messages;
     seat.cpu += running.server.cpu()? - cpu;
     Ok(())
@@ -214,12 +244,13 @@ fn floor_turn(
 ) -> Result<()> {
     let (_, requests) = floors.of(operation, seat.wait);
     let loopback = loopbacks.get_mut(&floor).context("no such device")?;
-    let wait = seat.wait;
     let before = seat.done;
     loopback.run(|queue| {
-        queue.set_wait(wait);
-        seat.turn(requests.len(), turn, |number| queue.exchange(&requests[number % requests.len()]).map(drop))
+        queue.set_wait(seat.wait);
+        let mut once = |number: usize| queue.exchange(&requests[number % requests.len()]).map(drop);
+        seat.warm_up(requests.len(), &mut once)?;
+        seat.measure(turn, once)
     })?;
-    seat.messages += (seat.done - before) as u64;
+    seat.messages += seat.done - before;
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 use super::usage::{Usage, usage};
 use crate::statistics::median;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use lair_harness::{
     fleet::{self, mib},
     host::Host,
@@ -97,9 +97,11 @@ pub(super) fn measure(testbed: &Testbed, vms: usize, seconds: u64) -> Result<Fle
     let at_ready = usage(laird)?;
     let mut times = Vec::new();
     for _ in 0..5 {
+        let mut status = host.vmctl(&["--json", "status"]);
         let began = Instant::now();
-        host.run_vmctl(&["--json", "status"])?;
+        let output = status.output().context("Cannot run vmctl")?;
         times.push(u64::try_from(began.elapsed().as_millis())?);
+        ensure!(output.status.success(), "vmctl status: {}", String::from_utf8_lossy(&output.stderr));
     }
     sleep(REST.saturating_add(SETTLED));
     let (before, began) = (usage(laird)?, Instant::now());
