@@ -191,6 +191,38 @@ mod tests {
         gate.met
     }
 
+    /// The machine was three times slower in the second round, and faster in the last one.
+    #[test]
+    fn rounds_are_compared_each_by_itself() {
+        let mut results = sample();
+        let rows = |results: &mut Results, backend: &str, rounds: [u64; 3]| {
+            let of =
+                |row: &&mut LatencyRow| (row.operation, row.backend) == (Operation::Lookup.key(), backend);
+            results.latency.iter_mut().filter(of).for_each(|row| row.rounds_ns = rounds.into());
+        };
+        rows(&mut results, OURS, [300, 900, 100]);
+        rows(&mut results, DEFAULT, [9_000, 19_000, 2_500]);
+        // The better one of each round counts.
+        rows(&mut results, BEST, [6_300, 27_000, 2_600]);
+        let gate = |results: &Results| {
+            gates(results).into_iter().find(|gate| gate.name.starts_with("LOOKUP, polling")).unwrap()
+        };
+        // 21, 21.1 and 25 times.
+        assert!(
+            gate(&results).met && gate(&results).figures.ends_with("21.11 times"),
+            "{:?}",
+            gate(&results)
+        );
+        rows(&mut results, OURS, [400, 1_200, 100]);
+        assert!(!gate(&results).met, "{:?}", gate(&results));
+        // A device that is too slow in two rounds of three shows no limit.
+        let floor = results.floors.iter_mut().find(|row| row.wait == "polling").unwrap();
+        floor.rounds_ns = vec![350, 1_100, 100];
+        assert!(!gate(&results).figures.contains("out of reach"), "{:?}", gate(&results));
+        results.floors.iter_mut().for_each(|row| row.rounds_ns = vec![350, 1_100, 130]);
+        assert!(gate(&results).figures.contains("out of reach"), "{:?}", gate(&results));
+    }
+
     #[test]
     fn each_gate_opens_and_shuts() {
         let mut results = sample();
