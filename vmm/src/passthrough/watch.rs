@@ -222,11 +222,14 @@ fn fault(function: &Function, holding: &Holding, seen: Seen) -> Option<Fault> {
     let (what, may_pass) = match (seen.device, seen.numbers) {
         (Err(DeviceError::Missing(_)), _) => ("it was unplugged, or its link is down".into(), false),
         (Err(_), _) | (_, Err(_)) => return None,
-        // What is being removed is without a driver for a moment.
-        (Ok(device), _) if device.driver.as_deref() != Some(VFIO) => (
-            format!("it was taken from {VFIO}; its driver is {}", device.driver.as_deref().unwrap_or("none")),
-            true,
-        ),
+        // The kernel takes the driver's link away first, then waits for the hypervisor to let go of the device, then removes it.
+        // An unbinding looks the same.
+        (Ok(Device { driver: None, .. }), _) => {
+            (format!("it is being unplugged, or was unbound from {VFIO}"), true)
+        }
+        (Ok(Device { driver: Some(driver), .. }), _) if driver != VFIO => {
+            (format!("it was taken from {VFIO}; its driver is {driver}"), true)
+        }
         (Ok(device), Ok(numbers)) => match reset::check(function, &device, numbers) {
             Err(Reason::Dead { .. }) => {
                 ("it does not answer: its configuration reads 0xffffffff".into(), true)
@@ -328,6 +331,15 @@ mod tests {
             told(|kernel| write(kernel, DISK, "current_link_width", b"1\n"), PACE).await,
             told(|kernel| write(kernel, DISK, "aer_dev_fatal", b"DLP 1\nTOTAL_ERR_FATAL 4\n"), PACE).await,
             told(|kernel| fs::remove_file(kernel.file(DISK, "driver")).unwrap(), PACE).await,
+            told(
+                |kernel| {
+                    fs::remove_file(kernel.file(DISK, "driver")).unwrap();
+                    std::os::unix::fs::symlink("../../../bus/pci/drivers/nvme", kernel.file(DISK, "driver"))
+                        .unwrap();
+                },
+                PACE,
+            )
+            .await,
         ];
         let told: Vec<String> = all
             .into_iter()
@@ -341,7 +353,8 @@ mod tests {
         0000:01:00.0 failed while a VM had it: it does not answer: its configuration reads 0xffffffff
         0000:01:00.0 failed while a VM had it: its link has 1 lanes of the 4 that it had
         0000:01:00.0 failed while a VM had it: the kernel counted errors of it: 1 (AER)
-        0000:01:00.0 failed while a VM had it: it was taken from vfio-pci; its driver is none
+        0000:01:00.0 failed while a VM had it: it is being unplugged, or was unbound from vfio-pci
+        0000:01:00.0 failed while a VM had it: it was taken from vfio-pci; its driver is nvme
         ");
     }
 
