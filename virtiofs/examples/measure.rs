@@ -1,5 +1,5 @@
 //! Measures indexing, starting with an index, and single requests, in this process and without a virtqueue:
-//! `cargo run --release -p lair-virtiofs --example measure -- STORE INDEX`, where STORE is a directory of store paths and INDEX
+//! `cargo run --profile lto -p lair-virtiofs --example measure -- STORE INDEX`, where STORE is a directory of store paths and INDEX
 //! is where to make the index. One store path of 10,000 entries is needed for the lookups in a large directory.
 
 #![allow(clippy::print_stdout, clippy::unwrap_used)]

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// The directory of the programs before the change: a copy of target/release/lair-virtiofs
+    /// The directory of the programs before the change: a copy of target/lto/lair-virtiofs
     #[arg(long, value_name = "DIR")]
     before: PathBuf,
     /// An operation to measure; may be repeated
