@@ -25,6 +25,8 @@ let
       ];
     };
     cargoLock.lockFile = ../Cargo.lock;
+    # Cargo's profile: see Cargo.toml.
+    buildType = "lto";
     meta = {
       description = "The host side of a Nix build farm: microVMs with shared stores and audited links";
       license = lib.licenses.mit;
