@@ -450,8 +450,9 @@ impl Actor {
         // A clean-up that is under way removes the record; what else becomes of the VM is in the lasting state.
         let goes_on_cleaning = self.cleans() && matches!(life.state, State::Cleaning(_));
         let to_record = life != self.life && !goes_on_cleaning;
-        if life != self.life {
-            let moved = life.state.word() != self.life.state.word();
+        let changed = life != self.life;
+        let moved = life.state.word() != self.life.state.word();
+        if changed {
             if moved {
                 self.since = jiff::Timestamp::now();
                 tell(&self.context.name, &life);
@@ -464,14 +465,17 @@ impl Actor {
             if !self.life.state.holds_memory() {
                 self.context.budget.release(&self.context.name);
             }
-            self.publish();
-            if moved {
-                self.follow_devices();
-            }
         }
         let recorded = if to_record { self.record().await } else { Ok(()) };
         if to_record {
             memory::used();
+        }
+        // Only now: who is told of it finds the same in the next `laird`.
+        if changed {
+            self.publish();
+        }
+        if moved {
+            self.follow_devices();
         }
         match recorded {
             Ok(()) => self.perform(actions).await,

@@ -6,8 +6,9 @@ use lair_vmm::{
     host::tools,
     vm::{
         adopt::Verdict,
-        machine::{Ender, Part, Wanted},
+        machine::{Ender, Part, State, Wanted},
         orphan,
+        record::Record,
         trace::{Source, worked_us},
     },
 };
@@ -35,6 +36,9 @@ fn sv10_sv12_sigterm_leaves_vms_running_and_the_next_laird_has_them_again() {
     host.laird(None);
     let before = host.settled(&[("a", "ready"), ("b", "stopped")]).unwrap();
     assert_eq!(before["a"].adoption, None);
+    // What is told is on disk already.
+    let record = Record::read(&host.dirs().vm("a").unwrap().record(), "a").unwrap().unwrap();
+    assert_eq!((record.life.state, record.since), (State::Ready, before["a"].since));
     // What laird did for a start, in order, each step with its work.
     let of_laird = |vm: &VmStatus| -> Vec<_> {
         vm.trace.iter().filter(|point| point.source == Source::Laird).cloned().collect()
