@@ -55,8 +55,8 @@ fn main() {
     let mut index_open = None;
     let mut load = |indexed: bool| {
         let begin = Instant::now();
-        let mut index = indexed.then(|| Index::open(index).unwrap());
-        let origin = Origin { stores: files.stores(), index: index.as_mut() };
+        let index = indexed.then(|| Index::open(index).unwrap());
+        let origin = Origin { stores: files.stores(), index: index.as_ref() };
         let (tree, added) = Tree::load(origin, &view).unwrap();
         assert_eq!(added.unindexed.count(), 0);
         let time = begin.elapsed();

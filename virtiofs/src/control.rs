@@ -91,7 +91,7 @@ impl Control<'_> {
         let view = View::parse(list)?;
         let paths = view.paths();
         let service = self.service;
-        let origin = Origin { stores: service.files.stores(), index: self.index.as_mut() };
+        let origin = Origin { stores: service.files.stores(), index: self.index.as_ref() };
         let Added { paths: added, unindexed } = service.server.replace(|tree| {
             let (tree, added) = tree.with(origin, paths)?;
             // With more, this program could not be started again.

@@ -72,8 +72,8 @@ fn serve_view(args: Serve) -> Result<()> {
 
     let files = Files::open_stores(&args.sources)?;
     let begin = Instant::now();
-    let mut index = args.index.as_deref().map(Index::open).transpose()?;
-    let (tree, added) = Tree::load(Origin { stores: files.stores(), index: index.as_mut() }, &view)
+    let index = args.index.as_deref().map(Index::open).transpose()?;
+    let (tree, added) = Tree::load(Origin { stores: files.stores(), index: index.as_ref() }, &view)
         .with_context(|| format!("Cannot read the metadata of the view from {:?}", args.sources))?;
     info!(
         view = view.id(),

@@ -104,7 +104,7 @@ impl View {
             let line = line.strip_suffix(b"\n").ok_or(ParseError::Unterminated(number))?;
             let line = str::from_utf8(line).map_err(|_| ParseError::Encoding(number))?;
             let path = StorePath::parse(line).map_err(|e| ParseError::Line(number, e))?;
-            if !seen.insert(path.clone()) {
+            if !seen.insert(line) {
                 return Err(ParseError::Twice(number, path));
             }
             paths.push(path);
@@ -148,7 +148,7 @@ impl View {
 
     /// The text of the view file.
     pub fn text(&self) -> String {
-        self.paths.iter().map(|path| format!("{path}\n")).collect()
+        self.paths.iter().flat_map(|path| [STORE_DIR, "/", path.base_name(), "\n"]).collect()
     }
 
     /// How many bytes a store path takes in a view file.

@@ -6,7 +6,7 @@ use std::path::Path;
 
 /// What the index in a directory, whose registry has these bytes, has of these paths, whatever their identities are.
 pub(crate) fn read(directory: &Path, registry: &[u8], paths: &[StorePath]) -> Vec<(StorePath, Manifest)> {
-    let Ok(mut index) = Index::open(directory) else { return Vec::new() };
+    let Ok(index) = Index::open(directory) else { return Vec::new() };
     if index.search(paths).is_err() {
         return Vec::new();
     }

@@ -39,7 +39,7 @@ impl Live {
     pub(super) fn merge(
         &self,
         directory: &Directory,
-        reader: &mut Index,
+        reader: &Index,
         pack: &mut Writer<'_>,
     ) -> Result<Vec<u8>, FileError> {
         let small = small_packs(directory)?;

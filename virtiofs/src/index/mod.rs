@@ -21,6 +21,7 @@ mod manifest;
 mod merge;
 mod near;
 mod pack;
+mod parallel;
 mod reader;
 mod records;
 mod registry;

@@ -66,14 +66,19 @@ impl BySlot {
         None
     }
 
-    /// Adds a store path whose slot is not there yet.
-    pub(super) fn insert(&mut self, entry: Arc<Entry>) {
-        self.count = self.count.saturating_add(1);
-        if self.count.saturating_mul(2) > self.cells.len() {
-            let length = self.count.saturating_mul(2).next_power_of_two();
-            let cells = std::mem::replace(&mut self.cells, vec![None; length]);
+    /// Makes room for so many more.
+    pub(super) fn reserve(&mut self, more: usize) {
+        let length = self.count.saturating_add(more).saturating_mul(2);
+        if length > self.cells.len() {
+            let cells = std::mem::replace(&mut self.cells, vec![None; length.next_power_of_two()]);
             cells.into_iter().flatten().for_each(|near| self.put(near));
         }
+    }
+
+    /// Adds a store path whose slot is not there yet.
+    pub(super) fn insert(&mut self, entry: Arc<Entry>) {
+        self.reserve(1);
+        self.count = self.count.saturating_add(1);
         self.put(Near::new(entry));
     }
 
@@ -88,8 +93,8 @@ impl BySlot {
 impl FromIterator<Arc<Entry>> for BySlot {
     fn from_iter<T: IntoIterator<Item = Arc<Entry>>>(entries: T) -> Self {
         let entries = entries.into_iter();
-        let length = entries.size_hint().0.saturating_mul(2).next_power_of_two();
-        let mut all = Self { cells: vec![None; length], count: 0 };
+        let mut all = Self::default();
+        all.reserve(entries.size_hint().0);
         entries.for_each(|entry| all.insert(entry));
         all
     }

@@ -11,18 +11,20 @@ use std::{
     collections::HashMap,
     os::fd::{AsFd, BorrowedFd},
     path::Path,
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 /// An index on disk: see the module's documentation.
 #[derive(Debug)]
 pub struct Index {
     directory: Directory,
-    packs: HashMap<u32, Pack>,
+    /// Those that were needed so far. Several threads may need them at the same time.
+    packs: Mutex<HashMap<u32, Pack>>,
 }
 
 /// The search for some store paths, with what the registry says of them.
 pub(super) struct Search<'a> {
-    index: &'a mut Index,
+    index: &'a Index,
     paths: &'a [StorePath],
     known: Known<'a>,
     again: bool,
@@ -54,24 +56,24 @@ impl Index {
     }
 
     pub(super) fn new(directory: Directory) -> Self {
-        Self { directory, packs: HashMap::new() }
+        Self { directory, packs: Mutex::default() }
     }
 
     /// Reads what the registry says of these paths.
-    pub(super) fn search<'a>(&'a mut self, paths: &'a [StorePath]) -> Result<Search<'a>, FileError> {
+    pub(super) fn search<'a>(&'a self, paths: &'a [StorePath]) -> Result<Search<'a>, FileError> {
         let known = self.known(paths)?;
         Ok(Search { index: self, paths, known, again: false })
     }
 
-    fn known<'a>(&mut self, paths: &'a [StorePath]) -> Result<Known<'a>, FileError> {
+    fn known<'a>(&self, paths: &'a [StorePath]) -> Result<Known<'a>, FileError> {
         // Those that are gone on disk would else stay mapped for good.
-        self.packs.retain(|_, pack| pack.is_used());
+        self.packs().retain(|_, pack| pack.is_used());
         let bytes = registry::read(&self.directory)?.unwrap_or_default();
         Ok(Known::of(paths, &bytes).0)
     }
 
     /// What there is of this path. The newest that is sound counts.
-    pub(super) fn find(&mut self, known: &Known<'_>, path: &StorePath, identity: Identity) -> Found {
+    pub(super) fn find(&self, known: &Known<'_>, path: &StorePath, identity: Identity) -> Found {
         let mut found = Found::Missing;
         for record in known.records(path) {
             if record.identity != identity {
@@ -89,34 +91,42 @@ impl Index {
     }
 
     /// The manifest of a record; `None` if it is damaged or gone.
-    pub(super) fn manifest(&mut self, record: &Record) -> Option<Manifest> {
+    pub(super) fn manifest(&self, record: &Record) -> Option<Manifest> {
         let manifest =
             self.pack(record.place.pack)?.manifest(record.place.offset, record.place.length).ok()?;
         let same = manifest.checksum() == record.manifest && manifest.len() == record.inodes;
         same.then_some(manifest)
     }
 
-    fn pack(&mut self, number: u32) -> Option<&Pack> {
-        if !self.packs.contains_key(&number) {
-            let pack = Pack::open(&self.directory, number).ok()??;
-            self.packs.insert(number, pack);
+    fn pack(&self, number: u32) -> Option<Pack> {
+        let mut packs = self.packs();
+        if let Some(pack) = packs.get(&number) {
+            return Some(pack.clone());
         }
-        self.packs.get(&number)
+        let pack = Pack::open(&self.directory, number).ok()??;
+        packs.insert(number, pack.clone());
+        Some(pack)
+    }
+
+    fn packs(&self) -> MutexGuard<'_, HashMap<u32, Pack>> {
+        self.packs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Search<'_> {
     /// What there is of one of the paths.
-    pub(super) fn find(&mut self, path: &StorePath, identity: Identity) -> Found {
-        let found = self.index.find(&self.known, path, identity);
-        if self.again || !matches!(found, Found::Damaged) {
-            return found;
-        }
-        // Its pack may have been merged with others since the registry was read.
-        self.again = true;
-        if let Ok(known) = self.index.known(self.paths) {
-            self.known = known;
-        }
+    pub(super) fn find(&self, path: &StorePath, identity: Identity) -> Found {
         self.index.find(&self.known, path, identity)
+    }
+
+    /// The same for one that was found to be damaged, since its pack may have been merged with others after the registry was read.
+    pub(super) fn find_again(&mut self, path: &StorePath, identity: Identity) -> Found {
+        if !self.again {
+            self.again = true;
+            if let Ok(known) = self.index.known(self.paths) {
+                self.known = known;
+            }
+        }
+        self.find(path, identity)
     }
 }

@@ -153,6 +153,13 @@ impl Tree {
         tree.insert(path, 0, manifest, None).map(|()| tree)
     }
 
+    /// Makes room for so many more paths.
+    pub(super) fn reserve(&mut self, paths: usize) {
+        self.entries.reserve(paths);
+        self.names.reserve(paths);
+        self.slots.reserve(paths);
+    }
+
     /// Adds a path that is not there yet. With `indexed` it has this slot and these inode numbers, else ones of this tree.
     pub(super) fn insert(
         &mut self,

@@ -80,7 +80,7 @@ pub fn update<D: AsFd + Sync>(
     let (mut registry, bytes) = Registry::open(&directory, &lock)?;
     let (known, scan) = Known::of(paths, &bytes);
     let mut summary = Summary { damaged: scan.damaged, ..Summary::default() };
-    let mut reader = Index::open(index)?;
+    let reader = Index::open(index)?;
 
     let mut todo = Vec::new();
     for path in paths {
@@ -155,7 +155,7 @@ pub fn update<D: AsFd + Sync>(
         return Ok(summary);
     };
     // Before the new ones: of two records of the same store path, the later one counts.
-    let mut all = Live::of(&bytes).merge(&directory, &mut reader, &mut pack)?;
+    let mut all = Live::of(&bytes).merge(&directory, &reader, &mut pack)?;
     all.append(&mut records);
     let number = pack.number();
     pack.finish(given)?;

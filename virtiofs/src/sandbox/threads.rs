@@ -9,6 +9,9 @@ use std::{
 /// How long a thread that was joined may still be seen by the kernel.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long to wait before looking again.
+const PAUSE: Duration = Duration::from_micros(50);
+
 /// Succeeds if the process has no thread but the caller's.
 pub(super) fn only_this_one() -> Result<(), SandboxError> {
     let begin = Instant::now();
@@ -20,6 +23,6 @@ pub(super) fn only_this_one() -> Result<(), SandboxError> {
         if begin.elapsed() > PATIENCE {
             return Err(SandboxError::Threads(threads));
         }
-        thread::sleep(Duration::from_millis(1));
+        thread::sleep(PAUSE);
     }
 }

@@ -26,6 +26,8 @@ pub(crate) type Places = [u64; 3];
 
 impl OneQueue {
     pub(crate) fn new(service: &Arc<Service>, memory: GuestMemoryMmap) -> Self {
+        // As a connection does it.
+        service.pool.start().expect("room for some threads");
         let memory = GuestMemoryAtomic::new(memory);
         let vring = Vring::new(memory.clone(), super::QUEUE_SIZE_MAX).expect("a size that is allowed");
         let queue = Queue {
@@ -98,8 +100,6 @@ pub(crate) fn serve_one(
     service: &Arc<Service>,
     config: &Config,
 ) -> Result<(), ServeError> {
-    // As `serve` does it.
-    service.pool.start();
     let clone = || listener.try_clone().map_err(ServeError::Socket);
     serve::connection(&mut Listener::from(clone()?), &clone()?, service, config)
 }

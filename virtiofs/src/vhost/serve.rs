@@ -60,8 +60,6 @@ pub fn serve(listener: UnixListener, service: &Arc<Service>, config: &Config) ->
     fd::set_blocking(&listener).map_err(|errno| ServeError::Socket(errno.into()))?;
     let watched = listener.try_clone().map_err(ServeError::Socket)?;
     let mut listener = Listener::from(listener);
-    // Here, since queues' workers may not start threads.
-    service.pool.start();
     loop {
         connection(&mut listener, &watched, service, config)?;
     }
@@ -89,6 +87,8 @@ pub(super) fn connection(
             if let Some(handle) = daemon.shutdown_handle() {
                 device.set_shutdown(handle);
             }
+            // Here, since queues' workers may not start threads; and not before, since the hypervisor waits for its first answer by now.
+            service.pool.start().map_err(|source| ServeError::Setup { what: "thread", source })?;
             let ended = refusing_others(watched, service, || daemon.wait())?;
             if let Some(skipped) = service.trouble.admit() {
                 match ended {

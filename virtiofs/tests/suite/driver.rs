@@ -95,8 +95,8 @@ impl Driver {
     /// What it found is returned as well.
     pub(crate) fn start(store: &Path, view: &View, index: Option<&Path>) -> (Self, Added) {
         let files = Files::open_stores(&[store]).unwrap();
-        let mut index = index.map(|index| Index::open(index).unwrap());
-        let origin = Origin { stores: files.stores(), index: index.as_mut() };
+        let index = index.map(|index| Index::open(index).unwrap());
+        let origin = Origin { stores: files.stores(), index: index.as_ref() };
         let (tree, added) = Tree::load(origin, view).unwrap();
         (Self::serving(tree, files), added)
     }
