@@ -14,7 +14,7 @@ mod seccomp;
 mod threads;
 
 pub use identity::{Identity, IdentityError};
-pub use seccomp::restrict_worker;
+pub use seccomp::{restrict_like_worker, restrict_worker};
 
 use crate::beneath;
 use landlock::RulesetCreated;

@@ -3,7 +3,10 @@
 //! Filters stack: of all that a thread has, the strictest answer counts. Each thread has one that gives some calls an errno and one
 //! that ends the process for what is on no list; workers have a third, with a shorter list.
 
-use super::calls::{Argument, CLONE3, Call, FUTILE, OTHERS, REFUSED, WORKER};
+use super::{
+    SandboxError,
+    calls::{Argument, CLONE3, Call, FUTILE, OTHERS, REFUSED, WORKER},
+};
 use nix::libc::c_long;
 use seccompiler::{
     BackendError, BpfProgram, Error, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
@@ -63,6 +66,16 @@ pub fn restrict_worker() {
         std::process::exit(1);
     }
     RESTRICTED.set(true);
+}
+
+/// Confines the calling thread as workers of a confined process are, for good, and leaves all others as they are. For benches: what the filters
+/// cost is part of what no backend can be faster than.
+pub fn restrict_like_worker() -> Result<(), SandboxError> {
+    let Filters { errno, process, worker } = Filters::compile().map_err(SandboxError::Filters)?;
+    [errno, process, worker]
+        .iter()
+        .try_for_each(|filter| seccompiler::apply_filter(filter).map_err(cause))
+        .map_err(SandboxError::Seccomp)
 }
 
 /// The system's own error, where it is one.

@@ -2,7 +2,8 @@
 //!
 //! [`Device::Empty`] answers each request at once: what a round trip to it takes is what the frontend itself costs. [`Device::Knowing`]
 //! also looks up what was asked in tables that have each answer ready, and copies it: what is left without checking, counting or
-//! sharing anything. [`Device::Late`] is an empty one that takes its time: so it is seen how long a frontend that goes to sleep is
+//! sharing anything. [`Device::Reading`] knows of one file only, and has the kernel copy it. Both are confined by the filters of system calls
+//! that a backend's workers have. [`Device::Late`] is an empty one that takes its time: so it is seen how long a frontend that goes to sleep is
 //! still awake.
 
 use super::{
@@ -14,8 +15,12 @@ use super::{
     queue::{Descriptor, Queue, Used},
 };
 use anyhow::{Context, Result, anyhow};
-use lair_virtiofs::fuse::wire::{InHeader, OutHeader};
+use lair_virtiofs::{
+    fuse::wire::{InHeader, OutHeader, ReadIn},
+    sandbox::restrict_like_worker,
+};
 use std::{
+    fs::File,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering, fence},
@@ -32,6 +37,8 @@ pub enum Device<'a> {
     Empty,
     /// Reads all of a request, and replies with what is known about that.
     Knowing(&'a Known),
+    /// Replies to each READ with what is in this file.
+    Reading(&'a File),
     /// Replies with a header, so much later.
     Late(Duration),
 }
@@ -42,10 +49,7 @@ struct Echo<'a> {
     call: Arc<Event>,
     /// The next entry of both rings.
     next: u16,
-    /// What replies are filled with.
-    known: Option<&'a Known>,
-    /// How long it waits before it replies.
-    late: Duration,
+    device: Device<'a>,
     /// Where requests and the beginnings of replies are, which this frontend puts into the same place each time.
     places: [usize; 8],
 }
@@ -62,13 +66,15 @@ impl Echo<'_> {
             let table: Descriptor = self.memory.get(self.layout.table() + DESCRIPTOR * usize::from(head));
             let request: Descriptor = self.memory.get(usize::try_from(table.address)?);
             let header: InHeader = self.memory.get(usize::try_from(request.address)?);
-            if !self.late.is_zero() {
-                let begin = Instant::now();
-                while begin.elapsed() < self.late {}
-            }
-            let body = match self.known {
-                Some(known) => self.fill(known, &table, &header)?,
-                None => 0,
+            let body = match self.device {
+                Device::Empty => 0,
+                Device::Knowing(known) => self.fill(known, &table, &header)?,
+                Device::Reading(file) => self.read(file, &table)?,
+                Device::Late(late) => {
+                    let begin = Instant::now();
+                    while begin.elapsed() < late {}
+                    0
+                }
             };
             let length = size_of::<OutHeader>() as u32 + body;
             let reply = OutHeader { len: length, error: 0, unique: header.unique };
@@ -122,6 +128,24 @@ impl Echo<'_> {
         }
         Ok(u32::try_from(filled)?)
     }
+
+    /// Fills the reply to the READ whose indirect table this is behind the header. How many bytes.
+    fn read(&self, file: &File, table: &Descriptor) -> Result<u32> {
+        let mut arguments = None;
+        let mut pieces = Vec::with_capacity(table.length as usize / DESCRIPTOR);
+        for number in 1..table.length as usize / DESCRIPTOR {
+            let part: Descriptor = self.memory.get(usize::try_from(table.address)? + DESCRIPTOR * number);
+            let address = usize::try_from(part.address)?;
+            if part.is_written() {
+                pieces.push((address, part.length as usize));
+            } else {
+                arguments = Some(self.memory.get::<ReadIn>(address));
+            }
+        }
+        let offset = arguments.context("No READ")?.offset;
+        // The first one is the header's own.
+        Ok(u32::try_from(self.memory.preadv(file, offset, pieces.get(1..).unwrap_or_default())?)?)
+    }
 }
 
 /// A queue, and a device behind it.
@@ -138,8 +162,6 @@ impl<'a> Loopback<'a> {
         let shape = Shape { queues: 1, depth: 1, pages: 256 };
         let (guest, mut queues) = Guest::new(shape)?;
         let queue = queues.pop().context("no queue")?;
-        let known = if let Device::Knowing(known) = device { Some(known) } else { None };
-        let late = if let Device::Late(late) = device { late } else { Duration::ZERO };
         let layout = shape.layout(1);
         let (indirect, body) = (layout.indirect(0), layout.body(0));
         let places = [
@@ -152,8 +174,7 @@ impl<'a> Loopback<'a> {
             body,
             body + 64,
         ];
-        let echo =
-            Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, known, late, places };
+        let echo = Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, device, places };
         Ok(Self { _guest: guest, queue, echo })
     }
 
@@ -163,6 +184,9 @@ impl<'a> Loopback<'a> {
         let done = AtomicBool::new(false);
         thread::scope(|scope| {
             let device = scope.spawn(|| -> Result<()> {
+                if matches!(echo.device, Device::Knowing(_) | Device::Reading(_)) {
+                    restrict_like_worker()?;
+                }
                 while !done.load(Ordering::Relaxed) {
                     echo.run()?;
                     std::hint::spin_loop();
@@ -239,6 +263,28 @@ mod tests {
         let missing = [parent.as_bytes(), b"missing\0"].concat();
         let header = InHeader { opcode: Opcode::Lookup as u32, nodeid: parent, ..InHeader::default() };
         assert!(known.answer(&header, &missing).is_none());
+    }
+
+    #[test]
+    fn a_file_is_read_whole() {
+        let tree = Tree::new(Scale { store_paths: 3, large: 1 << 20 });
+        let directory = tempfile::tempdir().unwrap();
+        tree.write(directory.path()).unwrap();
+        let file = File::open(directory.path().join(&tree.hot)).unwrap();
+        Loopback::new(Device::Reading(&file))
+            .unwrap()
+            .run(|queue| {
+                for (offset, size) in [(0_u32, 40 << 10), (4096, 4096), (0, 1 << 20)] {
+                    let request = Request::read(7, 0, offset.into(), size);
+                    queue.spoil(0, &request);
+                    let header = queue.exchange(&request)?;
+                    let payload = queue.payload(0, &request, &header);
+                    ensure!(payload.len() == size as usize);
+                    check_content(&tree.hot, offset.into(), &payload)?;
+                }
+                Ok(())
+            })
+            .unwrap();
     }
 
     #[test]

@@ -3,10 +3,14 @@
 #![allow(unsafe_code)] // Memory that another process writes to can only be reached through raw pointers.
 
 use anyhow::{Context, Result};
-use nix::sys::{
-    memfd::{MFdFlags, memfd_create},
-    mman::{MapFlags, ProtFlags, mmap, munmap},
-    uio::pread,
+use nix::{
+    errno::Errno,
+    libc,
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        mman::{MapFlags, ProtFlags, mmap, munmap},
+        uio::pread,
+    },
 };
 use std::{
     fs::File,
@@ -119,6 +123,20 @@ impl Memory {
         // SAFETY: within the mapping; for the time of the call nobody else is to use these bytes.
         let bytes = unsafe { std::slice::from_raw_parts_mut(self.at(offset, length), length) };
         Ok(pread(file, bytes, i64::try_from(position)?)?)
+    }
+
+    /// The same into several pieces, each of which is an offset and a length, and of what is in memory only, as lair-virtiofs does.
+    pub fn preadv(&self, file: &File, position: u64, pieces: &[(usize, usize)]) -> Result<usize> {
+        let piece = |&(offset, length): &(usize, usize)| libc::iovec {
+            iov_base: self.at(offset, length).cast(),
+            iov_len: length,
+        };
+        let pieces: Vec<_> = pieces.iter().map(piece).collect();
+        let (count, position) = (i32::try_from(pieces.len())?, i64::try_from(position)?);
+        // SAFETY: pieces of the mapping, which nobody has a reference to, and as many as there are.
+        let read =
+            unsafe { libc::preadv2(file.as_raw_fd(), pieces.as_ptr(), count, position, libc::RWF_NOWAIT) };
+        Ok(usize::try_from(Errno::result(read)?)?)
     }
 }
 

@@ -8,6 +8,7 @@ use crate::{
 use anyhow::{Context, Result, anyhow, ensure};
 use lair_harness::{
     frontend::{
+        echo::{Device, Loopback},
         layout::{PAGE, Shape},
         queue::{Queue, Wait},
         request::Request,
@@ -16,6 +17,7 @@ use lair_harness::{
     process::{MemoryUse, Server},
     tree::Tree,
 };
+use lair_virtiofs::fuse::wire::OutHeader;
 use std::{
     collections::BTreeMap,
     fs::File,
@@ -64,8 +66,17 @@ pub(crate) struct Round {
     pub(crate) queues: BTreeMap<(Operation, usize), u64>,
     /// Nanoseconds of the backend's CPU time for a LOOKUP at a thousand a second.
     pub(crate) paced_cpu: u64,
-    /// Bytes each second: by the backend, by pread.
-    pub(crate) sequential: BTreeMap<Wait, (u64, u64)>,
+    pub(crate) sequential: BTreeMap<Wait, Rates>,
+}
+
+/// Bytes each second of a large file, from its beginning to its end.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rates {
+    pub(crate) backend: u64,
+    /// Of a device of no use that has the kernel copy the file and does nothing else.
+    pub(crate) device: u64,
+    /// Of this thread, by itself.
+    pub(crate) pread: u64,
 }
 
 /// Has one backend do everything but what is in [`crate::turns`].
@@ -94,7 +105,7 @@ pub(crate) fn round(
                 round.depth.insert((operation, wait, depth), rate);
             }
         }
-        let rates = sequential(&mut session, tree, store, effort)?;
+        let rates = sequential(&mut session, wait, tree, store, effort)?;
         round.sequential.insert(wait, rates);
     }
     round.paced_cpu = paced(&mut session, &works[&Operation::Lookup], &running.server, effort)?;
@@ -142,36 +153,55 @@ fn stream(queue: &mut Queue, work: &Work, depth: u16, until: Instant) -> Result<
     Ok((done as f64 / begin.elapsed().as_secs_f64()) as u64)
 }
 
-/// Reads the large file from its beginning to its end, again and again; and with pread into the same memory.
-fn sequential(session: &mut Session, tree: &Tree, store: &Path, effort: &Effort) -> Result<(u64, u64)> {
+/// Reads the large file from its beginning to its end, again and again: by the backend, by a device of no use, and with pread.
+fn sequential(
+    session: &mut Session,
+    wait: Wait,
+    tree: &Tree,
+    store: &Path,
+    effort: &Effort,
+) -> Result<Rates> {
     const PIECE: u32 = 1 << 20;
     let node = session.walk(&tree.large.0)?.nodeid;
     let opened = session.open(node)?;
     let file = File::open(store.join(&tree.large.0))?;
+    let mut device = Loopback::new(Device::Reading(&file))?;
     let requests: Vec<_> = (0..tree.large.1)
         .step_by(PIECE as usize)
         .map(|offset| Request::read(node, opened.handle, offset, PIECE))
         .collect();
-    let (mut by_backend, mut by_pread) = (Vec::new(), Vec::new());
+    let whole = |header: OutHeader| {
+        ensure!(header.len > PIECE, "A READ of {PIECE} bytes was cut short");
+        Ok(())
+    };
+    session.queue.set_wait(wait);
+    let (mut by_backend, mut by_device, mut by_pread) = (Vec::new(), Vec::new(), Vec::new());
     let until = Instant::now() + effort.budget();
     // The first pass of each only makes sure that all is in memory.
     while by_pread.len() < 3 || Instant::now() < until {
         let begin = Instant::now();
         for request in &requests {
-            let header = session.must(request)?;
-            ensure!(header.len > PIECE, "A READ of {PIECE} bytes was cut short");
+            whole(session.must(request)?)?;
         }
-        let middle = Instant::now();
+        by_backend.push(begin.elapsed().as_nanos() as u64);
+        by_device.push(device.run(|queue| {
+            queue.set_wait(wait);
+            // Its thread has to come first.
+            whole(queue.exchange(&requests[0])?)?;
+            let begin = Instant::now();
+            requests.iter().try_for_each(|request| whole(queue.exchange(request)?))?;
+            Ok(begin.elapsed().as_nanos() as u64)
+        })?);
+        let begin = Instant::now();
         for offset in (0..tree.large.1).step_by(PIECE as usize) {
             let count = session.queue.pread(0, &file, offset, PIECE as usize)?;
             ensure!(count == PIECE as usize, "A pread was cut short");
         }
-        by_backend.push((middle - begin).as_nanos() as u64);
-        by_pread.push(middle.elapsed().as_nanos() as u64);
+        by_pread.push(begin.elapsed().as_nanos() as u64);
     }
     session.close(opened)?;
     let rate = |times: &mut [u64]| tree.large.1 * 1_000_000_000 / quantile(&mut times[1..], 0.5).max(1);
-    Ok((rate(&mut by_backend), rate(&mut by_pread)))
+    Ok(Rates { backend: rate(&mut by_backend), device: rate(&mut by_device), pread: rate(&mut by_pread) })
 }
 
 /// CPU time of the backend for a LOOKUP where the guest sends one only now and then, nanoseconds.

@@ -6,7 +6,7 @@ use crate::{
     guest::{Before, COMMANDS, Guest, WAYS},
     measure::{DEPTH_OF_MANY, DEPTHS, IN_NUMBERS, PACE, QUEUES},
     operation::Operation,
-    results::{LatencyRow, Results, wait_key},
+    results::{LatencyRow, Results, SequentialRow, wait_key},
     statistics::ratios,
 };
 use comfy_table::{CellAlignment, Table, presets::NOTHING};
@@ -220,7 +220,8 @@ fn throughput(results: &Results) -> Table {
 }
 
 fn sequential(results: &Results) -> Table {
-    let mut table = table(&["FRONTEND", "VIRTIOFSD", "VIRTIOFSD-TUNED", "LAIR-VIRTIOFS", "PREAD"]);
+    let mut table =
+        table(&["FRONTEND", "VIRTIOFSD", "VIRTIOFSD-TUNED", "LAIR-VIRTIOFS", "ONLY PREADV", "PREAD"]);
     for wait in [Wait::Polling, Wait::Sleeping] {
         let row = |backend: &str| {
             results.sequential.iter().find(|row| row.wait == wait_key(wait) && row.backend == backend)
@@ -228,7 +229,8 @@ fn sequential(results: &Results) -> Table {
         let gb = |rate: u64| format!("{:.1}", rate as f64 / 1e9);
         let mut cells = vec![wait_key(wait).to_owned()];
         cells.extend(BACKENDS.map(|backend| row(backend).map_or("-".into(), |row| gb(row.bytes_per_second))));
-        cells.push(row(OURS).map_or("-".into(), |row| gb(row.pread_bytes_per_second)));
+        let ours = |rate: fn(&SequentialRow) -> u64| row(OURS).map_or("-".into(), |row| gb(rate(row)));
+        cells.extend([ours(|row| row.device_bytes_per_second), ours(|row| row.pread_bytes_per_second)]);
         table.add_row(cells);
     }
     table

@@ -5,7 +5,7 @@ use crate::{
     floors::{Floor, LATE},
     gates::Gate,
     guest::Guest,
-    measure::{DEPTH_OF_MANY, DEPTHS, Effort, IN_NUMBERS, QUEUES, Round},
+    measure::{DEPTH_OF_MANY, DEPTHS, Effort, IN_NUMBERS, QUEUES, Rates, Round},
     operation::Operation,
     statistics::median,
     turns::{Contender, Latencies, Latency},
@@ -28,7 +28,7 @@ pub(crate) struct Results {
     pub(crate) frontend_round_trip_ns: u64,
     /// The same with a frontend that sleeps until the interrupt.
     pub(crate) frontend_round_trip_sleeping_ns: u64,
-    /// What a device takes that fills the reply from memory and does not look at what was asked.
+    /// What a device takes that knows all answers, and may do no more than a backend's worker.
     pub(crate) floors: Vec<FloorRow>,
     /// How soon a frontend that sleeps is asleep, the earliest answer first.
     pub(crate) late: Vec<LateRow>,
@@ -109,7 +109,11 @@ pub(crate) struct SequentialRow {
     pub(crate) wait: &'static str,
     pub(crate) backend: &'static str,
     pub(crate) bytes_per_second: u64,
-    /// Measured in between, without a backend.
+    /// Measured in between, by a device of no use that has the kernel copy the file and does nothing else.
+    pub(crate) device_bytes_per_second: u64,
+    /// What the device reached of pread's rate in its best round.
+    pub(crate) device_best: f64,
+    /// Measured in between, without a device.
     pub(crate) pread_bytes_per_second: u64,
 }
 
@@ -169,14 +173,20 @@ pub(crate) fn throughput(backend: &Backend, rounds: &[Round]) -> Vec<ThroughputR
 
 pub(crate) fn sequential(backend: &Backend, rounds: &[Round]) -> Vec<SequentialRow> {
     let row = |wait: Wait| {
-        let of = |field: fn(&(u64, u64)) -> u64| {
+        let of = |field: fn(&Rates) -> u64| {
             over(rounds, |round| round.sequential.get(&wait).map(field)).unwrap_or_default()
         };
         SequentialRow {
             wait: wait_key(wait),
             backend: backend.name,
-            bytes_per_second: of(|rates| rates.0),
-            pread_bytes_per_second: of(|rates| rates.1),
+            bytes_per_second: of(|rates| rates.backend),
+            device_bytes_per_second: of(|rates| rates.device),
+            device_best: rounds
+                .iter()
+                .filter_map(|round| round.sequential.get(&wait))
+                .map(|rates| rates.device as f64 / rates.pread as f64)
+                .fold(0.0, f64::max),
+            pread_bytes_per_second: of(|rates| rates.pread),
         }
     };
     [Wait::Polling, Wait::Sleeping].map(row).into()
@@ -326,6 +336,8 @@ pub(crate) fn sample() -> Results {
         wait: wait_key(wait),
         backend,
         bytes_per_second: 9_000_000_000,
+        device_bytes_per_second: 9_500_000_000,
+        device_best: 0.96,
         pread_bytes_per_second: 10_000_000_000,
     };
     let whole = |backend| WholeRow {
