@@ -125,7 +125,7 @@ impl Memory {
         Ok(pread(file, bytes, i64::try_from(position)?)?)
     }
 
-    /// The same into several pieces, each of which is an offset and a length, and of what is in memory only, as lair-virtiofs does.
+    /// The same into several pieces, each of which is an offset and a length; waits where lair-virtiofs would leave that to another thread.
     pub fn preadv(&self, file: &File, position: u64, pieces: &[(usize, usize)]) -> Result<usize> {
         let piece = |&(offset, length): &(usize, usize)| libc::iovec {
             iov_base: self.at(offset, length).cast(),
@@ -134,8 +134,7 @@ impl Memory {
         let pieces: Vec<_> = pieces.iter().map(piece).collect();
         let (count, position) = (i32::try_from(pieces.len())?, i64::try_from(position)?);
         // SAFETY: pieces of the mapping, which nobody has a reference to, and as many as there are.
-        let read =
-            unsafe { libc::preadv2(file.as_raw_fd(), pieces.as_ptr(), count, position, libc::RWF_NOWAIT) };
+        let read = unsafe { libc::preadv2(file.as_raw_fd(), pieces.as_ptr(), count, position, 0) };
         Ok(usize::try_from(Errno::result(read)?)?)
     }
 }
