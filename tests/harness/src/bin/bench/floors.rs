@@ -41,6 +41,10 @@ impl Floors {
     /// Learns the tree that is in `store`.
     pub(crate) fn new(tree: &Tree, store: &Path) -> Result<Self> {
         let mut known = Known::default();
+        // All of it: with nothing but what is asked, all answers would be in the processor's caches, also where a backend's are not.
+        for entry in tree.entries.iter().filter(|entry| entry.split().is_some()) {
+            known.learn(entry)?;
+        }
         let mut requests = BTreeMap::new();
         for operation in Operation::ALL {
             if let Some(those) = operation::known(operation, tree, store, &mut known)? {
