@@ -78,6 +78,8 @@ pub(super) fn connection(
     let workers = daemon.get_epoll_handlers();
     device.meet(&workers).map_err(|source| ServeError::Setup { what: "worker", source })?;
     let accepted = daemon.start(listener);
+    // Told once the workers have ended, for which dropping the daemon waits.
+    let mut failure = Ok(());
     match &accepted {
         Ok(()) => {
             service.events.connections.add(1);
@@ -88,15 +90,22 @@ pub(super) fn connection(
                 device.set_shutdown(handle);
             }
             // Here, since queues' workers may not start threads; and not before, since the hypervisor waits for its first answer by now.
-            service.pool.start().map_err(|source| ServeError::Setup { what: "thread", source })?;
-            let ended = refusing_others(watched, service, || daemon.wait())?;
-            if let Some(skipped) = service.trouble.admit() {
-                match ended {
-                    Ok(()) | Err(Error::HandleRequest(VhostUserError::Disconnected)) => {
-                        info!(skipped, "The hypervisor disconnected")
+            let started = service.pool.start();
+            let served = started
+                .map_err(|source| ServeError::Setup { what: "threads that read from disks", source })
+                .and_then(|()| refusing_others(watched, service, || daemon.wait()));
+            match served {
+                Ok(ended) => {
+                    if let Some(skipped) = service.trouble.admit() {
+                        match ended {
+                            Ok(()) | Err(Error::HandleRequest(VhostUserError::Disconnected)) => {
+                                info!(skipped, "The hypervisor disconnected")
+                            }
+                            Err(error) => warn!(%error, skipped, "The connection broke"),
+                        }
                     }
-                    Err(error) => warn!(%error, skipped, "The connection broke"),
                 }
+                Err(error) => failure = Err(error),
             }
         }
         Err(error) => {
@@ -111,11 +120,15 @@ pub(super) fn connection(
         worker.send_exit_event();
     }
     drop(workers);
-    join(daemon)?;
-    for exit in device.take_exits() {
-        let _ = close(exit);
+    let joined = join(daemon);
+    // One that hangs still has its own.
+    if joined.is_ok() {
+        for exit in device.take_exits() {
+            let _ = close(exit);
+        }
     }
-    Ok(())
+    // What came first says more: without threads, joining fails as well.
+    failure.and(joined)
 }
 
 /// Does `work`, and closes meanwhile whatever connects.
