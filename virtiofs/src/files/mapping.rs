@@ -86,7 +86,9 @@ impl Mapping {
         let begin: *const u8 = self.map.as_ptr();
         let address = |at| begin.addr().saturating_add(at);
         let page = PAGE.load(Ordering::Relaxed);
-        let behind = end.checked_next_multiple_of(page).filter(|&behind| behind < self.map.len());
+        // A page is a power of two, which is not known to the compiler.
+        let mask = page.wrapping_sub(1);
+        let behind = end.checked_add(mask).map(|end| end & !mask).filter(|&behind| behind < self.map.len());
         let last = behind.map_or(end, |behind| behind.saturating_add(1));
         COPYING.set(Copying { begin: address(offset), end: address(last), lost: &raw const self.lost });
         let mut from = begin.wrapping_add(offset);

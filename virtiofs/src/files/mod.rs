@@ -9,7 +9,7 @@ mod recent;
 
 pub use crate::buffers::Part;
 pub use copy::copy;
-pub use open_file::{OpenFile, Read};
+pub use open_file::{OpenFile, Read, Waiting};
 pub use recent::{RECENT_MAX, Recent};
 
 use crate::{

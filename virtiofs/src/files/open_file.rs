@@ -14,7 +14,7 @@ use std::{
     os::unix::fs::FileExt,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -33,9 +33,6 @@ const MAP_AFTER: u64 = 256 << 10;
 /// A copy that took longer than this came from a disk.
 const SLOW: Duration = Duration::from_millis(1);
 
-/// One in so many copies from a mapping is timed: looking at the clock twice takes longer than copying a page.
-const TIMED: u8 = 8;
-
 /// Copies of so many bytes are timed each: it does not matter beside what they take, and what they wait for a disk is longer.
 const TIMED_FROM: u64 = 256 << 10;
 
@@ -51,6 +48,19 @@ pub(super) struct Abilities {
     pub(super) map: bool,
     /// Bytes mapped of all files of all stores.
     pub(super) mapped: Arc<AtomicU64>,
+}
+
+/// Whether a read may wait for a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Waiting {
+    /// It may.
+    Allowed,
+    /// It may not, as far as that can be known. A copy from a mapping does so nevertheless where its page is no longer in memory, which is then seen
+    /// by what it took; but to look at the clock twice takes longer than to copy a page.
+    Refused {
+        /// When the request was taken, if it is timed.
+        since: Option<Instant>,
+    },
 }
 
 /// What became of a read.
@@ -70,27 +80,18 @@ pub struct OpenFile {
     abilities: Arc<Abilities>,
     /// Bytes read since it was last found to be cold.
     served: AtomicU64,
-    /// Copies from the mapping.
-    copies: AtomicU8,
     mapping: OnceLock<Option<Mapping>>,
 }
 
 impl OpenFile {
     /// `size` is the index's: no more than that is ever asked for.
     pub(super) fn new(file: File, size: u64, abilities: Arc<Abilities>) -> Self {
-        Self {
-            file,
-            size,
-            abilities,
-            served: AtomicU64::new(0),
-            copies: AtomicU8::new(0),
-            mapping: OnceLock::new(),
-        }
+        Self { file, size, abilities, served: AtomicU64::new(0), mapping: OnceLock::new() }
     }
 
-    /// Reads from `offset` until the buffers are full. EIO if the file is shorter by now. With `wait`, it never is
+    /// Reads from `offset` until the buffers are full. EIO if the file is shorter by now. If it may wait, it never is
     /// [`Read::WouldWait`].
-    pub fn read(&self, offset: u64, to: Part<'_, '_>, wait: bool) -> Result<Read, Errno> {
+    pub fn read(&self, offset: u64, to: Part<'_, '_>, waiting: Waiting) -> Result<Read, Errno> {
         let length = to.len() as u64;
         let served = self.served.load(Ordering::Relaxed);
         let again = served >= self.size.saturating_mul(2);
@@ -99,7 +100,11 @@ impl OpenFile {
             && let Some(mapping) = self.mapping()
         {
             let from = usize::try_from(offset).map_err(|_| Errno::EINVAL)?;
-            let since = (length >= TIMED_FROM || self.is_timed()).then(Instant::now);
+            let since = match waiting {
+                _ if length >= TIMED_FROM => Some(Instant::now()),
+                Waiting::Refused { since } => since,
+                Waiting::Allowed => None,
+            };
             let copied = mapping.copy(from, to);
             if let Some(since) = since {
                 self.time(since);
@@ -109,7 +114,7 @@ impl OpenFile {
                 Copied::ToLastPage if fstat(&self.file)?.st_size.cast_unsigned() < end => Err(Errno::EIO),
                 Copied::ToLastPage | Copied::Whole => Ok(Read::Done),
             }
-        } else if wait {
+        } else if waiting == Waiting::Allowed {
             buffers::read_file(&self.file, offset, to, false)
         } else if self.abilities.nowait.load(Ordering::Relaxed) {
             match buffers::read_file(&self.file, offset, to, true) {
@@ -147,14 +152,6 @@ impl OpenFile {
             }
         }
         Ok(())
-    }
-
-    /// Whether the next copy is timed.
-    fn is_timed(&self) -> bool {
-        let copies = self.copies.load(Ordering::Relaxed).wrapping_add(1);
-        // Two at the same time may count as one.
-        self.copies.store(copies, Ordering::Relaxed);
-        copies.is_multiple_of(TIMED)
     }
 
     /// Times the reading of what was thought to be in memory. If it was not, the file counts as cold again.

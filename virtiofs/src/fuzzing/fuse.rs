@@ -5,7 +5,7 @@
 
 use super::{input::Input, reply, world::World};
 use crate::{
-    files::Part,
+    files::{Part, Waiting},
     fuse::{Opcode, Outcome, Request, Session},
     index::{Kind, Node},
     stats::Requests,
@@ -66,7 +66,12 @@ fn answer(session: &Session, stats: &Requests, request: &[u8], room: usize) -> O
             assert!(read.offset.checked_add(u64::from(read.length)).is_some_and(|end| end <= inode.size()));
             let mut content = vec![0; read.length as usize];
             let file = service.files.get(&tree, read.node, true).unwrap().unwrap();
-            file.read(read.offset, Part::all(&[VolatileSlice::from(content.as_mut_slice())]), true).unwrap();
+            file.read(
+                read.offset,
+                Part::all(&[VolatileSlice::from(content.as_mut_slice())]),
+                Waiting::Allowed,
+            )
+            .unwrap();
             reply.extend(content);
             Some(reply)
         }

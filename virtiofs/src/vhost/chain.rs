@@ -5,7 +5,7 @@ use super::{QUEUE_SIZE_MAX, regions::Regions};
 use smallvec::SmallVec;
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileMemory, VolatileSlice};
+use vm_memory::{ByteValued, GuestAddress, GuestMemoryBackend, VolatileMemory, VolatileSlice};
 
 /// Buffers of the guest. Those of a READ of 128 KiB fit on the stack.
 pub(super) type Buffers<'a> = SmallVec<[VolatileSlice<'a>; 36]>;
@@ -23,9 +23,40 @@ pub(super) struct Chain<'a> {
     pub(super) request: u32,
     /// Bytes of room.
     pub(super) room: u32,
+    /// The first descriptor's number in the queue's own table.
+    head: u16,
     /// Its first descriptors in their order, and how many it has.
-    seen: [Descriptor; SEEN],
+    seen: [Option<Seen<'a>>; SEEN],
     count: usize,
+}
+
+/// A descriptor as it was read, and where.
+#[derive(Debug, Clone, Copy)]
+struct Seen<'a> {
+    place: VolatileSlice<'a>,
+    value: Raw,
+}
+
+/// A descriptor's bytes.
+type Raw = u128;
+
+impl<'a> Seen<'a> {
+    #[inline(always)]
+    fn read(place: VolatileSlice<'a>) -> Option<Self> {
+        let value = place.get_ref(0).ok()?.load();
+        Some(Self { place, value })
+    }
+
+    /// Whether the same would be read now.
+    #[inline(always)]
+    fn is_still(&self) -> bool {
+        self.place.get_ref::<Raw>(0).is_ok_and(|place| place.load() == self.value)
+    }
+
+    #[inline(always)]
+    fn descriptor(&self) -> Option<Descriptor> {
+        Descriptor::from_slice(self.value.as_slice()).copied()
+    }
 }
 
 /// The most descriptors of a chain that is known again: all requests but large READs have fewer.
@@ -67,12 +98,13 @@ impl<'a> Table<'a> {
         Self { slice, size, indirect: false }
     }
 
-    fn get(&self, index: u16) -> Result<Descriptor, ChainError> {
+    #[inline(always)]
+    fn get(&self, index: u16) -> Result<Seen<'a>, ChainError> {
         if index >= self.size {
             return Err(ChainError::Index(self.size));
         }
-        let place = self.slice.get_ref(usize::from(index).saturating_mul(Self::ENTRY));
-        place.map(|place| place.load()).map_err(|_| ChainError::Table)
+        let place = self.slice.subslice(usize::from(index).saturating_mul(Self::ENTRY), Self::ENTRY);
+        place.ok().and_then(Seen::read).ok_or(ChainError::Table)
     }
 
     fn indirect(&self, regions: &Regions<'a>, desc: &Descriptor) -> Result<Self, ChainError> {
@@ -85,11 +117,6 @@ impl<'a> Table<'a> {
         let slice = regions.one(desc.addr(), length).ok_or(ChainError::Table)?;
         Ok(Self { slice, size, indirect: true })
     }
-}
-
-/// All of a descriptor, to compare it.
-fn fields(desc: &Descriptor) -> (u64, u32, u16, u16) {
-    (desc.addr().0, desc.len(), desc.flags(), desc.next())
 }
 
 /// Neighbouring buffers of one direction, which become one.
@@ -125,30 +152,20 @@ impl<'a> Chain<'a> {
         table: Table<'a>,
         head: u16,
     ) -> Result<(), ChainError> {
-        if self.is_again(table, head) {
+        if self.is_again(head) {
             return Ok(());
         }
         self.clear();
+        self.head = head;
         self.walk(regions, table, head).inspect_err(|_| self.clear())
     }
 
-    /// Whether the chain that begins at `head` in `table` is this one again, so that its buffers are where they were. A guest that sends one
-    /// request after the other uses the same places, and to compare descriptors takes less than to walk them.
+    /// Whether the chain that begins at `head` is this one again, so that its buffers are where they were. A guest that sends one request after
+    /// the other uses the same places, and to compare descriptors takes less than to walk them: as long as none has changed, each is where it was.
     #[inline]
-    fn is_again(&self, table: Table<'a>, head: u16) -> bool {
+    fn is_again(&self, head: u16) -> bool {
         let Some(all) = self.seen.get(..self.count) else { return false };
-        let (mut table, mut index) = (table, head);
-        for seen in all {
-            if !table.get(index).is_ok_and(|desc| fields(&desc) == fields(seen)) {
-                return false;
-            }
-            index = seen.next();
-            if seen.refers_to_indirect_table() {
-                let Some(slice) = self.indirect else { return false };
-                (table, index) = (Table { slice, size: u16::MAX, indirect: true }, 0);
-            }
-        }
-        !all.is_empty()
+        head == self.head && !all.is_empty() && all.iter().flatten().all(Seen::is_still)
     }
 
     /// Walks the chain that begins at `head` in `table`, of which this becomes the buffers. It is empty before; moving a full one
@@ -160,17 +177,15 @@ impl<'a> Chain<'a> {
         let (mut request, mut room) = (0u64, 0u64);
         let mut index = head;
         for _ in 0..QUEUE_SIZE_MAX {
-            let mut desc = table.get(index)?;
+            let mut desc = self.note(table.get(index)?)?;
             if desc.refers_to_indirect_table() {
-                self.note(desc);
                 table = table.indirect(regions, &desc)?;
                 self.indirect = Some(table.slice);
-                desc = table.get(0)?;
+                desc = self.note(table.get(0)?)?;
                 if desc.refers_to_indirect_table() {
                     return Err(ChainError::Indirect(desc.len()));
                 }
             }
-            self.note(desc);
             let length = u64::from(desc.len());
             if desc.is_write_only() {
                 room = room.wrapping_add(length);
@@ -200,12 +215,13 @@ impl<'a> Chain<'a> {
     }
 
     #[inline(always)]
-    fn note(&mut self, desc: Descriptor) {
+    fn note(&mut self, seen: Seen<'a>) -> Result<Descriptor, ChainError> {
         if let Some(place) = self.seen.get_mut(self.count) {
-            *place = desc;
+            *place = Some(seen);
         }
         // There are no more than the queue has.
         self.count = self.count.wrapping_add(1);
+        seen.descriptor().ok_or(ChainError::Table)
     }
 
     #[inline(always)]
@@ -301,10 +317,10 @@ mod tests {
         let table = Table::new(slice, SIZE);
         for (head, at, descriptors) in [(0, TABLE, &direct[..]), (4, 0x8000, &inside[..])] {
             let mut chain = Chain::default();
-            assert!(!chain.is_again(table, head));
+            assert!(!chain.is_again(head));
             chain.find(&regions, table, head).unwrap();
             let before = (chain.request, chain.room, chain.readable.len(), chain.writable.len());
-            assert!(chain.is_again(table, head) && !chain.is_again(table, head + 1));
+            assert!(chain.is_again(head) && !chain.is_again(head + 1));
             chain.find(&regions, table, head).unwrap();
             assert_eq!((chain.request, chain.room, chain.readable.len(), chain.writable.len()), before);
             for changed in 0..descriptors.len() {
@@ -318,15 +334,15 @@ mod tests {
                         _ => desc.3 ^= 1,
                     }
                     put(&mem, at, &others);
-                    assert!(!chain.is_again(table, head), "{changed} {field}");
+                    assert!(!chain.is_again(head), "{changed} {field}");
                     put(&mem, at, descriptors);
-                    assert!(chain.is_again(table, head));
+                    assert!(chain.is_again(head));
                 }
             }
             // A chain that failed is none.
             put(&mem, at, &[(0x4000, 40, NEXT, 1), (0, u32::MAX, 0, 0)]);
             chain.find(&regions, table, head).unwrap_err();
-            assert!(!chain.is_again(table, head) && chain.readable.is_empty());
+            assert!(!chain.is_again(head) && chain.readable.is_empty());
             put(&mem, at, descriptors);
         }
         // One of more descriptors than are kept is walked each time.
@@ -336,7 +352,7 @@ mod tests {
         put(&mem, TABLE, &[(0x8000, 16 * 9, INDIRECT, 0)]);
         let mut chain = Chain::default();
         chain.find(&regions, table, 0).unwrap();
-        assert!(!chain.is_again(table, 0));
+        assert!(!chain.is_again(0));
         chain.find(&regions, table, 0).unwrap();
         assert_eq!((chain.request, chain.readable.len()), (72, 9));
     }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     buffers,
-    files::{Part, Read, Recent},
+    files::{Part, Read, Recent, Waiting},
     fuse::{FileRead, Opcode, Outcome, Request, Session, TreeCache},
     index::Tree,
     stats::Requests,
@@ -321,7 +321,8 @@ impl Queue {
             count = count.saturating_add(1);
             let since = state.is_timed().then(Instant::now);
             last = Some(head);
-            let (opcode, answer) = self.answer(&mut state.scratch, ring, tree.load(), head, &mut chain);
+            let (opcode, answer) =
+                self.answer(&mut state.scratch, ring, tree.load(), head, &mut chain, since);
             match answer {
                 Answer::Used(length) => {
                     if state.pending.is_empty() {
@@ -390,7 +391,7 @@ impl Queue {
             Ok(()) => {
                 let Scratch { reply, recent, .. } = &mut *state.scratch;
                 read.header(reply);
-                self.read(&self.service.server.tree(), reply, recent, &chain, &read, true)
+                self.read(&self.service.server.tree(), reply, recent, &chain, &read, Waiting::Allowed)
             }
             Err(error) => self.bad_chain(&error),
         };
@@ -464,7 +465,7 @@ impl Queue {
         Ok(more)
     }
 
-    /// Answers a request, or says what it waits for.
+    /// Answers a request, or says what it waits for. `since`: when it was taken, if it is timed.
     fn answer<'m>(
         &self,
         scratch: &mut Scratch,
@@ -472,6 +473,7 @@ impl Queue {
         tree: &Tree,
         head: u16,
         chain: &mut Chain<'m>,
+        since: Option<Instant>,
     ) -> (Option<Opcode>, Answer) {
         if let Err(error) = ring.find(head, chain) {
             return (None, self.bad_chain(&error));
@@ -484,7 +486,7 @@ impl Queue {
         let answer = match server.handle(tree, &self.session, &self.stats, request, room(chain), reply) {
             Outcome::Silent => Answer::Used(0),
             Outcome::Reply => reply_with(chain, reply),
-            Outcome::Read(read) => self.read(tree, reply, recent, chain, &read, false),
+            Outcome::Read(read) => self.read(tree, reply, recent, chain, &read, Waiting::Refused { since }),
         };
         (request.opcode(), answer)
     }
@@ -505,10 +507,10 @@ impl Queue {
         recent: &mut Recent,
         chain: &Chain<'_>,
         read: &FileRead,
-        wait: bool,
+        waiting: Waiting,
     ) -> Answer {
         let Service { server, files, trouble, .. } = &*self.service;
-        match self.read_into(tree, recent, chain, read, reply.len(), wait) {
+        match self.read_into(tree, recent, chain, read, reply.len(), waiting) {
             Ok(Read::WouldWait) => Answer::Waits(*read, Instant::now()),
             Ok(Read::Done) => match reply_with(chain, reply) {
                 Answer::Used(header) => Answer::Used(header.saturating_add(read.length)),
@@ -533,13 +535,13 @@ impl Queue {
         chain: &Chain<'_>,
         read: &FileRead,
         header: usize,
-        wait: bool,
+        waiting: Waiting,
     ) -> Result<Read, Errno> {
         let files = &self.service.files;
         let length = usize::try_from(read.length).map_err(|_| Errno::EINVAL)?;
         let to = Part::of(&chain.writable, room(chain), header, length).ok_or(Errno::EINVAL)?;
-        match recent.get(files, tree, read.node, wait)? {
-            Some(file) => file.read(read.offset, to, wait),
+        match recent.get(files, tree, read.node, waiting == Waiting::Allowed)? {
+            Some(file) => file.read(read.offset, to, waiting),
             None => Ok(Read::WouldWait),
         }
     }

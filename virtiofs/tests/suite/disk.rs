@@ -4,7 +4,7 @@
 
 use crate::driver::Driver;
 use lair_virtiofs::{
-    files::Part,
+    files::{Part, Waiting},
     fuse::{
         Outcome, Request,
         wire::{InHeader, OUT_HEADER},
@@ -178,7 +178,7 @@ fn answer(driver: &Driver, state: &State, mut device: File) {
                 let piece = VolatileSlice::from(content.as_mut_slice());
                 let done = state.read().and_then(|()| {
                     let file = driver.files.get(&driver.server.tree(), read.node, true)?.ok_or(Errno::EIO)?;
-                    file.read(read.offset, Part::all(&[piece]), true)
+                    file.read(read.offset, Part::all(&[piece]), Waiting::Allowed)
                 });
                 match done {
                     Ok(_) => reply.extend(content),

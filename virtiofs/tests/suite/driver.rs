@@ -1,7 +1,7 @@
 //! Drives the FUSE server directly: requests in, replies out, invariants checked on each.
 
 use lair_virtiofs::{
-    files::{Files, Part},
+    files::{Files, Part, Waiting},
     fuse::{
         Opcode, Outcome, Request, Server, Session,
         wire::{AttrOut, EntryOut, InHeader, InitIn, OutHeader, ReadIn},
@@ -124,7 +124,7 @@ impl Driver {
                 let file = self.files.get(&self.server.tree(), read.node, true);
                 let mut content = vec![0; read.length as usize];
                 let piece = VolatileSlice::from(content.as_mut_slice());
-                file.unwrap().unwrap().read(read.offset, Part::all(&[piece]), true).unwrap();
+                file.unwrap().unwrap().read(read.offset, Part::all(&[piece]), Waiting::Allowed).unwrap();
                 reply.extend(content);
             }
         }
