@@ -186,3 +186,55 @@ impl Drop for OpenFile {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::arithmetic_side_effects)] // Small, chosen numbers.
+mod tests {
+    use super::*;
+    use vm_memory::VolatileSlice;
+
+    fn file(size: u64, mapped: &Arc<AtomicU64>) -> OpenFile {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size).unwrap();
+        let abilities = Abilities { nowait: AtomicBool::new(true), map: true, mapped: mapped.clone() };
+        OpenFile::new(file, size, Arc::new(abilities))
+    }
+
+    /// Reads the beginning, and says whether that came from a mapping.
+    fn reads_mapped(file: &OpenFile) -> bool {
+        let mut bytes = [0xfe; 4096];
+        let pieces = [VolatileSlice::from(&mut bytes[..])];
+        assert_eq!(file.read(0, Part::all(&pieces), Waiting::Allowed), Ok(Read::Done));
+        assert_eq!(bytes, [0; 4096]);
+        file.mapping.get().is_some_and(Option::is_some)
+    }
+
+    #[test]
+    fn what_is_read_again_and_again_is_mapped_up_to_a_large_size() {
+        for (size, is_mapped) in
+            [(4096, true), (64 << 20, true), (MAP_FILE_MAX, true), (MAP_FILE_MAX + 1, false)]
+        {
+            let mapped = Arc::default();
+            let file = file(size, &mapped);
+            file.served.store(size.saturating_mul(2).max(MAP_AFTER) - 1, Ordering::Relaxed);
+            assert!(!reads_mapped(&file), "{size}");
+            // That one was the last of the second time.
+            assert_eq!(reads_mapped(&file), is_mapped, "{size}");
+            assert_eq!(mapped.load(Ordering::Relaxed), if is_mapped { size } else { 0 });
+            drop(file);
+            assert_eq!(mapped.load(Ordering::Relaxed), 0);
+        }
+    }
+
+    #[test]
+    fn all_files_together_are_mapped_up_to_a_limit() {
+        let mapped = Arc::default();
+        let files: Vec<_> = (0..5).map(|_| file(MAP_FILE_MAX, &mapped)).collect();
+        let read = |file: &OpenFile| {
+            file.served.store(u64::MAX, Ordering::Relaxed);
+            reads_mapped(file)
+        };
+        assert_eq!(files.iter().map(read).collect::<Vec<_>>(), [true, true, true, true, false]);
+        assert_eq!(mapped.load(Ordering::Relaxed), MAPPED_MAX);
+    }
+}
