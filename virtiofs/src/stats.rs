@@ -182,7 +182,7 @@ fn operations(service: &Service, text: &mut Text) {
         }
     }
     let name = "request_duration_seconds";
-    text.family(name, "From taking a FUSE request to having its reply: one in 8 is timed, and counted as 8, but each that waits for a disk", "histogram");
+    text.family(name, "From taking a FUSE request to having its reply: one in 8 is timed, by chance, and counted as 8, but each that waits for a disk", "histogram");
     for (labels, opcode) in &occurred {
         let mut count: u64 = 0;
         for bucket in 0..=BUCKETS {

@@ -93,7 +93,7 @@ impl OpenFile {
     /// [`Read::WouldWait`].
     pub fn read(&self, offset: u64, to: Part<'_, '_>, waiting: Waiting) -> Result<Read, Errno> {
         let length = to.len() as u64;
-        let served = self.served.load(Ordering::Relaxed);
+        let mut served = self.served.load(Ordering::Relaxed);
         let again = served >= self.size.saturating_mul(2);
         let read = if again
             && served >= MAP_AFTER
@@ -106,8 +106,8 @@ impl OpenFile {
                 Waiting::Allowed => None,
             };
             let copied = mapping.copy(from, to);
-            if let Some(since) = since {
-                self.time(since);
+            if since.is_some_and(is_slow) {
+                served = 0;
             }
             let end = offset.saturating_add(length);
             match copied? {
@@ -128,7 +128,9 @@ impl OpenFile {
             // Nothing tells what is in memory. What was read lately probably is.
             let since = Instant::now();
             let read = buffers::read_file(&self.file, offset, to, false);
-            self.time(since);
+            if is_slow(since) {
+                served = 0;
+            }
             read
         } else {
             Ok(Read::WouldWait)
@@ -154,13 +156,6 @@ impl OpenFile {
         Ok(())
     }
 
-    /// Times the reading of what was thought to be in memory. If it was not, the file counts as cold again.
-    fn time(&self, since: Instant) {
-        if since.elapsed() > SLOW {
-            self.served.store(0, Ordering::Relaxed);
-        }
-    }
-
     fn mapping(&self) -> Option<&Mapping> {
         let map = || {
             if !self.abilities.map || self.size == 0 || self.size > MAP_FILE_MAX {
@@ -177,6 +172,11 @@ impl OpenFile {
         };
         self.mapping.get_or_init(map).as_ref().filter(|mapping| !mapping.is_lost())
     }
+}
+
+/// Whether what was thought to be in memory was not, having taken since then. Its file counts as cold again.
+fn is_slow(since: Instant) -> bool {
+    since.elapsed() > SLOW
 }
 
 impl Drop for OpenFile {
@@ -200,13 +200,37 @@ mod tests {
         OpenFile::new(file, size, Arc::new(abilities))
     }
 
-    /// Reads the beginning, and says whether that came from a mapping.
-    fn reads_mapped(file: &OpenFile) -> bool {
+    fn read(file: &OpenFile, waiting: Waiting) {
         let mut bytes = [0xfe; 4096];
         let pieces = [VolatileSlice::from(&mut bytes[..])];
-        assert_eq!(file.read(0, Part::all(&pieces), Waiting::Allowed), Ok(Read::Done));
+        assert_eq!(file.read(0, Part::all(&pieces), waiting), Ok(Read::Done));
         assert_eq!(bytes, [0; 4096]);
+    }
+
+    /// Reads the beginning, and says whether that came from a mapping.
+    fn reads_mapped(file: &OpenFile) -> bool {
+        read(file, Waiting::Allowed);
         file.mapping.get().is_some_and(Option::is_some)
+    }
+
+    #[test]
+    fn a_copy_that_took_long_makes_the_file_cold_again() {
+        let file = file(1 << 20, &Arc::default());
+        let now = Instant::now();
+        // Only what is not begun yet has surely taken no time on a busy machine.
+        let [later, before] = [now + Duration::from_secs(3600), now - SLOW * 2];
+        let hot = 4 << 20;
+        for (waiting, served) in [
+            (Waiting::Refused { since: None }, hot + 4096),
+            (Waiting::Refused { since: Some(later) }, hot + 4096),
+            (Waiting::Refused { since: Some(before) }, 4096),
+            (Waiting::Allowed, hot + 4096),
+        ] {
+            file.served.store(hot, Ordering::Relaxed);
+            read(&file, waiting);
+            assert!(file.mapping.get().is_some_and(Option::is_some));
+            assert_eq!(file.served.load(Ordering::Relaxed), served, "{waiting:?}");
+        }
     }
 
     #[test]
@@ -230,11 +254,11 @@ mod tests {
     fn all_files_together_are_mapped_up_to_a_limit() {
         let mapped = Arc::default();
         let files: Vec<_> = (0..5).map(|_| file(MAP_FILE_MAX, &mapped)).collect();
-        let read = |file: &OpenFile| {
+        let hot = |file: &OpenFile| {
             file.served.store(u64::MAX, Ordering::Relaxed);
             reads_mapped(file)
         };
-        assert_eq!(files.iter().map(read).collect::<Vec<_>>(), [true, true, true, true, false]);
+        assert_eq!(files.iter().map(hot).collect::<Vec<_>>(), [true, true, true, true, false]);
         assert_eq!(mapped.load(Ordering::Relaxed), MAPPED_MAX);
     }
 }

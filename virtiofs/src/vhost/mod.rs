@@ -15,6 +15,7 @@ pub(crate) mod fuzzing;
 mod queue;
 mod regions;
 mod ring;
+mod sample;
 mod serve;
 mod spin;
 mod trail;

@@ -11,6 +11,7 @@ use super::{
     Service,
     chain::{Chain, ChainError},
     ring::{Ring, RingError},
+    sample::{Sample, TIMED},
     spin::{Pace, WINDOW},
     trail::Trail,
     vring::Vring,
@@ -52,9 +53,6 @@ const BURST_BYTES: u32 = 256 << 10;
 /// How often the available index is looked at before the clock is.
 const POLLS: u32 = 32;
 
-/// One in so many requests is timed: looking at the clock twice is a tenth of the time that a request takes.
-const TIMED: u8 = 8;
-
 /// The high-priority queue, which only brings FORGET: nobody waits for it.
 const HIPRIO: usize = 0;
 
@@ -88,8 +86,7 @@ pub(super) struct State {
     /// Requests taken and not yet published, the oldest first. Empty unless that one waits for a disk.
     pending: VecDeque<Pending>,
     pace: Pace,
-    /// Requests since one was timed.
-    untimed: u8,
+    sample: Sample,
     /// Where it is, once it has run.
     vring: Option<Vring>,
     scratch: Box<Scratch>,
@@ -319,7 +316,7 @@ impl Queue {
                 continue;
             };
             count = count.saturating_add(1);
-            let since = state.is_timed().then(Instant::now);
+            let since = state.sample.is_timed().then(Instant::now);
             last = Some(head);
             let (opcode, answer) =
                 self.answer(&mut state.scratch, ring, tree.load(), head, &mut chain, since);
@@ -563,7 +560,7 @@ impl State {
             epoch: 0,
             pending: VecDeque::new(),
             pace: Pace::default(),
-            untimed: 0,
+            sample: Sample::default(),
             vring: None,
             scratch: Box::new(scratch),
         }
@@ -579,12 +576,6 @@ impl State {
     fn check_size(&self, queue: &virtio_queue::Queue) -> Result<(), Broken> {
         let (from, to) = (self.size, queue.size());
         if from == to { Ok(()) } else { Err(Broken::Size { from, to }) }
-    }
-
-    /// Whether the next request is timed.
-    fn is_timed(&mut self) -> bool {
-        self.untimed = self.untimed.saturating_add(1) % TIMED;
-        self.untimed == 0
     }
 
     /// The number of the next request to take, where `used` is the next to publish.
