@@ -22,6 +22,9 @@ use thiserror::Error;
 /// The largest view file that is read, in bytes: about 300,000 store paths.
 pub const FILE_MAX: u64 = 32 << 20;
 
+/// How many bytes a line has, or less: how many paths there may be.
+const LINE_TYPICAL: usize = 48;
+
 /// A view: at least one store path, none twice. The order is that of the file, and that of the guest's root directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
@@ -97,20 +100,23 @@ impl View {
 
     /// Parses the text of a view file.
     pub fn parse(text: &[u8]) -> Result<Self, ParseError> {
-        let mut paths = Vec::new();
-        let mut seen = HashSet::<_, RandomState>::default();
+        let mut paths: Vec<StorePath> = Vec::with_capacity(text.len().checked_div(LINE_TYPICAL).unwrap_or(0));
         for (index, line) in text.split_inclusive(|&byte| byte == b'\n').enumerate() {
             let number = index + 1;
             let line = line.strip_suffix(b"\n").ok_or(ParseError::Unterminated(number))?;
             let line = str::from_utf8(line).map_err(|_| ParseError::Encoding(number))?;
             let path = StorePath::parse(line).map_err(|e| ParseError::Line(number, e))?;
-            if !seen.insert(line) {
-                return Err(ParseError::Twice(number, path));
-            }
             paths.push(path);
         }
         if paths.is_empty() {
             return Err(ParseError::Empty);
+        }
+        // What Lair writes mostly is sorted, and then needs no table.
+        if !paths.is_sorted_by(|one, next| one < next) {
+            let mut seen = HashSet::<_, RandomState>::default();
+            if let Some(index) = paths.iter().position(|path| !seen.insert(path)) {
+                return Err(ParseError::Twice(index + 1, paths.swap_remove(index)));
+            }
         }
         Ok(Self { paths })
     }
@@ -120,10 +126,12 @@ impl View {
         let io = |source| ViewError::Io { verb: "read", path: path.to_owned(), source };
         let file =
             File::options().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path).map_err(io)?;
-        if !file.metadata().map_err(io)?.is_file() {
+        let metadata = file.metadata().map_err(io)?;
+        if !metadata.is_file() {
             return Err(ViewError::NotAFile { path: path.to_owned() });
         }
-        let mut text = Vec::new();
+        // One more than there is, so that its end is seen without more room.
+        let mut text = Vec::with_capacity(usize::try_from(metadata.len().min(FILE_MAX) + 1).unwrap_or(0));
         file.take(FILE_MAX + 1).read_to_end(&mut text).map_err(io)?;
         if text.len() as u64 > FILE_MAX {
             return Err(ViewError::TooLarge { path: path.to_owned() });

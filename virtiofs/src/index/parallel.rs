@@ -1,7 +1,7 @@
 //! Doing the same for many things, in a few threads.
 
 use nix::{
-    sched::{CpuSet, sched_getaffinity},
+    sched::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity},
     unistd::Pid,
 };
 use std::{
@@ -15,17 +15,27 @@ const THREADS_MAX: usize = 4;
 /// For fewer things than this, one more thread takes longer to make than it spares: about 0.1 ms, as twenty things take.
 const EACH_MIN: usize = 100;
 
+const THIS_THREAD: Pid = Pid::from_raw(0);
+
 /// What `work` makes of all of them, in their order; it is given some at a time. The caller's thread works as well, and does what others cannot
 /// be made for; none of them is left afterwards.
 pub(super) fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> Vec<R> + Sync) -> Vec<R> {
-    let threads = items.len().checked_div(EACH_MIN).unwrap_or_default().min(THREADS_MAX);
-    let threads = if threads > 1 { threads.min(processors()) } else { 1 };
+    let most = items.len().checked_div(EACH_MIN).unwrap_or_default().min(THREADS_MAX);
+    if most < 2 {
+        return work(items);
+    }
+    let mut processors = Processors::allowed();
+    let threads = most.min(processors.count());
     let work = &work;
     thread::scope(|scope| {
         let mut parts = items.chunks(items.len().div_ceil(threads).max(1));
         let own = parts.next().unwrap_or_default();
         let others: Vec<_> = parts
-            .map(|part| (part, Builder::new().name("index".into()).spawn_scoped(scope, move || work(part))))
+            .map(|part| {
+                let thread = Builder::new().name("index".into()).spawn_scoped(scope, move || work(part));
+                processors.leave_this();
+                (part, thread)
+            })
             .collect();
         let mut results = work(own);
         for (part, thread) in others {
@@ -39,10 +49,40 @@ pub(super) fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> Vec<R> +
     })
 }
 
-/// How many processors this thread may run on, at least one.
-fn processors() -> usize {
-    let Ok(set) = sched_getaffinity(Pid::from_raw(0)) else { return 1 };
-    (0..CpuSet::count()).filter(|&number| set.is_set(number) == Ok(true)).count().max(1)
+/// The processors that this thread may run on.
+struct Processors {
+    all: Option<CpuSet>,
+    /// Those of them that were left to other threads.
+    left: CpuSet,
+}
+
+impl Processors {
+    fn allowed() -> Self {
+        Self { all: sched_getaffinity(THIS_THREAD).ok(), left: CpuSet::new() }
+    }
+
+    /// How many, at least one.
+    fn count(&self) -> usize {
+        self.all.map_or(1, |all| numbers(&all).count()).max(1)
+    }
+
+    /// Goes to another processor than this one and those that were left before, and leaves this one to the thread that was made last: Linux may
+    /// put it where its maker is, and have it wait there until the maker's turn is over, for milliseconds.
+    fn leave_this(&mut self) {
+        let (Some(all), Ok(here)) = (self.all, sched_getcpu()) else { return };
+        let mut free = CpuSet::new();
+        let left = self.left.set(here);
+        let others = numbers(&all).filter(|&number| self.left.is_set(number) == Ok(false));
+        if left.is_ok() && others.map(|number| free.set(number)).filter(Result::is_ok).count() > 0 {
+            // Where it cannot be had, all is done a little later.
+            let _ = sched_setaffinity(THIS_THREAD, &free);
+            let _ = sched_setaffinity(THIS_THREAD, &all);
+        }
+    }
+}
+
+fn numbers(set: &CpuSet) -> impl Iterator<Item = usize> {
+    (0..CpuSet::count()).filter(|&number| set.is_set(number) == Ok(true))
 }
 
 #[cfg(test)]
@@ -71,7 +111,9 @@ mod tests {
             threads.into_inner().unwrap()
         };
         assert_eq!(used(2 * EACH_MIN - 1), HashSet::from([thread::current().id()]));
-        assert_eq!(used(100 * EACH_MIN).len(), processors().min(THREADS_MAX));
+        let before = Processors::allowed();
+        assert_eq!(used(100 * EACH_MIN).len(), before.count().min(THREADS_MAX));
+        assert_eq!(Processors::allowed().all, before.all, "the caller may run elsewhere than before");
     }
 
     #[test]

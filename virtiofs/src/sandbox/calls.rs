@@ -117,6 +117,8 @@ pub(super) const OTHERS: &[Call] = &[
     (libc::SYS_lseek, ANY),
     #[cfg(target_arch = "x86_64")]
     (libc::SYS_readlinkat, ANY),
+    // Making room for threads that look for many store paths, by going to another processor oneself.
+    (libc::SYS_sched_setaffinity, &[&[Is(0, 0)]]),
     // Workers' events.
     (libc::SYS_eventfd2, ANY),
     (libc::SYS_epoll_create1, ANY),

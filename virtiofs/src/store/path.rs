@@ -9,9 +9,28 @@ pub const STORE_DIR: &str = "/nix/store";
 /// Characters of the hash part.
 const HASH_LEN: usize = 32;
 
-/// Whether it is of Nix's base 32: digits and letters without e, o, t and u.
-fn is_base32(c: u8) -> bool {
-    matches!(c, b'0'..=b'9' | b'a'..=b'z') && !matches!(c, b'e' | b'o' | b't' | b'u')
+/// Nix's base 32: digits and letters without e, o, t and u.
+static BASE32: Set = set(b"0123456789abcdfghijklmnpqrsvwxyz");
+
+/// What may be in a name.
+static NAME: Set = set(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-._?=");
+
+/// Which bytes are in a set. A table, since a view has thousands of paths, and a backend reads one before its first answer.
+type Set = [bool; 256];
+
+#[allow(clippy::indexing_slicing)] // When compiled, and any byte is below 256.
+const fn set(mut members: &[u8]) -> Set {
+    let mut set = [false; 256];
+    while let [first, rest @ ..] = members {
+        set[*first as usize] = true;
+        members = rest;
+    }
+    set
+}
+
+/// Whether a text has no others than these.
+fn all_in(set: &Set, text: &str) -> bool {
+    text.bytes().all(|byte| set.get(usize::from(byte)) == Some(&true))
 }
 
 /// The most characters that Nix allows in the name part.
@@ -55,21 +74,17 @@ impl StorePath {
     pub fn from_base_name(base: &str) -> Result<Self, StorePathError> {
         let (hash, name) = base
             .split_at_checked(HASH_LEN)
-            .filter(|(hash, _)| hash.bytes().all(is_base32))
+            .filter(|(hash, _)| all_in(&BASE32, hash))
             .and_then(|(hash, rest)| Some((hash, rest.strip_prefix('-')?)))
             .ok_or_else(|| StorePathError::Hash(shortened(base)))?;
         debug_assert_eq!(hash.len(), HASH_LEN);
         if name.is_empty() || name.len() > NAME_MAX {
             return Err(StorePathError::NameLength(shortened(base), name.len()));
         }
-        if !name
-            .bytes()
-            .all(|c| c.is_ascii_alphanumeric() || matches!(c, b'+' | b'-' | b'.' | b'_' | b'?' | b'='))
-        {
+        if !all_in(&NAME, name) {
             return Err(StorePathError::NameCharacter(shortened(base)));
         }
-        let first = name.split('-').next().unwrap_or(name);
-        if first == "." || first == ".." {
+        if matches!(name.as_bytes(), b"." | b".." | [b'.', b'-', ..] | [b'.', b'.', b'-', ..]) {
             return Err(StorePathError::NameDots(shortened(base)));
         }
         Ok(Self(base.into()))

@@ -1,9 +1,10 @@
 //! The command line and the sockets of the program.
 
 use crate::{fixture::Fixture, frontend::Program};
+use nix::fcntl::{FcntlArg, fcntl};
 use std::{
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, OwnedFd},
         unix::{net::UnixListener, process::CommandExt},
     },
     path::Path,
@@ -111,18 +112,22 @@ fn serves_an_inherited_socket() {
     let fixture = Fixture::new();
     let socket = fixture.root().join("inherited.sock");
     let start = |fd: OwnedFd| {
+        // In this process it may be number 7 itself, which then would be closed: only a copy stays open.
+        let fd = fcntl(&fd, FcntlArg::F_DUPFD_CLOEXEC(100)).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_lair-virtiofs"));
         command.args(["--fd", "7", "--source"]).arg(fixture.store()).arg("--view").arg(fixture.view_file());
-        // SAFETY: dup2 is safe to call between fork and exec. Descriptor 7 is this child's alone.
+        // SAFETY: dup2 is safe to call between fork and exec. Descriptor 7 is this child's alone. The other one stays open in this process.
         #[allow(unsafe_code)]
         unsafe {
             command.pre_exec(move || {
-                let copy = nix::unistd::dup2_raw(&fd, 7)?;
+                let copy = nix::unistd::dup2_raw(BorrowedFd::borrow_raw(fd), 7)?;
                 std::mem::forget(copy);
                 Ok(())
             });
         }
-        command.stderr(std::process::Stdio::piped()).spawn().unwrap()
+        let child = command.stderr(std::process::Stdio::piped()).spawn().unwrap();
+        nix::unistd::close(fd).unwrap();
+        child
     };
     // Not a socket; a socket that does not listen.
     let file = OwnedFd::from(tempfile::tempfile().unwrap());
