@@ -11,9 +11,9 @@ use vm_memory::{Bytes, VolatileSlice};
 /// The most buffers that one system call takes.
 const IOV_MAX: usize = 1024;
 
-/// What is copied at once of a short buffer, and what is a short one.
+/// What is copied at once of something short, and how long that is: requests without names, and replies that are neither listings nor contents.
 const BLOCK: usize = 16;
-const SHORT: usize = 64;
+const SHORT: usize = 128;
 
 /// Part of a guest's buffers: so many bytes, after so many that are skipped.
 #[derive(Debug, Clone, Copy)]
@@ -78,7 +78,10 @@ pub(crate) fn copy_in(buffers: &[VolatileSlice<'_>], bytes: &mut [u8]) -> usize 
     let mut copied: usize = 0;
     for buffer in buffers {
         let count = if (BLOCK..=SHORT).contains(&buffer.len()) && left.len() >= buffer.len() {
-            copy_short(buffer, left)
+            let guard = buffer.ptr_guard();
+            // SAFETY: both are as long as the buffer or longer.
+            unsafe { copy_short(guard.as_ptr(), left.as_mut_ptr(), buffer.len()) };
+            buffer.len()
         } else {
             buffer.copy_to(left)
         };
@@ -91,21 +94,42 @@ pub(crate) fn copy_in(buffers: &[VolatileSlice<'_>], bytes: &mut [u8]) -> usize 
     copied
 }
 
-/// Copies from a buffer of a few blocks, to where there is room for all of it. How many bytes that are. A call of the C library's function takes longer
-/// than such a copy, and a request consists of two of these.
+/// Copies `bytes` to the beginning of the buffers; what does not fit is left out. How many bytes were copied.
+pub(crate) fn copy_out(buffers: &[VolatileSlice<'_>], bytes: &[u8]) -> usize {
+    let mut left = bytes;
+    for buffer in buffers {
+        let (now, later) = left.split_at(left.len().min(buffer.len()));
+        if (BLOCK..=SHORT).contains(&now.len()) {
+            let guard = buffer.ptr_guard_mut();
+            // SAFETY: the piece is no longer than the buffer.
+            unsafe { copy_short(now.as_ptr(), guard.as_ptr(), now.len()) };
+        } else {
+            // Nor is it here.
+            let _ = buffer.write_slice(now, 0);
+        }
+        left = later;
+        if left.is_empty() {
+            break;
+        }
+    }
+    bytes.len().saturating_sub(left.len())
+}
+
+/// Copies a few blocks, the last of which may overlap the one before. A call of the C library's function takes longer than such a copy, and requests
+/// and replies consist of two each.
+///
+/// # Safety
+///
+/// As for [`copy_nonoverlapping`] of `length` bytes, which is a block or more. The guest may change what is copied meanwhile: these are bytes, of
+/// which any value is valid.
 #[inline(always)]
-fn copy_short(buffer: &VolatileSlice<'_>, to: &mut [u8]) -> usize {
-    let length = buffer.len();
-    let guard = buffer.ptr_guard();
-    let (from, to) = (guard.as_ptr(), to.as_mut_ptr());
+unsafe fn copy_short(from: *const u8, to: *mut u8, length: usize) {
     let copy = |at: usize| {
-        // SAFETY: a block that ends within the buffer, which is no shorter than one, and within `to`, which is no shorter than the buffer. The
-        // guest may change what is copied meanwhile: these are bytes, of which any value is valid.
+        // SAFETY: a block that ends within `length`.
         unsafe {
             copy_nonoverlapping(from.wrapping_add(at).cast::<[u8; BLOCK]>(), to.wrapping_add(at).cast(), 1)
         };
     };
-    // The last block may overlap the one before.
     let last = length.saturating_sub(BLOCK);
     let mut at: usize = 0;
     while at < last {
@@ -113,22 +137,6 @@ fn copy_short(buffer: &VolatileSlice<'_>, to: &mut [u8]) -> usize {
         at = at.saturating_add(BLOCK);
     }
     copy(last);
-    length
-}
-
-/// Copies `bytes` to the beginning of the buffers; what does not fit is left out. How many bytes were copied.
-pub(crate) fn copy_out(buffers: &[VolatileSlice<'_>], bytes: &[u8]) -> usize {
-    let mut left = bytes;
-    for buffer in buffers {
-        let (now, later) = left.split_at(left.len().min(buffer.len()));
-        // The piece is no longer than the buffer.
-        let _ = buffer.write_slice(now, 0);
-        left = later;
-        if left.is_empty() {
-            break;
-        }
-    }
-    bytes.len().saturating_sub(left.len())
 }
 
 /// Reads from `offset` of `file` until the buffers are full. A file that is shorter by now gives EIO. With `nowait`,
@@ -203,17 +211,27 @@ mod tests {
     /// Those that are copied in blocks, the shortest and the longest of them, and their neighbours; into more room, just enough and too little.
     #[test]
     fn every_byte_of_a_short_buffer_is_copied_and_no_other_is_touched() {
-        let mem = memory();
         let content: Vec<u8> = (1..=200).collect();
-        mem.write_slice(&content, GuestAddress(1001)).unwrap();
-        for length in 0..=80 {
+        for length in 0..=140 {
+            let mem = memory();
+            mem.write_slice(&content, GuestAddress(1001)).unwrap();
             let buffers = slices(&mem, &[(1001, length)]);
-            for room in [length.saturating_sub(1), length, length + 1, 100] {
-                let mut bytes = [0xfe; 120];
+            for room in [length.saturating_sub(1), length, length + 1, 160] {
+                let mut bytes = [0xfe; 180];
                 let copied = copy_in(&buffers, &mut bytes[..room]);
                 assert_eq!(copied, length.min(room), "{length} into {room}");
                 assert_eq!(bytes[..copied], content[..copied], "{length} into {room}");
                 assert!(bytes[copied..].iter().all(|&byte| byte == 0xfe), "{length} into {room}");
+            }
+            for count in [length.saturating_sub(1), length, length + 1, 160] {
+                mem.write_slice(&[0xfe; 300], GuestAddress(950)).unwrap();
+                let copied = copy_out(&buffers, &content[..count]);
+                assert_eq!(copied, length.min(count), "{count} of {length}");
+                let around = slices(&mem, &[(950, 300)]);
+                let now = held(&around, 300);
+                assert_eq!(now[51..51 + copied], content[..copied], "{count} of {length}");
+                let others = now[..51].iter().chain(&now[51 + copied..]);
+                assert!(others.copied().all(|byte| byte == 0xfe), "{count} of {length}");
             }
         }
     }

@@ -38,8 +38,11 @@ unsafe fn copy_by_vectors(from: *const u8, to: *mut u8, length: usize) {
         // SAFETY: a block within the `length` bytes that the caller answers for; an array of bytes needs no alignment.
         unsafe { copy_nonoverlapping(from, to, 1) };
     }
-    // SAFETY: what is left of the `length` bytes.
-    unsafe { copy_nonoverlapping(from.wrapping_add(blocks), to.wrapping_add(blocks), rest) };
+    // Of a page nothing is left.
+    if rest > 0 {
+        // SAFETY: what is left of the `length` bytes.
+        unsafe { copy_nonoverlapping(from.wrapping_add(blocks), to.wrapping_add(blocks), rest) };
+    }
 }
 
 #[cfg(test)]

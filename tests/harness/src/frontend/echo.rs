@@ -52,6 +52,8 @@ struct Echo<'a> {
     device: Device<'a>,
     /// Where requests and the beginnings of replies are, which this frontend puts into the same place each time.
     places: [usize; 8],
+    /// Where a request's node and arguments are put together.
+    key: [u8; KEY_MAX],
 }
 
 impl Echo<'_> {
@@ -68,7 +70,7 @@ impl Echo<'_> {
             let header: InHeader = self.memory.get(usize::try_from(request.address)?);
             let body = match self.device {
                 Device::Empty => 0,
-                Device::Knowing(known) => self.fill(known, &table, &header)?,
+                Device::Knowing(known) => fill(&self.memory, known, &mut self.key, &table, &header)?,
                 Device::Reading(file) => self.read(file, &table)?,
                 Device::Late(late) => {
                     let begin = Instant::now();
@@ -96,39 +98,6 @@ impl Echo<'_> {
 }
 
 impl Echo<'_> {
-    /// Reads the arguments of the request whose indirect table this is, and fills its reply behind the header. How many bytes.
-    fn fill(&self, known: &Known, table: &Descriptor, header: &InHeader) -> Result<u32> {
-        let mut key = [0; KEY_MAX];
-        key[..NODE].copy_from_slice(header.nodeid.as_bytes());
-        let mut end = NODE;
-        // What is still to be copied, once all arguments are there.
-        let mut left: Option<&[u8]> = None;
-        let mut filled = 0;
-        for number in 1..table.length as usize / DESCRIPTOR {
-            let at = usize::try_from(table.address)? + DESCRIPTOR * number;
-            let part: Descriptor = self.memory.get(at);
-            let (address, length) = (usize::try_from(part.address)?, part.length as usize);
-            match &mut left {
-                _ if !part.is_written() => {
-                    let place = key.get_mut(end..end + length).context("Arguments that are too long")?;
-                    self.memory.read(address, place);
-                    end += length;
-                }
-                // This one is the header's own.
-                None => {
-                    left = Some(known.answer(header, &key[..end]).context("Nothing is known about that")?)
-                }
-                Some(left) => {
-                    let now;
-                    (now, *left) = left.split_at(length.min(left.len()));
-                    self.memory.write_many(address, now);
-                    filled += now.len();
-                }
-            }
-        }
-        Ok(u32::try_from(filled)?)
-    }
-
     /// Fills the reply to the READ whose indirect table this is behind the header. How many bytes.
     fn read(&self, file: &File, table: &Descriptor) -> Result<u32> {
         let mut arguments = None;
@@ -146,6 +115,42 @@ impl Echo<'_> {
         // The first one is the header's own.
         Ok(u32::try_from(self.memory.preadv(file, offset, pieces.get(1..).unwrap_or_default())?)?)
     }
+}
+
+/// Reads the arguments of the request whose indirect table this is to where `key` is, and fills its reply behind the header. How many bytes.
+fn fill(
+    memory: &Memory,
+    known: &Known,
+    key: &mut [u8; KEY_MAX],
+    table: &Descriptor,
+    header: &InHeader,
+) -> Result<u32> {
+    key[..NODE].copy_from_slice(header.nodeid.as_bytes());
+    let mut end = NODE;
+    // What is still to be copied, once all arguments are there.
+    let mut left: Option<&[u8]> = None;
+    let mut filled = 0;
+    for number in 1..table.length as usize / DESCRIPTOR {
+        let at = usize::try_from(table.address)? + DESCRIPTOR * number;
+        let part: Descriptor = memory.get(at);
+        let (address, length) = (usize::try_from(part.address)?, part.length as usize);
+        match &mut left {
+            _ if !part.is_written() => {
+                let place = key.get_mut(end..end + length).context("Arguments that are too long")?;
+                memory.read(address, place);
+                end += length;
+            }
+            // This one is the header's own.
+            None => left = Some(known.answer(header, &key[..end]).context("Nothing is known about that")?),
+            Some(left) => {
+                let now;
+                (now, *left) = left.split_at(length.min(left.len()));
+                memory.write_many(address, now);
+                filled += now.len();
+            }
+        }
+    }
+    Ok(u32::try_from(filled)?)
 }
 
 /// A queue, and a device behind it.
@@ -174,7 +179,15 @@ impl<'a> Loopback<'a> {
             body,
             body + 64,
         ];
-        let echo = Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, device, places };
+        let echo = Echo {
+            memory: guest.memory(),
+            layout,
+            call: guest.call(1)?,
+            next: 0,
+            device,
+            places,
+            key: [0; KEY_MAX],
+        };
         Ok(Self { _guest: guest, queue, echo })
     }
 

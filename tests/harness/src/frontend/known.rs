@@ -8,9 +8,12 @@
 use crate::tree::{Entry, Kind};
 use anyhow::{Context, Result};
 use foldhash::fast::RandomState;
-use lair_virtiofs::fuse::{
-    Opcode,
-    wire::{Attr, AttrOut, EntryOut, InHeader, ReadIn},
+use lair_virtiofs::{
+    fuse::{
+        Opcode,
+        wire::{Attr, AttrOut, EntryOut, InHeader, ReadIn},
+    },
+    index::NodeId,
 };
 use memmap2::{Mmap, MmapOptions};
 use std::{collections::HashMap, fs::File, path::Path};
@@ -21,49 +24,60 @@ pub const KEY_MAX: usize = NODE + 256;
 /// Bytes of a node's number.
 pub const NODE: usize = size_of::<u64>();
 
-/// The first node's number; 1 is a root's.
-const FIRST: u64 = 2;
-
-/// Parts of a tree, known by heart.
+/// Parts of a tree, known by heart. Nodes are numbered as what is known of a store path could be shared by all guests that see it: by the store
+/// path, and in it.
 #[derive(Debug, Default)]
 pub struct Known {
-    /// By node, from [`FIRST`].
-    attributes: Vec<AttrOut>,
+    /// By store path, from 1, and by node in it, from 0.
+    attributes: Vec<Vec<AttrOut>>,
     /// By the directory's node and the name, as they come in a request.
     names: HashMap<Box<[u8]>, EntryOut, RandomState>,
     /// Those files that were asked for.
     contents: HashMap<u64, Mmap, RandomState>,
-    nodes: HashMap<String, u64>,
+    /// Of paths.
+    nodes: HashMap<String, NodeId>,
+    slots: HashMap<String, u32>,
 }
 
 impl Known {
     /// Learns of an inode that is no store path: its node, and that of its directory.
     pub fn learn(&mut self, entry: &Entry) -> Result<[u64; 2]> {
         let (parent, name) = entry.split().context("A store path")?;
-        let parent = self.node(parent);
+        let parent = self.node(parent).to_wire();
         let node = self.node(&entry.path);
+        let known = self.attributes(node).context("A root")?;
+        let node = node.to_wire();
         let attr = attributes(node, entry);
-        if let Some(known) = self.attributes.get_mut((node - FIRST) as usize) {
-            *known = AttrOut { attr_valid: 1, attr, ..AttrOut::default() };
-        }
+        *known = AttrOut { attr_valid: 1, attr, ..AttrOut::default() };
         let key = [parent.as_bytes(), name.as_bytes(), b"\0"].concat();
         self.names.insert(key.into(), EntryOut { nodeid: node, attr, ..EntryOut::default() });
         Ok([node, parent])
     }
 
     /// The node of a path, a new one if there is none.
-    fn node(&mut self, path: &str) -> u64 {
-        let next = FIRST + self.attributes.len() as u64;
-        let node = *self.nodes.entry(path.into()).or_insert(next);
-        if node == next {
-            self.attributes.push(AttrOut::default());
+    fn node(&mut self, path: &str) -> NodeId {
+        if let Some(&node) = self.nodes.get(path) {
+            return node;
         }
+        let store_path = path.split('/').next().unwrap_or(path);
+        let slots = self.slots.len() as u32;
+        let slot = *self.slots.entry(store_path.into()).or_insert(slots + 1);
+        self.attributes.resize(self.slots.len() + 1, vec![]);
+        let those = &mut self.attributes[slot as usize];
+        let node = NodeId::Inode { slot, number: those.len() as u32 };
+        those.push(AttrOut::default());
+        self.nodes.insert(path.into(), node);
         node
+    }
+
+    fn attributes(&mut self, node: NodeId) -> Option<&mut AttrOut> {
+        let NodeId::Inode { slot, number } = node else { return None };
+        self.attributes.get_mut(slot as usize)?.get_mut(number as usize)
     }
 
     /// Maps a file of the store directory, whole, as it is in the page cache. Its node.
     pub fn map(&mut self, store: &Path, path: &str) -> Result<u64> {
-        let node = self.node(path);
+        let node = self.node(path).to_wire();
         let file = File::open(store.join(path)).with_context(|| format!("Cannot open {path}"))?;
         // SAFETY: a file of the store that is measured, which nobody changes meanwhile.
         let map = unsafe { MmapOptions::new().populate().map(&file) };
@@ -77,7 +91,8 @@ impl Known {
             return self.names.get(key).map(IntoBytes::as_bytes);
         }
         if header.opcode == Opcode::Getattr as u32 {
-            return self.attributes.get(header.nodeid.checked_sub(FIRST)? as usize).map(IntoBytes::as_bytes);
+            let NodeId::Inode { slot, number } = NodeId::from_wire(header.nodeid)? else { return None };
+            return self.attributes.get(slot as usize)?.get(number as usize).map(IntoBytes::as_bytes);
         }
         let (read, _) = ReadIn::read_from_prefix(key.get(NODE..)?).ok()?;
         let begin = read.offset as usize;
