@@ -131,12 +131,18 @@ unsafe fn copy_short(from: *const u8, to: *mut u8, length: usize) {
         };
     };
     let last = length.saturating_sub(BLOCK);
-    let mut at: usize = 0;
-    while at < last {
-        copy(at);
-        at = at.saturating_add(BLOCK);
-    }
+    copy(0);
     copy(last);
+    if length > BLOCK * 2 {
+        let end = last.saturating_sub(BLOCK);
+        copy(BLOCK);
+        copy(end);
+        let mut at = BLOCK * 2;
+        while at < end {
+            copy(at);
+            at = at.saturating_add(BLOCK);
+        }
+    }
 }
 
 /// Reads from `offset` of `file` until the buffers are full. A file that is shorter by now gives EIO. With `nowait`,

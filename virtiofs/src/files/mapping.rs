@@ -81,6 +81,7 @@ impl Mapping {
     /// Behind a file's end, its last page is zeros, so a file that was cut in the last page of what is copied looks whole. It is
     /// not if the page behind is still there. Where the mapping has none, the answer is [`Copied::ToLastPage`]: the caller has to
     /// ask how long the file is.
+    #[inline(always)]
     pub(super) fn copy(&self, offset: usize, to: Part<'_, '_>) -> Result<Copied, Errno> {
         let end = offset.checked_add(to.len()).filter(|&end| end <= self.map.len()).ok_or(Errno::EINVAL)?;
         let begin: *const u8 = self.map.as_ptr();

@@ -91,6 +91,7 @@ impl OpenFile {
 
     /// Reads from `offset` until the buffers are full. EIO if the file is shorter by now. If it may wait, it never is
     /// [`Read::WouldWait`].
+    #[inline(always)]
     pub fn read(&self, offset: u64, to: Part<'_, '_>, waiting: Waiting) -> Result<Read, Errno> {
         let length = to.len() as u64;
         let mut served = self.served.load(Ordering::Relaxed);

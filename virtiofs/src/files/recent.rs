@@ -41,6 +41,7 @@ impl Recent {
     }
 
     /// [`Files::get`], which is not asked for what was read lately.
+    #[inline(always)]
     pub fn get(
         &mut self,
         files: &Files,

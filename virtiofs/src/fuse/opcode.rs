@@ -29,6 +29,7 @@ macro_rules! opcodes {
             pub const ALL: &[Self] = &[$(Self::$name,)*];
 
             /// `None` for a number that FUSE does not define.
+            #[inline]
             pub fn from_wire(number: u32) -> Option<Self> {
                 match number {
                     $($number => Some(Self::$name),)*

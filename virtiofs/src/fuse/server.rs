@@ -139,6 +139,7 @@ impl Server {
 
     /// Answers one request about `tree`, and counts it in `stats`. `room` is the length of the guest's buffer for the reply, which is left in `reply`.
     /// A guest that leaves no room for a header gets no reply.
+    #[inline(always)]
     pub fn handle(
         &self,
         tree: &Tree,
@@ -356,6 +357,7 @@ fn readlink(node: &Node<'_>, reply: &mut Vec<u8>) -> Result<Answer, Errno> {
     Ok(Answer::Body)
 }
 
+#[inline(always)]
 fn read(node: &Node<'_>, call: &Call<'_>) -> Result<Answer, Errno> {
     let read = parse::<ReadIn>(call)?;
     let file_size = match node {

@@ -462,7 +462,7 @@ impl Queue {
         Ok(more)
     }
 
-    /// Answers a request, or says what it waits for. `since`: when it was taken, if it is timed.
+    /// Answers a request, or says what it waits for. `since`: when it was taken, if it is timed; then its opcode is told as well.
     fn answer<'m>(
         &self,
         scratch: &mut Scratch,
@@ -485,7 +485,7 @@ impl Queue {
             Outcome::Reply => reply_with(chain, reply),
             Outcome::Read(read) => self.read(tree, reply, recent, chain, &read, Waiting::Refused { since }),
         };
-        (request.opcode(), answer)
+        (since.and_then(|_| request.opcode()), answer)
     }
 
     fn bad_chain(&self, error: &ChainError) -> Answer {
@@ -497,6 +497,7 @@ impl Queue {
     }
 
     /// Replies with what is in a file. `reply` begins with the header for that.
+    #[inline(always)]
     fn read(
         &self,
         tree: &Tree,

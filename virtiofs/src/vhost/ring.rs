@@ -130,6 +130,7 @@ impl<'m> Ring<'m> {
     }
 
     /// Makes `chain` the one that begins at `head`. It is empty, or was one of this ring.
+    #[inline(always)]
     pub(super) fn find(&self, head: u16, chain: &mut Chain<'m>) -> Result<(), ChainError> {
         chain.find(&self.regions, Table::new(self.descriptors, self.size), head)
     }
