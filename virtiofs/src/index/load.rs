@@ -97,7 +97,7 @@ impl Tree {
             let look = |part: &[StorePath]| self.look_for(stores, search.as_ref(), part);
             let looked = parallel::map(block, look);
             tree.reserve(block.len());
-            for (path, looked) in block.iter().zip(looked) {
+            for (path, looked) in block.iter().zip(looked.into_iter().flatten()) {
                 let Some((source, identity, mut found)) = looked?.filter(|_| !tree.contains(path)) else {
                     continue;
                 };
@@ -109,8 +109,8 @@ impl Tree {
                         found = search.find_again(path, identity);
                     }
                     let counter = match found {
-                        Found::Sound(record, manifest) if !tree.has_slot(record.slot) => {
-                            tree.insert(path, source, manifest, Some((record.slot, record.first_ino)))?;
+                        Found::Sound(slot, first_ino, manifest) if !tree.has_slot(slot) => {
+                            tree.insert(path, source, manifest, Some((slot, first_ino)))?;
                             continue;
                         }
                         Found::Missing => &mut added.unindexed.missing,

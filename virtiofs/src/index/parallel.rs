@@ -17,12 +17,12 @@ const EACH_MIN: usize = 100;
 
 const THIS_THREAD: Pid = Pid::from_raw(0);
 
-/// What `work` makes of all of them, in their order; it is given some at a time. The caller's thread works as well, and does what others cannot
+/// What `work` makes of all of them, in their order, in parts; it is given some at a time. The caller's thread works as well, and does what others cannot
 /// be made for; none of them is left afterwards.
-pub(super) fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> Vec<R> + Sync) -> Vec<R> {
+pub(super) fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> Vec<R> + Sync) -> Vec<Vec<R>> {
     let most = items.len().checked_div(EACH_MIN).unwrap_or_default().min(THREADS_MAX);
     if most < 2 {
-        return work(items);
+        return vec![work(items)];
     }
     let mut processors = Processors::allowed();
     let threads = most.min(processors.count());
@@ -37,12 +37,12 @@ pub(super) fn map<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> Vec<R> +
                 (part, thread)
             })
             .collect();
-        let mut results = work(own);
+        let mut results = vec![work(own)];
         for (part, thread) in others {
             match thread.map(|thread| thread.join()) {
-                Ok(Ok(more)) => results.extend(more),
+                Ok(Ok(more)) => results.push(more),
                 Ok(Err(panic)) => resume_unwind(panic),
-                Err(_) => results.extend(work(part)),
+                Err(_) => results.push(work(part)),
             }
         }
         results
@@ -96,7 +96,7 @@ mod tests {
         for count in [0, 1, 2, EACH_MIN, 2 * EACH_MIN + 1, 5 * EACH_MIN + 3] {
             let items: Vec<usize> = (0..count).collect();
             let more = |part: &[usize]| part.iter().map(|item| item + 1).collect();
-            assert_eq!(map(&items, more), (1..=count).collect::<Vec<_>>(), "{count}");
+            assert_eq!(map(&items, more).concat(), (1..=count).collect::<Vec<_>>(), "{count}");
         }
     }
 

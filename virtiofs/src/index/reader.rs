@@ -32,8 +32,8 @@ pub(super) struct Search<'a> {
 
 /// What an index has of a store path.
 pub(super) enum Found {
-    /// This, and it is sound.
-    Sound(Record, Manifest),
+    /// This, and it is sound: its slot, its first inode number, and it.
+    Sound(u32, u64, Manifest),
     /// Nothing.
     Missing,
     /// Only of another one that had the same name.
@@ -83,7 +83,7 @@ impl Index {
                 continue;
             }
             match self.manifest(record) {
-                Some(manifest) => return Found::Sound(*record, manifest),
+                Some(manifest) => return Found::Sound(record.slot, record.first_ino, manifest),
                 None => found = Found::Damaged,
             }
         }
