@@ -22,7 +22,7 @@ use thiserror::Error;
 /// The largest view file that is read, in bytes: about 300,000 store paths.
 pub const FILE_MAX: u64 = 32 << 20;
 
-/// How many bytes a line has, or less: how many paths there may be.
+/// How many bytes a line has, or a few more: for how many paths room is made.
 const LINE_TYPICAL: usize = 48;
 
 /// A view: at least one store path, none twice. The order is that of the file, and that of the guest's root directory.
@@ -216,6 +216,7 @@ mod tests {
             (Vec::new(), ParseError::Empty),
             (format!("{one}").into_bytes(), ParseError::Unterminated(1)),
             (format!("{one}\n{one}\n").into_bytes(), ParseError::Twice(2, one.clone())),
+            (format!("{one}\n{}\n{one}\n", path(2)).into_bytes(), ParseError::Twice(3, one.clone())),
             ([format!("{one}\n").as_bytes(), b"\xff\n"].concat(), ParseError::Encoding(2)),
         ] {
             std::fs::write(&file, text).unwrap();

@@ -14,7 +14,7 @@ pub(crate) fn read(directory: &Path, registry: &[u8], paths: &[StorePath]) -> Ve
     let mut found = Vec::new();
     for path in paths {
         for record in known.records(path) {
-            if let Found::Sound(_, _, manifest) = index.find(&known, path, record.identity) {
+            if let Found::Sound { manifest, .. } = index.find(&known, path, record.identity) {
                 found.push((path.clone(), manifest));
             }
         }

@@ -109,13 +109,13 @@ impl Tree {
                         found = search.find_again(path, identity);
                     }
                     let counter = match found {
-                        Found::Sound(slot, first_ino, manifest) if !tree.has_slot(slot) => {
+                        Found::Sound { slot, first_ino, manifest } if !tree.has_slot(slot) => {
                             tree.insert(path, source, manifest, Some((slot, first_ino)))?;
                             continue;
                         }
                         Found::Missing => &mut added.unindexed.missing,
                         Found::Stale => &mut added.unindexed.stale,
-                        Found::Damaged | Found::Sound(..) => &mut added.unindexed.damaged,
+                        Found::Damaged | Found::Sound { .. } => &mut added.unindexed.damaged,
                     };
                     *counter = counter.saturating_add(1);
                 }

@@ -32,8 +32,8 @@ pub(super) struct Search<'a> {
 
 /// What an index has of a store path.
 pub(super) enum Found {
-    /// This, and it is sound: its slot, its first inode number, and it.
-    Sound(u32, u64, Manifest),
+    /// This, and it is sound. `slot` and `first_ino` are what the registry gave it.
+    Sound { slot: u32, first_ino: u64, manifest: Manifest },
     /// Nothing.
     Missing,
     /// Only of another one that had the same name.
@@ -83,7 +83,9 @@ impl Index {
                 continue;
             }
             match self.manifest(record) {
-                Some(manifest) => return Found::Sound(record.slot, record.first_ino, manifest),
+                Some(manifest) => {
+                    return Found::Sound { slot: record.slot, first_ino: record.first_ino, manifest };
+                }
                 None => found = Found::Damaged,
             }
         }

@@ -87,7 +87,7 @@ pub fn update<D: AsFd + Sync>(
         match find(stores, path) {
             Err(error) => summary.failed.push(error),
             Ok((source, identity)) => match reader.find(&known, path, identity) {
-                Found::Sound(_, _, manifest) => {
+                Found::Sound { manifest, .. } => {
                     summary.present = summary.present.saturating_add(1);
                     summary.count(&manifest);
                 }

@@ -117,8 +117,9 @@ pub(super) const OTHERS: &[Call] = &[
     (libc::SYS_lseek, ANY),
     #[cfg(target_arch = "x86_64")]
     (libc::SYS_readlinkat, ANY),
-    // Making room for threads that look for many store paths, by going to another processor oneself.
+    // Making room for threads that look for many store paths, by going from this processor to another one oneself.
     (libc::SYS_sched_setaffinity, &[&[Is(0, 0)]]),
+    (libc::SYS_getcpu, ANY),
     // Workers' events.
     (libc::SYS_eventfd2, ANY),
     (libc::SYS_epoll_create1, ANY),

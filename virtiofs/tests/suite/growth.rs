@@ -255,6 +255,27 @@ fn grant_revoke_and_denied_on_the_control_socket() {
     check(&connection, &mut guest);
 }
 
+/// So many that threads look for them: the sandbox must allow that these are made, and that room is made for them.
+#[test]
+fn many_are_granted_at_once() {
+    let (fixture, program) = start();
+    let mut guest = Guest::new();
+    let connection = Connection::new(&program.socket, &guest);
+    connection.init(&mut guest);
+    let paths: Vec<_> = (5..=254).map(|number| path(number, "one-of-many")).collect();
+    for path in &paths {
+        fs::write(fixture.host(path), path.base_name()).unwrap();
+    }
+    assert_eq!(program.control(&command("grant", &paths)), "granted 250, refresh no\n");
+    for path in &paths {
+        let node = lookup(&connection, &mut guest, path.base_name());
+        let content = crate::serve::read(&connection, &mut guest, node, 0, 100).unwrap();
+        assert_eq!(content, path.base_name().as_bytes());
+    }
+    assert_eq!(program.control(&command("grant", &paths)), "granted 0, refresh no\n");
+    check(&connection, &mut guest);
+}
+
 #[test]
 fn what_was_denied_is_known_as_far_as_it_can_be() {
     let (fixture, mut program) = start();

@@ -45,10 +45,10 @@ impl Known {
         let (parent, name) = entry.split().context("A store path")?;
         let parent = self.node(parent).to_wire();
         let node = self.node(&entry.path);
-        let known = self.attributes(node).context("A root")?;
+        let place = self.place(node).context("A root")?;
         let node = node.to_wire();
         let attr = attributes(node, entry);
-        *known = AttrOut { attr_valid: 1, attr, ..AttrOut::default() };
+        *place = AttrOut { attr_valid: 1, attr, ..AttrOut::default() };
         let key = [parent.as_bytes(), name.as_bytes(), b"\0"].concat();
         self.names.insert(key.into(), EntryOut { nodeid: node, attr, ..EntryOut::default() });
         Ok([node, parent])
@@ -70,7 +70,8 @@ impl Known {
         node
     }
 
-    fn attributes(&mut self, node: NodeId) -> Option<&mut AttrOut> {
+    /// Where its attributes are kept.
+    fn place(&mut self, node: NodeId) -> Option<&mut AttrOut> {
         let NodeId::Inode { slot, number } = node else { return None };
         self.attributes.get_mut(slot as usize)?.get_mut(number as usize)
     }

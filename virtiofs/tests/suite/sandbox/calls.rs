@@ -231,8 +231,9 @@ fn calls_that_end_the_process_wherever_they_come_from() {
     let with_arguments = [
         (libc::SYS_mmap, [0, 4096, exec, anonymous, -1, 0]),
         (libc::SYS_mprotect, [0, 4096, exec, 0, 0, 0]),
-        // Another's processors: this test's.
+        // Another's processors: this test's, which is the parent.
         (libc::SYS_sched_setaffinity, [pid, 0, 0, 0, 0, 0]),
+        // The parent again.
         (libc::SYS_tgkill, [pid, pid, c_long::from(libc::SIGABRT), 0, 0, 0]),
         // As fork does it; a thread in namespaces of its own; one that is traced; a child that shares memory.
         (libc::SYS_clone, [c_long::from(libc::SIGCHLD), 0, 0, 0, 0, 0]),
@@ -308,6 +309,7 @@ fn calls_with_other_fates() {
         (libc::SYS_readlinkat, [-1, 0, 0, 1, 0, 0], fault, Killed),
         (libc::SYS_prctl, [arg(libc::PR_SET_NAME), 0, 0, 0, 0, 0], fault, Killed),
         (libc::SYS_sched_setaffinity, [0, 8, 0, 0, 0, 0], fault, Killed),
+        (libc::SYS_getcpu, [0; 6], Succeeds, Killed),
         (libc::SYS_seccomp, [1, 0, 0, 0, 0, 0], fault, Killed),
         // For all.
         (libc::SYS_read, [-1, 0, 0, 0, 0, 0], badf, badf),
