@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)] // Mapping a file, and pointing into the mapping.
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 use std::{
     fs::File,
     io,
@@ -21,7 +21,10 @@ impl Map {
     pub(super) fn open(file: &File) -> io::Result<Self> {
         // SAFETY: the mapping is private and read-only. By the rule above nobody changes the file, so its bytes stay as they
         // are for as long as the mapping lives.
-        unsafe { Mmap::map(file) }.map(Self)
+        let map = unsafe { Mmap::map(file) }?;
+        // What is not in memory is then read as huge pages, in few steps. Where there are none, all is as without them.
+        let _ = map.advise(Advice::HugePage);
+        Ok(Self(map))
     }
 }
 
