@@ -64,10 +64,11 @@ impl Socket {
         static STARTING: Mutex<()> = Mutex::new(());
         let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         fcntl(&self.listener, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        let began = Instant::now();
         let child = command.spawn();
         fcntl(&self.listener, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         let child = child.with_context(|| format!("Cannot start {name}"))?;
-        Ok(Server { child, name, log: log.into() })
+        Ok(Server { child, name, log: log.into(), began })
     }
 }
 
@@ -77,6 +78,7 @@ pub struct Server {
     child: Child,
     name: String,
     log: PathBuf,
+    began: Instant,
 }
 
 /// What a server has in memory, in bytes: sums over its processes.
@@ -107,6 +109,11 @@ impl Server {
             next += 1;
         }
         found
+    }
+
+    /// When it was started.
+    pub fn began(&self) -> Instant {
+        self.began
     }
 
     /// CPU time that it has used so far.

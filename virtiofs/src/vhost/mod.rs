@@ -23,6 +23,7 @@ mod vring;
 
 pub use config::{Config, ConfigError};
 pub use serve::{ServeError, serve};
+pub use trail::fetch;
 
 use crate::{
     files::Files,

@@ -65,9 +65,9 @@ impl Trail {
     }
 }
 
-/// Fetches a line, to read or to write it. The address need not be one of anything by now.
+/// Has the processor fetch a line, to read or to write it. The address need not be one of anything by now.
 #[cfg(target_arch = "x86_64")]
-pub(super) fn fetch<const WRITE: bool>(address: usize) {
+pub fn fetch<const WRITE: bool>(address: usize) {
     use std::arch::{
         asm,
         x86_64::{_MM_HINT_T0, _mm_prefetch},
@@ -84,8 +84,9 @@ pub(super) fn fetch<const WRITE: bool>(address: usize) {
     }
 }
 
+/// Does nothing: how it is done is not known for this architecture.
 #[cfg(not(target_arch = "x86_64"))]
-pub(super) fn fetch<const WRITE: bool>(_address: usize) {}
+pub fn fetch<const WRITE: bool>(_address: usize) {}
 
 #[cfg(test)]
 #[allow(clippy::arithmetic_side_effects)] // Small, chosen numbers.

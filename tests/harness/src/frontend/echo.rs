@@ -50,8 +50,6 @@ struct Echo<'a> {
     /// The next entry of both rings.
     next: u16,
     device: Device<'a>,
-    /// Where requests and the beginnings of replies are, which this frontend puts into the same place each time.
-    places: [usize; 8],
     /// Where a request's node and arguments are put together.
     key: [u8; KEY_MAX],
 }
@@ -63,7 +61,10 @@ impl Echo<'_> {
         let used = self.memory.atomic(self.layout.used_index());
         while available.load(Ordering::Acquire) != self.next {
             // All that is known beforehand, at once: otherwise each step of what follows would wait for the other processor.
-            self.places.iter().for_each(|&place| self.memory.fetch(place));
+            // This frontend puts requests and replies into the same places each time.
+            self.layout.request_lines(0).iter().for_each(|&line| self.memory.fetch::<false>(line));
+            self.layout.reply_lines(0).iter().for_each(|&line| self.memory.fetch::<true>(line));
+            self.memory.fetch::<true>(self.layout.used_entry(self.next));
             let head: u16 = self.memory.get(self.layout.available_entry(self.next));
             let table: Descriptor = self.memory.get(self.layout.table() + DESCRIPTOR * usize::from(head));
             let request: Descriptor = self.memory.get(usize::try_from(table.address)?);
@@ -168,26 +169,8 @@ impl<'a> Loopback<'a> {
         let (guest, mut queues) = Guest::new(shape)?;
         let queue = queues.pop().context("no queue")?;
         let layout = shape.layout(1);
-        let (indirect, body) = (layout.indirect(0), layout.body(0));
-        let places = [
-            layout.table(),
-            indirect,
-            indirect + 64,
-            layout.request(0),
-            layout.arguments(0),
-            layout.reply(0),
-            body,
-            body + 64,
-        ];
-        let echo = Echo {
-            memory: guest.memory(),
-            layout,
-            call: guest.call(1)?,
-            next: 0,
-            device,
-            places,
-            key: [0; KEY_MAX],
-        };
+        let echo =
+            Echo { memory: guest.memory(), layout, call: guest.call(1)?, next: 0, device, key: [0; KEY_MAX] };
         Ok(Self { _guest: guest, queue, echo })
     }
 

@@ -115,6 +115,23 @@ impl Layout {
         self.request(slot) + 2 * PAGE
     }
 
+    /// The lines that a slot's request is written to: of the descriptors, as many as a READ of a page has.
+    pub(super) fn request_lines(self, slot: u16) -> [usize; 5] {
+        let table = self.indirect(slot);
+        [
+            self.request(slot),
+            self.arguments(slot),
+            table,
+            table + 64,
+            self.table() + DESCRIPTOR * usize::from(slot),
+        ]
+    }
+
+    /// Those that its reply is written to: a header, and a body of up to two.
+    pub(super) fn reply_lines(self, slot: u16) -> [usize; 3] {
+        [self.reply(slot), self.body(slot), self.body(slot) + 64]
+    }
+
     /// A page of a slot's data. No page is behind the one before it, as in a guest that has run for a while: nothing is
     /// gained by joining neighbours.
     pub(super) fn page(self, slot: u16, page: usize) -> usize {

@@ -74,13 +74,9 @@ impl Memory {
         unsafe { AtomicU16::from_ptr(self.at(offset, 2).cast()) }
     }
 
-    /// Has the processor fetch the line at `offset`.
-    pub fn fetch(&self, offset: usize) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a hint, which reads nothing that the program could see.
-        unsafe {
-            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.at(offset, 1).cast());
-        }
+    /// Has the processor fetch the line at `offset`, to read or to write it.
+    pub fn fetch<const WRITE: bool>(&self, offset: usize) {
+        lair_virtiofs::vhost::fetch::<WRITE>(self.at(offset, 1).addr());
     }
 
     /// Copies a value in.

@@ -100,6 +100,10 @@ impl Queue {
         self.unique += 2;
         let unique = self.unique;
         let (memory, layout) = (&*self.memory, self.layout);
+        // All at once: what the frontend takes is in every figure of a backend, and so should be little. Otherwise each line in turn would
+        // be waited for, which the backend has read last.
+        layout.request_lines(slot).iter().for_each(|&line| memory.fetch::<true>(line));
+        memory.fetch::<true>(layout.available_entry(self.next));
         let argument_length = request.arguments.len() as u32;
         let header = InHeader {
             len: size_of::<InHeader>() as u32 + argument_length,
@@ -195,6 +199,8 @@ impl Queue {
         loop {
             for _ in 0..10_000 {
                 if index.load(Ordering::Acquire) != self.used {
+                    // Of a single request, this is what comes next; of others, it costs nothing.
+                    self.memory.fetch::<false>(self.layout.reply(0));
                     return Ok(());
                 }
                 std::hint::spin_loop();

@@ -102,9 +102,9 @@ fn note(text: &str) {
 
 fn virtiofs(arguments: &Virtiofs) -> Result<()> {
     let effort = if arguments.quick {
-        Effort { rounds: 2, seconds: 0.04, starts: 5 }
+        Effort { rounds: 2, seconds: 0.04, starts: 3 }
     } else {
-        Effort { rounds: 5, seconds: 0.25, starts: 15 }
+        Effort { rounds: 9, seconds: 0.15, starts: 5 }
     };
     let mut results = Results::new(HostFacts::here(), effort);
     let directory = tempfile::Builder::new().prefix("lair-bench-").tempdir()?;
@@ -154,6 +154,7 @@ fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()>
     let floors = Floors::new(&tree, store)?;
     let mut turns = Vec::new();
     let mut rounds: Vec<Vec<Round>> = backends.iter().map(|_| Vec::new()).collect();
+    let mut starts: Vec<Vec<u64>> = backends.iter().map(|_| Vec::new()).collect();
     for number in 1..=effort.rounds {
         note(&format!("round {number} of {}: one request at a time, in turn", effort.rounds));
         turns.push(turns::round(&backends, &Operation::ALL, &floors, &tree, directory, &effort)?);
@@ -162,15 +163,13 @@ fn frontend(results: &mut Results, cache: &Path, directory: &Path) -> Result<()>
             let round = measure::round(backend, &tree, store, directory, &effort);
             rounds.push(round.with_context(|| format!("{} cannot be measured", backend.name))?);
         }
-    }
-    results.put_turns(&backends, &turns);
-    let mut starts: Vec<Vec<u64>> = backends.iter().map(|_| Vec::new()).collect();
-    note("starts");
-    for _ in 0..effort.starts {
-        for (backend, starts) in backends.iter().zip(&mut starts) {
-            starts.push(measure::start(backend, directory)?);
+        for _ in 0..effort.starts {
+            for (backend, starts) in backends.iter().zip(&mut starts) {
+                starts.push(measure::start(backend, directory)?);
+            }
         }
     }
+    results.put_turns(&backends, &turns);
     for ((backend, rounds), starts) in backends.iter().zip(&rounds).zip(starts) {
         note(&format!("{}: memory after a walk, then idle", backend.name));
         let (inodes_walked, memory) = measure::memory(backend, directory)?;

@@ -34,7 +34,7 @@ pub(crate) struct Effort {
     pub(crate) rounds: usize,
     /// Seconds for each figure, in each round.
     pub(crate) seconds: f64,
-    /// Starts that are timed.
+    /// Starts that are timed, in each round.
     pub(crate) starts: usize,
 }
 
@@ -292,10 +292,9 @@ pub(crate) fn memory(backend: &Backend, directory: &Path) -> Result<(u64, Memory
 
 /// Nanoseconds from starting the program to the reply to the first request after INIT.
 pub(crate) fn start(backend: &Backend, directory: &Path) -> Result<u64> {
-    let begin = Instant::now();
     let (running, mut session) = small(backend, directory)?;
     session.must(&Request::getattr(ROOT))?;
-    let took = begin.elapsed();
+    let took = running.server.began().elapsed();
     running.stop()?;
     Ok(took.as_nanos() as u64)
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     backends::{BEST, DEFAULT, OURS},
-    gates::Gate,
+    gates::{Gate, Verdict},
     guest::{Before, COMMANDS, Guest, WAYS},
     measure::{DEPTH_OF_MANY, DEPTHS, IN_NUMBERS, PACE, QUEUES},
     operation::Operation,
@@ -281,7 +281,12 @@ pub(crate) fn gates(gates: &[Gate]) -> Table {
     let mut table = Table::new();
     table.load_style(NOTHING);
     for gate in gates {
-        table.add_row([if gate.met { "met" } else { "NOT met" }, &gate.name, &gate.figures]);
+        let verdict = match gate.verdict {
+            Verdict::Met => "met",
+            Verdict::OutOfReach => "out of reach",
+            Verdict::NotMet => "NOT met",
+        };
+        table.add_row([verdict, &gate.name, &gate.figures]);
     }
     table
 }

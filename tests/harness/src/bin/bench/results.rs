@@ -211,7 +211,7 @@ impl Results {
     pub(crate) fn new(host: HostFacts, effort: Effort) -> Self {
         Self {
             bench: "virtiofs",
-            schema: 1,
+            schema: 2,
             host,
             effort,
             store_paths: 0,
