@@ -43,6 +43,8 @@ pub enum Device<'a> {
     Late(Duration),
 }
 
+/// The device's own. On lines of its own: what the frontend writes for itself beside it would else go to and fro between processors.
+#[repr(align(128))]
 struct Echo<'a> {
     memory: Arc<Memory>,
     layout: Layout,
@@ -154,6 +156,10 @@ fn fill(
     Ok(u32::try_from(filled)?)
 }
 
+/// What the device looks at all the time, on lines of its own.
+#[repr(align(128))]
+struct Alone(AtomicBool);
+
 /// A queue, and a device behind it.
 pub struct Loopback<'a> {
     // Owns the events and the memory.
@@ -177,20 +183,20 @@ impl<'a> Loopback<'a> {
     /// Runs `work` on the queue. The device is awake meanwhile, and only then.
     pub fn run<T>(&mut self, work: impl FnOnce(&mut Queue) -> Result<T>) -> Result<T> {
         let Self { queue, echo, .. } = self;
-        let done = AtomicBool::new(false);
+        let done = Alone(AtomicBool::new(false));
         thread::scope(|scope| {
             let device = scope.spawn(|| -> Result<()> {
                 if matches!(echo.device, Device::Knowing(_) | Device::Reading(_)) {
                     restrict_like_worker()?;
                 }
-                while !done.load(Ordering::Relaxed) {
+                while !done.0.load(Ordering::Relaxed) {
                     echo.run()?;
                     std::hint::spin_loop();
                 }
                 Ok(())
             });
             let result = work(queue);
-            done.store(true, Ordering::Relaxed);
+            done.0.store(true, Ordering::Relaxed);
             device.join().map_err(|_| anyhow!("The device panicked"))??;
             result
         })
